@@ -1,0 +1,105 @@
+"""Qwen2.5-VL: packed patches in windows, a 2x2 merger, M-RoPE positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+from vismem_core.backbone import Backbone
+from vismem_core.vision import VisionStates, attend
+
+
+class Qwen2_5_VL(Backbone):
+    """Checkpoints of 3B to 72B in their transformers format, images of any size, several images, videos."""
+
+    name = "qwen2_5_vl"
+    model_types = ("qwen2_5_vl",)
+    lora_targets = {
+        "short": r"model\.visual\.blocks\.\d+\.attn\.qkv",
+        "long": r"model\.language_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)",
+    }
+
+    @property
+    def visual(self) -> Any:
+        """The vision encoder with its merger."""
+        return self.model.model.visual
+
+    @property
+    def vision_width(self) -> int:
+        return int(self.visual.config.hidden_size)
+
+    @property
+    def merge(self) -> int:
+        return int(self.visual.spatial_merge_unit)
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        return {"image": self.model.config.image_token_id, "video": self.model.config.video_token_id}
+
+    @property
+    def vision_device(self) -> torch.device:
+        return self.visual.merger.ln_q.weight.device  # type: ignore[no-any-return]
+
+    @property
+    def vision_dtype(self) -> torch.dtype:
+        return self.visual.merger.ln_q.weight.dtype  # type: ignore[no-any-return]
+
+    @contextmanager
+    def record(self, states: VisionStates, *, keep: bool, inputs: bool) -> Iterator[None]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            pixels = args[0] if args else kwargs["hidden_states"]
+            grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+            sizes = grid.prod(-1).tolist()
+            states.patches += sizes
+            states.tokens += [size // self.merge for size in sizes]
+            if inputs:
+                states.inputs.append({"hidden_states": pixels, "grid_thw": grid})
+
+        with ExitStack() as stack:
+            stack.callback(self.visual.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            for index, block in enumerate(self.visual.blocks if keep else []):
+                for handle in _keep_keys_and_values(block.attn, index, states):
+                    stack.callback(handle.remove)
+            yield
+
+    def encode(self, inputs: dict[str, Tensor]) -> None:
+        self.visual(**inputs)
+
+    def carry(self, extra: Tensor, states: VisionStates, rows: Sequence[int]) -> Tensor:
+        # The extra tokens have no place in the image: their rotation is the identity, and they look at all patches
+        # in windowed blocks too.
+        where = states.gather(rows)
+        for index, block in enumerate(self.visual.blocks):
+            fused = block.attn.qkv(block.norm1(extra))
+            fused = fused.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            mixed = attend(*fused.unbind(0), states, index, where)
+            extra = extra + block.attn.proj(mixed)
+            extra = extra + block.mlp(block.norm2(extra))
+        return extra
+
+    def project(self, tokens: Tensor) -> Tensor:
+        merged = self.visual.merger(tokens.flatten(0, 1))
+        return merged.unflatten(0, (tokens.shape[0], -1))  # type: ignore[no-any-return]
+
+
+def _keep_keys_and_values(attention: Any, block: int, states: VisionStates) -> list[RemovableHandle]:
+    fused: list[Tensor] = []
+
+    def after_qkv(module: nn.Module, args: Any, output: Tensor) -> None:
+        fused.append(output.unflatten(-1, (3, attention.num_heads, -1)))
+
+    def after_attention(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+        queries, keys, values = fused.pop().unbind(1)
+        _, keys = apply_rotary_pos_emb_vision(queries, keys, *kwargs["position_embeddings"])
+        states.extend(block, keys, values.contiguous())
+
+    return [
+        attention.qkv.register_forward_hook(after_qkv),
+        attention.register_forward_hook(after_attention, with_kwargs=True),
+    ]

@@ -1,0 +1,40 @@
+"""What the terminal shows: data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """One object on stdout, on one line."""
+    typer.echo(json.dumps(data, ensure_ascii=False, default=str))
+
+
+def say(message: str) -> None:
+    """One line of status on stderr."""
+    err.print(Text(message), soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """One line of warning on stderr."""
+    err.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], numbers: bool = False) -> None:
+    """A table on stdout; with ``numbers``, all columns but the first are set flush right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if numbers and index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    out.print(table)

@@ -1,0 +1,50 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class OnBadSample(str, Enum):
+    fail = "fail"
+    skip = "skip"
+
+
+class DType(str, Enum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Backbone = Annotated[
+    str | None, typer.Option("--backbone", help="Family of the model; found by itself where a model is given.")
+]
+Model = Annotated[str | None, typer.Option("--model", help="Hub id or directory; by default the embedded model.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="Directory or hub id of a trained memory; by default the shipped one.")
+]
+Device = Annotated[str, typer.Option("--device", help="Such as cpu, cuda or cuda:1.")]
+Dtype = Annotated[DType, typer.Option("--dtype", help="Number type of the model.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a model from the hub run its own code on this machine.")
+]
+OnBad = Annotated[
+    OnBadSample, typer.Option("--on-bad-sample", help="Stop at a bad row of the data, or leave it out and list it.")
+]
+AllowOutside = Annotated[
+    bool, typer.Option("--allow-outside", help="Let a data file name images outside its own directory.")
+]
+Data = Annotated[str | None, typer.Option("--data", help="JSONL file or registered data set.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Questions answered together.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.formation.steps=200.")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]

@@ -1,0 +1,42 @@
+"""The built-in implementations of every hook but the backbones."""
+
+from vismem_core.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def register_query_builders(register: Register) -> None:
+    query = "vismem_plugins.query"
+    register("encoder", f"{query}:EncoderQuery", description="an encoder over all states and the queries (the paper)")
+    register("cross", f"{query}:CrossQuery", description="only the queries attend: cheaper")
+
+
+@hookimpl
+def register_formers(register: Register) -> None:
+    formers = "vismem_plugins.formers"
+    register("lora", f"{formers}.lora:lora", description="LoRA on the model's own towers (the paper)")
+    register("transformer", f"{formers}.transformer:TransformerFormer", description="a small stand-alone encoder")
+
+
+@hookimpl
+def register_triggers(register: Register) -> None:
+    triggers = "vismem_plugins.triggers"
+    register("policy", f"{triggers}:policy", description="the model's own invocation tokens")
+    register("never", f"{triggers}:never", description="no memory: the base model")
+    register("random", f"{triggers}:random", description="random:P, with probability P at each delimiter")
+    register("anywhere", f"{triggers}:anywhere", description="anywhere:P, with probability P at each token")
+    register("schedule", f"{triggers}:schedule", description="at given positions of the answer")
+
+
+@hookimpl
+def register_datasets(register: Register) -> None:
+    register("mosaic", "vismem_plugins.mosaic:mosaic", description="questions about grids of real photographs")
+
+
+@hookimpl
+def register_metrics(register: Register) -> None:
+    register("exact", "vismem_plugins.metrics:exact", description="the same text, whatever its case and spacing")
+
+
+@hookimpl
+def register_bases(register: Register) -> None:
+    register("qwen2_5_vl", "vismem_plugins.bases:mini_qwen2_5_vl", description="mini, trained on mosaic")

@@ -1,0 +1,33 @@
+"""The pre-norm transformer block that the query builders and the stand-alone formers are made of."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Tokens attend to a context and pass an MLP, each with a residual.
+
+    Args:
+        width: of tokens and context.
+        heads: attention heads; they must divide the width.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, tokens: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """tokens (R, T, w), context (R, S, w), mask (R, S) with False at padding -> (R, T, w)."""
+        queries = self.query(self.norm(tokens)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        pairs = self.key_value(self.norm(context)).unflatten(-1, (2, self.heads, -1))
+        keys, values = pairs.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None, :])
+        tokens = tokens + self.out(mixed.transpose(1, 2).flatten(2))
+        return tokens + self.mlp(self.norm_mlp(tokens))

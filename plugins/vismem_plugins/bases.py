@@ -1,0 +1,31 @@
+"""The embedded models: `mini` of each family, its memory, and a question to show it with."""
+
+from pathlib import Path
+
+from vismem_core.bases import Base
+from vismem_core.data import read_jsonl
+
+from .mini import path
+
+SAMPLE = Path(__file__).parent / "samples" / "mosaic.jsonl"
+"""`mosaic("heldout", size=3, types=["right"])[0]`, written as a file."""
+
+
+def mini_qwen2_5_vl() -> Base:
+    """`mini` of the Qwen2.5-VL family."""
+    return _mini("qwen2_5_vl")
+
+
+def _mini(family: str) -> Base:
+    model = path(family)
+    memory = model / "memory"
+    sample = read_jsonl(SAMPLE, need_answer=False)[0]
+    image = sample.images[0]
+    assert isinstance(image, Path)
+    return Base(
+        model=model,
+        memory=memory if memory.is_dir() else None,
+        image=image,
+        prompt=sample.prompt,
+        dataset="mosaic",
+    )

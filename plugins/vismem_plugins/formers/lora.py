@@ -1,0 +1,121 @@
+"""The paper's formers: LoRA on the vision encoder (F_s) and on the language model (F_l), Eq. 6 and Sec. 3.3.
+
+Where the paper leaves a choice open:
+
+- X: with ``context="cache"`` the extra tokens [Q, M_init] attend to what the base already computed and the adapter
+  is on for them alone; with ``context="recompute"`` the tower runs over its context again with the adapter on.
+- Scale: an output gain per channel is learnt. Short memory starts as the projector gives it, like an image token;
+  long memory starts at the rms of the embedding table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vismem_core.adapters import Adapter
+from vismem_core.backbone import Backbone
+from vismem_core.config import FormerConfig, Kind
+from vismem_core.former import MemoryContext, MemoryFormer, Needs
+from vismem_core.vision import VisionStates
+
+
+def lora(kind: Kind, backbone: Backbone, config: FormerConfig) -> MemoryFormer:
+    """The LoRA former of ``kind``."""
+    return VisionLora(kind, backbone, config) if kind == "short" else LanguageLora(kind, backbone, config)
+
+
+class _LoraFormer(MemoryFormer):
+    def __init__(self, kind: Kind, backbone: Backbone, config: FormerConfig) -> None:
+        super().__init__(kind, backbone, config)
+        vars(self)["backbone"] = backbone  # no submodule of this one
+        targets = backbone.lora_targets[kind]
+        self.adapter = Adapter(backbone.model, kind, targets, config.rank, config.alpha, config.dropout)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return self.adapter.parameters()
+
+    def train(self, mode: bool = True) -> _LoraFormer:
+        super().train(mode)
+        self.adapter.train(mode)
+        return self
+
+    def detach(self) -> None:
+        self.adapter.eject()
+
+
+class VisionLora(_LoraFormer):
+    """F_s: [Q, M_init] through the vision encoder, M through the model's own projector.
+
+    Q lives in width d and enters through one linear layer (d -> D). A projector that merges r encoder tokens into
+    one language token gets N * r memory tokens. Besides standing in front of M_init, the queries are mixed into it:
+    an encoder trained on patches alone hardly carries the question from one token to the next.
+    """
+
+    def __init__(self, kind: Kind, backbone: Backbone, config: FormerConfig) -> None:
+        super().__init__(kind, backbone, config)
+        width, count = backbone.vision_width, config.length * backbone.merge
+        self.count = count
+        self.enter = nn.Linear(backbone.width, width, device=backbone.vision_device)
+        self.initial = nn.Parameter(torch.randn(count, width).to(backbone.vision_device))
+        self.gain = nn.Parameter(torch.ones(backbone.width, device=backbone.vision_device))
+
+    @property
+    def needs(self) -> Needs:
+        again = self.config.context == "recompute"
+        return Needs(vision_cache=not again, vision_inputs=again)
+
+    def forward(self, context: MemoryContext) -> Tensor:
+        backbone: Backbone = vars(self)["backbone"]
+        query = self.enter(context.query.to(self.initial.device))
+        memory = self.initial + query.mean(1, keepdim=True)
+        extra = torch.cat([query, memory], dim=1).to(backbone.vision_dtype)
+        with self.adapter.on():
+            states = self._states(backbone, context)
+            extra = backbone.carry(extra, states, context.rows)
+        latents = backbone.project(extra[:, -self.count :])
+        return (latents.float() * self.gain).to(backbone.device, backbone.dtype)
+
+    def _states(self, backbone: Backbone, context: MemoryContext) -> VisionStates:
+        if self.config.context == "cache":
+            return context.vision
+        again = VisionStates(rows=context.vision.rows)
+        with backbone.record(again, keep=True, inputs=False):
+            for inputs in context.vision.inputs:
+                backbone.encode(inputs)
+        return again
+
+
+class LanguageLora(_LoraFormer):
+    """F_l: [Q, M_init] through the language model, after everything it has in its context."""
+
+    def __init__(self, kind: Kind, backbone: Backbone, config: FormerConfig) -> None:
+        super().__init__(kind, backbone, config)
+        scale = backbone.embedding_scale()
+        self.initial = nn.Parameter(scale * torch.randn(config.length, backbone.width, device=backbone.device))
+        self.enter = nn.Parameter(torch.full((backbone.width,), scale, device=backbone.device))
+        self.gain = nn.Parameter(torch.full((backbone.width,), scale, device=backbone.device))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(history=self.config.context == "recompute")
+
+    def forward(self, context: MemoryContext) -> Tensor:
+        backbone: Backbone = vars(self)["backbone"]
+        query = context.query * self.enter
+        memory = self.initial.expand(len(query), -1, -1)
+        extra = torch.cat([query, memory], dim=1).to(backbone.dtype)
+        steps = torch.arange(extra.shape[1], device=context.next_position.device)
+        positions = context.next_position + steps
+        ones = context.attention_mask.new_ones(extra.shape[:2])
+        mask = torch.cat([context.attention_mask, ones], dim=1)
+        cache = context.cache
+        if self.config.context == "recompute":
+            assert context.history is not None and context.history_positions is not None
+            extra = torch.cat([context.history, extra], dim=1)
+            positions = torch.cat([context.history_positions, positions], dim=-1)
+            cache = None
+        with self.adapter.on():
+            hidden = backbone.continue_(extra, mask, positions, cache)
+        latents = nn.functional.rms_norm(hidden[:, -self.config.length :].float(), (backbone.width,))
+        return (latents * self.gain).to(backbone.dtype)

@@ -1,0 +1,15 @@
+"""Metrics: how good predictions are, from 0 to 1 each."""
+
+from collections.abc import Sequence
+
+from vismem_core.data import Sample
+
+
+def exact(predictions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
+    """1 where a prediction is the sample's answer, whatever its case and spacing, else 0."""
+    pairs = zip(predictions, samples, strict=True)
+    return [float(_plain(text) == _plain(sample.answer or "")) for text, sample in pairs]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())

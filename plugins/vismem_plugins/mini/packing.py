@@ -1,0 +1,133 @@
+"""Training batches: a mosaic is shown once for several questions.
+
+The questions stand one after the other behind the image, have the positions that each would have alone, and cannot see
+each other, so that a step is worth that many single prompts at a fraction of the cost.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vismem_plugins.mosaic import CELL, QUESTIONS, Grid, draw_grid, draw_photos
+
+IGNORED = -100
+# How often a type is asked, relative to the others; "list" names every cell, and so is worth many.
+WEIGHTS = {"read": 2.0, "count": 2.0, "where": 2.0, "left": 1.0, "above": 1.0, "same": 2.0, "list": 1.0, "fact": 0.3}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What surrounds a question in a prompt of one image."""
+
+    prefix: list[int]  # up to and with the image
+    suffix: list[int]  # between question and answer
+    positions: Tensor  # of the prefix: (3, len(prefix)) with M-RoPE, else (1, len(prefix))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B mosaics of one size, each with its questions: sequences of L tokens."""
+
+    size: int
+    cells: Tensor  # (B * size**2, 28, 28) in -1..1
+    ids: Tensor  # (B, L)
+    labels: Tensor  # (B, L): the next token where it belongs to an answer, else IGNORED
+    positions: Tensor  # (3 or 1, B, L)
+    mask: Tensor  # (B, 1, L, L): True where a token may look
+
+
+def encode(processor: Any, images: Sequence[Sequence[Any]], prompts: Sequence[str]) -> Any:
+    """Chat prompts with their images as padded model inputs."""
+    chats = [
+        [{"role": "user", "content": [*({"type": "image", "image": i} for i in row), {"type": "text", "text": text}]}]
+        for row, text in zip(images, prompts, strict=True)
+    ]
+    return processor.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "pt", "padding": True},
+    )
+
+
+def layout(model: Any, processor: Any, size: int) -> Layout:
+    """The layout of a prompt, read off two prompts that differ in a question of one word."""
+    image = np.zeros((size * CELL, size * CELL, 3), np.uint8)
+    inputs = encode(processor, [[image], [image]], ["list", "is"])
+    one, two = inputs["input_ids"].tolist()
+    cut = next(i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b)
+    positions = torch.arange(cut)[None]
+    if hasattr(model.model, "get_rope_index"):
+        grids = {name: inputs[name] for name in ("image_grid_thw", "mm_token_type_ids")}
+        positions = model.model.get_rope_index(inputs["input_ids"], **grids)[0][:, 0, :cut]
+    return Layout(one[:cut], one[cut + 1 :], positions)
+
+
+def augment(cells: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Cells (N, 28, 28) flipped, moved by up to two pixels and brightened at random, in -1..1."""
+    count = len(cells)
+    padded = np.pad(cells, ((0, 0), (2, 2), (2, 2)))
+    rows = rng.integers(0, 5, (count, 1)) + np.arange(CELL)
+    columns = rng.integers(0, 5, (count, 1)) + np.arange(CELL)
+    columns = np.where(rng.random((count, 1)) < 0.5, columns[:, ::-1], columns)
+    moved = padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]].astype(np.float32)
+    gain = rng.uniform(0.7, 1.2, (count, 1, 1)).astype(np.float32)
+    return np.asarray(np.clip(moved * gain, 0, 255) / np.float32(127.5) - 1, np.float32)
+
+
+def ask(grid: Grid, count: int, rng: Random) -> list[tuple[str, str]]:
+    """`count` questions that fit the grid, with their answers."""
+    asked: list[tuple[str, str]] = []
+    while len(asked) < count:
+        (name,) = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
+        if (question := QUESTIONS[name](grid, rng)) is not None:
+            asked.append(question)
+    return asked
+
+
+class Packer:
+    """Makes fresh batches from a seed."""
+
+    def __init__(self, model: Any, processor: Any, sizes: Sequence[int], seed: int) -> None:
+        self._layouts = {size: layout(model, processor, size) for size in sizes}
+        self._words: dict[str, int] = processor.tokenizer.get_vocab()
+        self._end: int = processor.tokenizer.eos_token_id
+        self._pad: int = processor.tokenizer.pad_token_id
+        self._rng, self._noise = Random(seed), np.random.default_rng(seed)
+
+    def __call__(self, size: int, count: int, questions: int) -> Batch:
+        """`count` mosaics of a size with `questions` questions each."""
+        place = self._layouts[size]
+        grids = [draw_grid(size, self._rng) for _ in range(count)]
+        cells = np.concatenate([draw_photos(grid, "train", self._rng) for grid in grids])
+        rows = [self._row(place, ask(grid, questions, self._rng)) for grid in grids]
+        length = max(len(row[0]) for row in rows)
+        ids, labels, steps, parts = (
+            torch.tensor([row[i] + [fill] * (length - len(row[i])) for row in rows])
+            for i, fill in enumerate((self._pad, IGNORED, 0, -1))
+        )
+        positions = steps.expand(len(place.positions), -1, -1).clone()
+        positions[:, :, : len(place.prefix)] = place.positions[:, None]
+        mask = ((parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])).tril()[:, None]
+        return Batch(size, torch.from_numpy(augment(cells, self._noise)), ids, labels, positions, mask)
+
+    def _row(self, place: Layout, asked: list[tuple[str, str]]) -> tuple[list[int], list[int], list[int], list[int]]:
+        """One sequence: ids, labels, positions (those of the prefix left 0), and the question each token belongs to."""
+        head = len(place.prefix)
+        start = int(place.positions.max()) + 1
+        ids, labels, steps, parts = list(place.prefix), [IGNORED] * head, [0] * head, [0] * head
+        for part, (prompt, answer) in enumerate(asked, 1):
+            question = [*(self._words[word] for word in prompt.split()), *place.suffix]
+            said = [*(self._words[word] for word in answer.split()), self._end]
+            ids += question + said
+            labels += [IGNORED] * (len(question) - 1) + said + [IGNORED]
+            steps += range(start, start + len(question) + len(said))
+            parts += [part] * (len(question) + len(said))
+        return ids, labels, steps, parts

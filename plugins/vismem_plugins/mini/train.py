@@ -1,0 +1,133 @@
+"""Trains a `mini` from scratch: `python -m vismem_plugins.mini.train --family qwen2_5_vl --output DIR`.
+
+Without the curriculum (one cell, then few, then many) the model falls into a constant answer and stays there.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vismem_plugins.mosaic import GROUPS, mosaic
+
+from .build import FAMILIES, build
+from .packing import IGNORED, Batch, Packer, encode
+
+SIZES = (1, 2, 3)
+
+
+def size_at(progress: float, rng: Random) -> int:
+    """The curriculum: single cells, then mostly 2 x 2, then both of the sizes that `mosaic` mixes."""
+    shares = (1.0, 0.0, 0.0) if progress < 0.05 else (0.1, 0.8, 0.1) if progress < 0.2 else (0.02, 0.33, 0.65)
+    return rng.choices(SIZES, shares)[0]
+
+
+def rate_at(progress: float, peak: float = 2e-3) -> float:
+    """The learning rate: linear to its peak over the first 2%, and a cosine to zero."""
+    return peak * min(1.0, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def loss_of(model: Any, batch: Batch, pixels: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of the answers' tokens; `pixels` are the cells as the family takes them."""
+    seen = model.model.get_image_features(**pixels).pooler_output
+    seen = torch.cat([image.flatten(0, -2) for image in seen])  # (image tokens of the batch, d)
+    is_image = (batch.ids == model.config.image_token_id)[..., None]
+    hidden = model.get_decoder()(
+        inputs_embeds=model.get_input_embeddings()(batch.ids).masked_scatter(is_image, seen),
+        attention_mask={"full_attention": batch.mask},
+        position_ids=batch.positions,
+        use_cache=False,
+    ).last_hidden_state
+    wanted = batch.labels != IGNORED
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), batch.labels[wanted])
+
+
+def train(
+    model: Any, processor: Any, family: str, *, minutes: float, seed: int = 0, count: int = 32, questions: int = 8
+) -> Iterator[tuple[float, float]]:
+    """Trains for `minutes` by the clock; yields the progress (0..1) and the loss after every step."""
+    rng, pack = Random(seed), Packer(model, processor, SIZES, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    start, progress = time.monotonic(), 0.0
+    model.train()
+    while progress < 1:
+        optimizer.param_groups[0]["lr"] = rate_at(progress)
+        batch = pack(size_at(progress, rng), count, questions)
+        loss = loss_of(model, batch, FAMILIES[family].pixels(batch.cells, batch.size))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress = min(1.0, (time.monotonic() - start) / (60 * minutes))
+        yield progress, loss.item()
+    model.eval()
+
+
+@torch.inference_mode()
+def answers(model: Any, processor: Any, images: Sequence[Sequence[Any]], prompts: Sequence[str]) -> list[str]:
+    """The model's greedy answers."""
+    said: list[str] = []
+    for i in range(0, len(prompts), 50):
+        inputs = encode(processor, images[i : i + 50], prompts[i : i + 50])
+        output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        said += processor.batch_decode(output, skip_special_tokens=True)
+    return said
+
+
+def evaluate(model: Any, processor: Any, count: int = 200, size: int | None = None) -> dict[str, dict[str, float]]:
+    """Held-out accuracy of every question type, and of the same questions over the next sample's image ("blind")."""
+    table = {}
+    for name in (name for group in GROUPS.values() for name in group):
+        samples = list(mosaic("heldout", types=[name], size=size)[:count])
+        images, prompts = [sample.images for sample in samples], [sample.prompt for sample in samples]
+        table[name] = {}
+        for column, shown in (("accuracy", images), ("blind", images[1:] + images[:1])):
+            said = answers(model, processor, shown, prompts)
+            right = sum(one == sample.answer for one, sample in zip(said, samples, strict=True))
+            table[name][column] = right / len(samples)
+    return table
+
+
+def show(table: dict[str, dict[str, float]]) -> Table:
+    """The table of `evaluate` for a terminal."""
+    view = Table("group", "type", "accuracy", "blind")
+    for group, names in GROUPS.items():
+        for name in names:
+            view.add_row(group, name, *(f"{value:.2f}" for value in table[name].values()))
+    return view
+
+
+def main() -> None:
+    """Trains, saves in bf16, loads what was saved, measures that, and writes the table to `base.json` beside it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="qwen2_5_vl", choices=FAMILIES)
+    parser.add_argument("--output", type=Path, required=True, help="the directory to write")
+    parser.add_argument("--minutes", type=float, default=20.0, help="by the clock; the schedule is a share of it")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model, processor = build(args.family, args.seed)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=1.0)
+        for progress, loss in train(model, processor, args.family, minutes=args.minutes, seed=args.seed):
+            bar.update(task, completed=progress, description=f"loss {loss:.3f}")
+    model.to(torch.bfloat16).save_pretrained(args.output)
+    processor.save_pretrained(args.output)
+    model = AutoModelForImageTextToText.from_pretrained(args.output, dtype=torch.float32)
+    table = evaluate(model, AutoProcessor.from_pretrained(args.output))
+    (args.output / "base.json").write_text(json.dumps(table, indent=1) + "\n")
+    Console().print(show(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""`mosaic`: questions about grids of real photographs, shipped with the package.
+
+A mosaic has G x G cells of 28 x 28 pixels, each one photo of Fashion-MNIST (Xiao, Rasul and Vollgraf 2017,
+https://github.com/zalandoresearch/fashion-mnist; the licence is in NOTICE), so that with patches of 14 and a merge of
+2 one cell is one language token. Eight of its ten classes are kept, those that people tell apart. The types in `SEEN`
+are what the base model `mini` was trained on; those in `NEW` were kept from it, for memory to learn.
+
+    >>> sample = mosaic("heldout", types=["right"])[17]
+    >>> sample.id, sample.prompt, sample.answer
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from vismem_core.data import Sample
+
+from .questions import CLASSES, KINDS, QUESTIONS, Grid, draw_grid
+
+__all__ = ["CLASSES", "GROUPS", "KINDS", "NEW", "QUESTIONS", "SEEN", "Grid", "Mosaic", "draw_grid", "mosaic", "photos"]
+
+SEEN: tuple[str, ...] = ("read", "count", "where", "left", "above", "same", "list", "fact")
+NEW: tuple[str, ...] = ("right", "below", "opposite", "kind")
+GROUPS = {"seen": SEEN, "new": NEW}
+
+FOLDER = Path(__file__).parent
+CELL = 28  # pixels along a side of a cell
+COLUMNS = 40  # photos in a row of a sprite sheet
+PER_CLASS = {"train": 500, "heldout": 80}  # photos of a class; the sheets hold one class after the other
+LENGTH = {"train": 100_000, "heldout": 1_000}  # samples of a type
+SIZES = (2, 3)
+
+
+@cache
+def photos(split: str) -> NDArray[np.uint8]:
+    """The photos of a split, (len(CLASSES), PER_CLASS[split], 28, 28); no photo is in both splits."""
+    with Image.open(FOLDER / f"{split}.png") as image:
+        sheet = np.asarray(image)
+    cells = sheet.reshape(-1, CELL, COLUMNS, CELL).swapaxes(1, 2)
+    cells = np.ascontiguousarray(cells).reshape(len(CLASSES), PER_CLASS[split], CELL, CELL)
+    cells.flags.writeable = False
+    return cells
+
+
+def draw_photos(grid: Grid, split: str, rng: Random) -> NDArray[np.uint8]:
+    """A photo of each cell's class, (G * G, 28, 28)."""
+    count = PER_CLASS[split]
+    return photos(split)[[CLASSES.index(name) for name in grid.labels], [rng.randrange(count) for _ in grid.labels]]
+
+
+def assemble(cells: NDArray[np.uint8], size: int) -> Image.Image:
+    """The cells (G * G, 28, 28), row by row, as one RGB picture of G * 28 pixels a side."""
+    picture = cells.reshape(size, size, CELL, CELL).swapaxes(1, 2).reshape(size * CELL, size * CELL)
+    return Image.fromarray(np.repeat(picture[..., None], 3, axis=-1))
+
+
+class Mosaic(Sequence[Sample]):
+    """Samples that are made when asked for: the i-th is number `i // len(types)` of type `types[i % len(types)]`.
+
+    A sample depends on the split, the seed, the size, its type and its number alone.
+    """
+
+    def __init__(self, split: str, size: int | None, types: Sequence[str], seed: int, numbers: range) -> None:
+        self.split, self.size, self.types, self.seed, self._numbers = split, size, tuple(types), seed, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Mosaic": ...
+    def __getitem__(self, index: int | slice) -> "Sample | Mosaic":
+        if isinstance(index, slice):
+            return Mosaic(self.split, self.size, self.types, self.seed, self._numbers[index])
+        number, type_ = divmod(self._numbers[index], len(self.types))
+        return self._make(self.types[type_], number)
+
+    def grid(self, type_: str, number: int) -> Grid:
+        """The labels under a sample's picture."""
+        return self._draw(type_, number)[0]
+
+    def _draw(self, type_: str, number: int) -> tuple[Grid, str, str, Random]:
+        rng = Random(f"{self.seed}/{self.split}/{self.size}/{type_}/{number}")
+        size = self.size or rng.choice(SIZES)
+        while (asked := QUESTIONS[type_](grid := draw_grid(size, rng), rng)) is None:
+            pass
+        return grid, *asked, rng
+
+    def _make(self, type_: str, number: int) -> Sample:
+        grid, prompt, answer, rng = self._draw(type_, number)
+        image = assemble(draw_photos(grid, self.split, rng), grid.size)
+        return Sample(f"{self.split}/{type_}/{number}", (image,), prompt, answer, type_)
+
+
+def mosaic(
+    split: str = "train", *, size: int | None = None, types: Sequence[str] | None = None, seed: int = 0
+) -> Mosaic:
+    """Questions about mosaics, answered from the labels of the photos.
+
+    Args:
+        split: "train" or "heldout"; they share no photo.
+        size: cells along a side; None mixes 2 x 2 and 3 x 3.
+        types: the question types, taken in turn; all of `SEEN` and `NEW` by default.
+        seed: another seed gives other mosaics of the same photos.
+
+    Raises:
+        ValueError: an unknown split or type, or a size in which a type has no question.
+    """
+    types = tuple(types) if types is not None else SEEN + NEW
+    if split not in PER_CLASS:
+        raise ValueError(f"unknown split {split!r}; there are {', '.join(PER_CLASS)}")
+    if not types or (unknown := [name for name in types if name not in QUESTIONS]):
+        raise ValueError(f"unknown question types {unknown if types else types}; there are {', '.join(QUESTIONS)}")
+    if size is not None and not 2 <= size <= 9:
+        raise ValueError(f"a mosaic has 2 to 9 cells along a side, not {size}")
+    return Mosaic(split, size, types, seed, range(LENGTH[split] * len(types)))

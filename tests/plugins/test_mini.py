@@ -1,0 +1,129 @@
+"""`mini`: loads offline, is small, reads photos it has never seen, and is trained on what its processor makes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vismem_plugins.mini import path
+from vismem_plugins.mini.build import FAMILIES, build
+from vismem_plugins.mini.packing import IGNORED, Packer, encode
+from vismem_plugins.mini.train import answers, loss_of
+from vismem_plugins.mosaic import CELL, NEW, QUESTIONS, SEEN, mosaic
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def mini(family: str) -> Iterator[tuple[Any, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        model = AutoModelForImageTextToText.from_pretrained(path(family), dtype=torch.float32)
+        yield model, AutoProcessor.from_pretrained(path(family))
+
+
+def accuracy(mini: tuple[Any, Any], type_: str, *, blind: bool = False, count: int = 40) -> float:
+    samples = list(mosaic("heldout", types=[type_])[:count])
+    images = [sample.images for sample in samples]
+    said = answers(*mini, images[1:] + images[:1] if blind else images, [sample.prompt for sample in samples])
+    return sum(one == sample.answer for one, sample in zip(said, samples, strict=True)) / count
+
+
+def test_is_small(family: str) -> None:
+    assert sum(file.stat().st_size for file in path(family).iterdir()) < 4_000_000
+
+
+@pytest.mark.parametrize("type_", ["read", "left", "where"])
+def test_sees(mini: tuple[Any, Any], type_: str) -> None:
+    assert accuracy(mini, type_) > 0.75
+    assert accuracy(mini, type_, blind=True) < 0.4
+
+
+@pytest.mark.parametrize("type_", ["right", "below"])
+def test_cannot_answer_what_was_kept_from_it(mini: tuple[Any, Any], type_: str) -> None:
+    assert accuracy(mini, type_) < 0.4
+
+
+def test_lists_the_cells_in_sentences(mini: tuple[Any, Any]) -> None:
+    samples = list(mosaic("heldout", types=["list"], size=2)[:20])
+    said = answers(*mini, [sample.images for sample in samples], [sample.prompt for sample in samples])
+    for one in said:
+        first, comma, second, stop, third, comma_, fourth, stop_ = one.split()
+        assert (comma, stop, comma_, stop_) == (",", ".", ",", ".")
+    assert sum(one == sample.answer for one, sample in zip(said, samples, strict=True)) >= 10
+
+
+def test_takes_several_images_photographs_and_none(mini: tuple[Any, Any]) -> None:
+    model, processor = mini
+    (mosaic_,) = mosaic("heldout", types=["read"])[0].images
+    photograph = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    for images in ([mosaic_, mosaic_], [mosaic_, photograph], []):
+        inputs = encode(processor, [images], ["which image is the first ?"])
+        output = model.generate(**inputs, max_new_tokens=4)
+        assert output.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_stops_by_itself(mini: tuple[Any, Any]) -> None:
+    model, processor = mini
+    sample = mosaic("heldout", types=["read"])[0]
+    output = model.generate(**encode(processor, [sample.images], [sample.prompt]))
+    assert output[0, -1] == processor.tokenizer.eos_token_id
+
+
+def test_vocabulary_holds_every_word(mini: tuple[Any, Any]) -> None:
+    words = mini[1].tokenizer
+    for sample in mosaic(types=SEEN + NEW)[:2000]:
+        text = f"{sample.prompt} {sample.answer}"
+        ids = words(text)["input_ids"]
+        assert words.unk_token_id not in ids
+        assert words.decode(ids) == text
+
+
+def test_training_pixels_are_the_processors(family: str, mini: tuple[Any, Any]) -> None:
+    for size in (2, 3):
+        (image,) = mosaic("train", types=["read"], size=size)[0].images
+        rows = np.split(np.asarray(image)[..., 0], size)
+        cells = np.stack([cell for row in rows for cell in np.split(row, size, axis=1)])
+        pixels = FAMILIES[family].pixels(torch.from_numpy(cells.astype(np.float32) / 127.5 - 1), size)
+        inputs = encode(mini[1], [[image]], ["what is at row 1 column 1 ?"])
+        for name, value in pixels.items():
+            torch.testing.assert_close(value, inputs[name])
+        assert (inputs["input_ids"] == mini[0].config.image_token_id).sum() == size**2
+        assert CELL * size == image.width
+
+
+def test_a_packed_batch_is_as_many_single_prompts(family: str) -> None:
+    """The loss of packed questions is that of plain forward passes, one a question."""
+    model, processor = build(family)
+    model.eval()
+    batch = Packer(model, processor, [2], seed=0)(2, count=1, questions=4)
+    pixels = FAMILIES[family].pixels(batch.cells, batch.size)
+    ids, labels = batch.ids[0].tolist(), batch.labels[0].tolist()
+    ends = [i + 1 for i, label in enumerate(labels) if label == processor.tokenizer.eos_token_id]
+    first = next(i for i, seen in enumerate(batch.mask[0, 0, -1].tolist()) if not seen)
+    total, count, prefix = 0.0, 0, ids[:first]
+    for start, end in zip([first, *(e + 1 for e in ends[:-1])], ends, strict=True):
+        one = torch.tensor([prefix + ids[start : end + 1]])
+        wanted = torch.tensor([[IGNORED] * (first + 1) + labels[start:end]])
+        extra = {"mm_token_type_ids": (one == model.config.image_token_id).int()}
+        total += model(input_ids=one, **pixels, **extra, labels=wanted).loss.item() * (wanted != IGNORED).sum().item()
+        count += int((wanted != IGNORED).sum())
+    assert loss_of(model, batch, pixels).item() == pytest.approx(total / count, rel=1e-4)
+
+
+def test_types_kept_from_the_base_are_not_in_its_curriculum() -> None:
+    from vismem_plugins.mini.packing import WEIGHTS
+
+    assert set(WEIGHTS) == set(SEEN)
+    assert set(QUESTIONS) >= set(SEEN + NEW)
+
+
+def test_an_unknown_family_is_an_error() -> None:
+    with pytest.raises(ValueError, match="qwen2_5_vl"):
+        path("gpt")

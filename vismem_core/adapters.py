@@ -1,0 +1,93 @@
+"""LoRA adapters on a tower of a live model: put in by peft, switched on for single calls, taken out without trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .errors import AttachError
+
+
+class Adapter:
+    """One named LoRA over the linear layers of ``model`` whose names match ``targets``; off until :meth:`on`.
+
+    peft's own switches (``set_adapter``, ``disable_adapters``) also flip ``requires_grad``, which would freeze what
+    is being trained; so each layer's switch is set directly. The switch belongs to the model, not to a thread.
+
+    Args:
+        model: the whole model, so that peft sees how it was quantised.
+        targets: regular expression over full module names.
+
+    Raises:
+        AttachError: if nothing matches, or a matching layer already carries a peft adapter.
+    """
+
+    def __init__(self, model: nn.Module, name: str, targets: str, rank: int, alpha: int, dropout: float) -> None:
+        taken = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        if any(not _ours(model.get_submodule(path)) for path in taken):
+            raise AttachError(f"{taken[0]} already carries a peft adapter: merge it first (merge_and_unload)")
+        self._model, self.name = model, f"vismem_{name}"
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        configs = vars(model).pop("peft_config", None)  # peft keeps a list of adapters here; ours is not part of it
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+        try:
+            inject_adapter_in_model(config, model, adapter_name=self.name)
+        except ValueError as error:
+            raise AttachError(f"no linear layer matches the LoRA targets {targets!r}") from error
+        finally:
+            vars(model).pop("peft_config", None)
+            if configs is not None:
+                model.peft_config = configs
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        self.layers: dict[str, BaseTunerLayer] = {
+            path: module
+            for path, module in model.named_modules()
+            if isinstance(module, BaseTunerLayer) and self.name in module._get_available_adapters()
+        }
+        for weight in self.parameters().values():
+            weight.data = weight.data.float()  # small updates survive whatever the base's precision
+        self._switch(off=True)
+        self.train(False)
+
+    def _switch(self, *, off: bool) -> None:
+        for layer in self.layers.values():
+            layer._disable_adapters = off
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Apply the adapter to every forward pass inside the context."""
+        self._switch(off=False)
+        try:
+            yield
+        finally:
+            self._switch(off=True)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable tensors by name, such as ``layers.0.self_attn.q_proj.lora_A``."""
+        return {
+            f"{path}.{matrix}": getattr(layer, matrix)[self.name].weight
+            for path, layer in self.layers.items()
+            for matrix in ("lora_A", "lora_B")
+        }
+
+    def train(self, mode: bool) -> None:
+        """Switch the adapter's own dropout; the base model's mode is left alone."""
+        for layer in self.layers.values():
+            layer.lora_dropout[self.name].train(mode)  # type: ignore[union-attr, operator]
+
+    def eject(self) -> None:
+        """Put the original layers back, the very same objects."""
+        for path, layer in self.layers.items():
+            parent, _, child = path.rpartition(".")
+            setattr(self._model.get_submodule(parent), child, layer.get_base_layer())
+        self.layers = {}
+
+
+def _ours(layer: nn.Module) -> bool:
+    assert isinstance(layer, BaseTunerLayer)
+    return all(name.startswith("vismem_") for name in layer._get_available_adapters())

@@ -1,0 +1,189 @@
+"""What VisMem must know of one VLM family: the interface a backbone plugin implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, DynamicCache
+
+from .vision import VisionStates
+
+
+class Backbone(ABC):
+    """One instance around one loaded model. It holds data and small methods, no decoding and no training.
+
+    What is written here fits most transformers image-text-to-text models; a family overrides what differs and must
+    say how extra tokens go through its vision encoder (:meth:`record` and :meth:`carry`).
+
+    Shapes: B rows, L tokens, d the language model's width, D the vision encoder's width, E extra tokens.
+    """
+
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        """Whether this class knows ``model`` (by default: its ``config.model_type`` is listed)."""
+        return getattr(model.config, "model_type", None) in cls.model_types
+
+    @classmethod
+    def load(cls, source: str, **options: Any) -> tuple[Any, Any]:
+        """Model and processor from a hub id or a folder; ``options`` go to ``from_pretrained``."""
+        shared = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+        processor = AutoProcessor.from_pretrained(source, **shared)
+        return AutoModelForImageTextToText.from_pretrained(source, **options).eval(), processor
+
+    # Anatomy
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The bare language model; gives ``last_hidden_state`` (B, L, d) after its final norm."""
+        return self.model.get_decoder()  # type: ignore[no-any-return]
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """The input embedding, with ``weight`` (V, d)."""
+        return self.model.get_input_embeddings()  # type: ignore[no-any-return]
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head, (.., d) -> (.., V)."""
+        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
+
+    @property
+    def width(self) -> int:
+        """d"""
+        return int(self.embeddings.weight.shape[1])
+
+    @property
+    @abstractmethod
+    def vision_width(self) -> int:
+        """D"""
+
+    @property
+    @abstractmethod
+    def merge(self) -> int:
+        """Vision tokens that the projector merges into one language token."""
+
+    @property
+    @abstractmethod
+    def placeholders(self) -> dict[str, int]:
+        """Id of the token that stands for one visual token in a prompt, by medium (``image``, ``video``)."""
+
+    @property
+    @abstractmethod
+    def lora_targets(self) -> dict[str, str]:
+        """Regular expressions over module names: ``short`` in the vision encoder, ``long`` in the language model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings enter the language model."""
+        return self.embeddings.weight.device  # type: ignore[return-value]
+
+    @property
+    @abstractmethod
+    def vision_device(self) -> torch.device:
+        """Where extra tokens enter the vision encoder."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the embeddings that enter the language model."""
+        return self.embeddings.weight.dtype  # type: ignore[return-value]
+
+    @property
+    @abstractmethod
+    def vision_dtype(self) -> torch.dtype:
+        """Precision of the tokens inside the vision encoder."""
+
+    def embedding_scale(self) -> float:
+        """Root mean square of the embedding table's entries, from its first rows."""
+        return float(self.embeddings.weight[:4096].detach().float().pow(2).mean().sqrt())  # type: ignore[index]
+
+    # Inputs
+
+    def prompt(self, text: str, images: int) -> str:
+        """The chat-formatted prompt for ``text`` after ``images`` images, ready for the answer to follow."""
+        content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)  # type: ignore[no-any-return]
+
+    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> BatchFeature:
+        """Left-padded model inputs for ``generate``, on the model's device.
+
+        Args:
+            prompts: the questions of the rows.
+            images: each row's images.
+        """
+        texts = [self.prompt(text, len(own)) for text, own in zip(prompts, images, strict=True)]
+        arguments: dict[str, Any] = {"images": [list(own) for own in images if own]} if any(images) else {}
+        self.processor.tokenizer.padding_side = "left"
+        batch = self.processor(text=texts, padding=True, return_tensors="pt", **arguments)
+        return batch.to(self.device)
+
+    def positions(self, inputs: dict[str, Any]) -> Tensor:
+        """Position ids of a prompt as ``generate`` would make them, (.., B, L)."""
+        rest = {key: value for key, value in inputs.items() if key != "input_ids"}
+        return self.model._prepare_position_ids_for_generation(inputs["input_ids"], rest)  # type: ignore[no-any-return]
+
+    # Memory's ways in
+
+    @abstractmethod
+    def record(self, states: VisionStates, *, keep: bool, inputs: bool) -> AbstractContextManager[None]:
+        """Fill ``states`` while the vision encoder runs inside the context.
+
+        Args:
+            keep: store every block's keys and values.
+            inputs: store the arguments of the encoder's calls, for :meth:`encode`.
+        """
+
+    @abstractmethod
+    def encode(self, inputs: dict[str, Tensor]) -> None:
+        """Run the vision encoder again on arguments that :meth:`record` stored."""
+
+    @abstractmethod
+    def carry(self, extra: Tensor, states: VisionStates, rows: Sequence[int]) -> Tensor:
+        """Take extra tokens through the vision encoder, where they attend to all patches of their row's images.
+
+        Args:
+            extra: (R, E, D)
+            states: what :meth:`record` filled, for the whole batch.
+            rows: the R rows of the batch that ``extra`` belongs to.
+
+        Returns:
+            (R, E, D), as the encoder hands its tokens to the projector.
+        """
+
+    @abstractmethod
+    def project(self, tokens: Tensor) -> Tensor:
+        """The model's own projector: (R, N * merge, D) -> (R, N, d)."""
+
+    def continue_(
+        self, embeds: Tensor, attention_mask: Tensor, positions: Tensor, cache: DynamicCache | None
+    ) -> Tensor:
+        """Last hidden states of the language model over ``embeds`` that follow a cache, which grows.
+
+        Args:
+            embeds: (R, E, d)
+            attention_mask: (R, past + E)
+            positions: (.., R, E)
+
+        Returns:
+            (R, E, d), after the final norm.
+        """
+        output = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state  # type: ignore[no-any-return]

@@ -1,0 +1,92 @@
+"""Row surgery on a KV cache: rows of one batch may grow at different times.
+
+Every row is aligned to the right and padded on the left, as in a left-padded prompt. So a row that takes in N
+latents while its neighbours take in none moves to the left by N, distances between real tokens stay what they are
+(which sliding-window layers rely on), and a 2-D mask still describes the batch. Padding columns are added only
+when a row has none left to grow into: neighbours that invoke later use up the padding that the first one made.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .errors import AttachError
+
+
+def check(cache: object) -> DynamicCache:
+    """Return ``cache`` if its layers can be forked and grown row by row.
+
+    Raises:
+        AttachError: for static, quantised, offloaded and linear-attention caches.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise AttachError(
+            f"memory needs a dynamic KV cache, not {type(cache).__name__}: "
+            "call generate(use_cache=True) without cache_implementation"
+        )
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer) or type(layer).__name__.startswith("Quantized"):
+            raise AttachError(f"memory cannot grow cache layers of type {type(layer).__name__} row by row")
+    if getattr(cache, "offloading", False):
+        raise AttachError("memory cannot grow an offloaded cache: call generate without cache_implementation")
+    return cache
+
+
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache that can be appended to while ``cache`` stays as it is; no tensor is copied."""
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    return branch
+
+
+def select(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
+    """The given rows alone, copied; a plain fork where they are all rows in order."""
+    branch = fork(cache)
+    if list(rows) != list(range(branch.layers[0].keys.shape[0])):
+        for layer in branch.layers:
+            index = torch.as_tensor(rows, device=layer.keys.device)
+            layer.keys, layer.values = layer.keys[index], layer.values[index]
+    return branch
+
+
+def expand(cache: DynamicCache, copies: int) -> DynamicCache:
+    """Each row repeated ``copies`` times in a row, as one prompt's cache for its group of trajectories."""
+    branch = fork(cache)
+    branch.batch_repeat_interleave(copies)
+    return branch
+
+
+def graft(cache: DynamicCache, grown: DynamicCache, rows: Sequence[int], padding: int) -> None:
+    """Put rows that were continued apart back into ``cache``, in place.
+
+    Args:
+        grown: the cache of ``rows``, longer by the tokens they took in.
+        padding: columns by which the whole batch grows; the rows' own left padding takes the rest.
+    """
+    for layer, source in zip(cache.layers, grown.layers, strict=True):
+        index = torch.as_tensor(rows, device=layer.keys.device)
+        width = min(layer.keys.shape[-2] + padding, source.keys.shape[-2])
+        for name in ("keys", "values"):
+            whole, part = getattr(layer, name), getattr(source, name)
+            if padding:
+                filler = whole.new_zeros(*whole.shape[:2], padding, whole.shape[-1])
+                whole = torch.cat([filler, whole], dim=-2)[..., -width:, :]
+            whole[index] = part[..., -width:, :]
+            setattr(layer, name, whole)
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length += padding
+
+
+def graft_mask(mask: Tensor, rows: Sequence[int], length: int, padding: int) -> Tensor:
+    """The attention mask (B, W + padding) after ``rows`` took in ``length`` tokens each."""
+    index = torch.as_tensor(rows, device=mask.device)
+    grown = torch.cat([mask[index], mask.new_ones(len(rows), length)], dim=-1)
+    mask = torch.cat([mask.new_zeros(mask.shape[0], padding), mask], dim=-1)
+    mask[index] = grown[:, -mask.shape[-1] :]
+    return mask

@@ -1,0 +1,202 @@
+"""Trained memory on disk: ``memory.safetensors`` and ``vismem.json``, nothing else, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .backbone import Backbone
+from .config import MemoryConfig, from_dict, to_dict
+from .errors import CheckpointError, VismemError
+
+if TYPE_CHECKING:
+    from .memory import Memory
+
+WEIGHTS, ABOUT = "memory.safetensors", "vismem.json"
+FORMAT = 1
+
+
+def save(memory: Memory, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a memory's trained tensors and its description.
+
+    Args:
+        about: more entries for ``vismem.json``, such as how it was trained.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in memory.trained().items()}
+    description = {
+        "format": FORMAT,
+        "base": describe(memory.backbone),
+        "memory": to_dict(memory.config),
+        **about,
+    }
+    # Each file replaces its predecessor in one step, the description last: it names the weights it belongs to.
+    atomically(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    description["weights"] = _digest(folder / WEIGHTS)
+    text = json.dumps(description, indent=2) + "\n"
+    atomically(folder / ABOUT, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside ``path`` and move it into place; what was there stays until all is on disk."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(Path(name))
+        with open(name, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def describe(backbone: Backbone) -> dict[str, Any]:
+    """What a memory must know of its base: family, name, shape and a fingerprint of its weights."""
+    config = backbone.model.config
+    return {
+        "backbone": backbone.name,
+        "name": config.name_or_path,
+        "revision": getattr(config, "_commit_hash", None),
+        "width": backbone.width,
+        "vision_width": backbone.vision_width,
+        "vocabulary": int(backbone.embeddings.weight.shape[0]),  # type: ignore[index]
+        "fingerprint": fingerprint(backbone),
+    }
+
+
+def fingerprint(backbone: Backbone) -> str:
+    """The same for the same weights in any precision: a digest of what quantising leaves alone, rounded to bf16.
+
+    These are the norms, the biases and the first rows of the embedding table.
+    """
+    tensors = {name: tensor for name, tensor in backbone.model.named_parameters() if tensor.ndim == 1}
+    tensors["embeddings"] = backbone.embeddings.weight[:64]  # type: ignore[index]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.replace(".base_layer", "").encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that fits its base, ready to be filled in."""
+
+    config: MemoryConfig
+    about: dict[str, Any]
+    weights: Path
+
+    def fill(self, memory: Memory) -> None:
+        """Copy the stored tensors into ``memory``.
+
+        Raises:
+            CheckpointError: if names or shapes differ.
+        """
+        fill(memory, _load(self.weights), self.weights)
+
+
+def fill(memory: Memory, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Copy tensors into a memory's trained state; all of them fit, or none is copied."""
+    targets = memory.trained()
+    if odd := sorted(targets.keys() ^ tensors.keys()):
+        raise CheckpointError(f"{where}: does not fit this memory: {odd[0]} is only in one of the two")
+    for name, target in targets.items():
+        if target.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {tuple(tensors[name].shape)}, this memory {tuple(target.shape)}"
+            )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+
+
+def read(source: str | Path, backbone: Backbone, *, any_base: bool = False) -> Stored:
+    """Find a checkpoint and check that it belongs to this base.
+
+    Args:
+        source: a folder, or a hub id.
+        any_base: accept other weights of the same family and shape.
+
+    Raises:
+        CheckpointError: missing, damaged, or made for another base.
+    """
+    folder = locate(source)
+    about = _description(folder)
+    _compare(folder, about.get("base", {}), describe(backbone), any_base=any_base)
+    try:
+        config = from_dict(MemoryConfig, about["memory"])
+    except (VismemError, KeyError) as error:
+        raise CheckpointError(f"{folder / ABOUT}: {error}") from error
+    return Stored(config, about, folder / WEIGHTS)
+
+
+def locate(source: str | Path) -> Path:
+    """The folder of a checkpoint; a hub id is downloaded (weights and description only)."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise CheckpointError(f"{source}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[WEIGHTS, ABOUT]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{source}: neither a folder nor a memory on the hub ({reason})") from error
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    for name in (ABOUT, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: holds no memory ({name} is missing)")
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / ABOUT}: not valid JSON ({error})") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else None
+        raise CheckpointError(f"{folder / ABOUT}: format {found!r}, this version reads {FORMAT}")
+    if about.get("weights") != _digest(folder / WEIGHTS):
+        raise CheckpointError(f"{folder}: {WEIGHTS} is not the file that {ABOUT} describes: damaged or mixed up")
+    return about
+
+
+def _compare(folder: Path, stored: Mapping[str, Any], found: Mapping[str, Any], *, any_base: bool) -> None:
+    name = stored.get("name") or "an unnamed base"
+    for key, what in (
+        ("backbone", "backbone"),
+        ("width", "language model width"),
+        ("vision_width", "vision encoder width"),
+        ("vocabulary", "vocabulary"),
+    ):
+        if stored.get(key) != found[key]:
+            raise CheckpointError(f"{folder}: made for {what} {stored.get(key)} ({name}), this model has {found[key]}")
+    if stored.get("fingerprint") != found["fingerprint"] and not any_base:
+        raise CheckpointError(
+            f"{folder}: made for {name}, whose weights differ from this model's; "
+            "pass any_base=True (--any-base) to load it all the same"
+        )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error

@@ -1,0 +1,133 @@
+"""All settings, as frozen dataclasses: defaults are the paper's where it states them (METHOD, Table 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from vismem_core.settings import Amount, Count, Positive, Section, Share, merge, read_override, read_yaml
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+Kind = Literal["short", "long"]
+KINDS: tuple[Kind, Kind] = ("short", "long")
+
+
+@dataclass(frozen=True)
+class QueryConfig(Section):
+    """The query builder B (Eq. 5, 9-11)."""
+
+    builder: str = "encoder"
+    """Registered name: ``encoder`` (the paper's) or ``cross`` (only the queries attend)."""
+    length: Positive = 8
+    """K, the number of query vectors."""
+    layers: Positive = 2
+    heads: Positive = 4
+    width: Count = 0
+    """Inner width; 0 takes the language model's width d, at most 1024."""
+
+
+@dataclass(frozen=True)
+class FormerConfig(Section):
+    """One memory former, F_s or F_l (Eq. 6)."""
+
+    name: str = "lora"
+    """Registered name: ``lora`` (the paper's) or ``transformer`` (a small stand-alone encoder)."""
+    length: Positive = 8
+    """N, the number of latent vectors."""
+    context: Literal["cache", "recompute"] = "cache"
+    """What X is: the states the base already computed, or the tower run again with the former switched on."""
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Share = 0.1
+    layers: Positive = 2
+    """Depth of the ``transformer`` former."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig(Section):
+    """What is attached to a model, and saved beside the trained weights."""
+
+    query: QueryConfig = field(default_factory=QueryConfig)
+    short: FormerConfig = field(default_factory=lambda: FormerConfig(length=8))
+    long: FormerConfig = field(default_factory=lambda: FormerConfig(length=16))
+    trigger: str = "policy"
+    """Trigger spec ``NAME[:ARGUMENT][@KIND]``, such as ``random:0.5`` or ``policy@short``."""
+    budget: Count = 8
+    """Invocations allowed per answer."""
+    distance: Count = 8
+    """Tokens that must lie between an end token and the next invocation."""
+    delimiters: tuple[str, ...] = (",", ".", ";", ":", "?", "!", "\n")
+    """Where a thought ends: triggers may invoke there, and the four tokens start as copies of the first one."""
+
+
+@dataclass(frozen=True)
+class StageConfig(Section):
+    """One training stage."""
+
+    steps: Count = 1000
+    batch: Positive = 8
+    lr: Amount = 5e-5
+    warmup: Share = 0.2
+    """Share of the steps over which the rate rises."""
+    weight_decay: Amount = 0.01
+    clip: Amount = 1.0
+    """Largest gradient norm."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """A training run."""
+
+    stage: Literal["formation", "invocation", "all"] = "all"
+    objective: str = "sft"
+    seed: Count = 0
+    formation: StageConfig = field(default_factory=StageConfig)
+    invocation: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-5, warmup=0.1))
+    end_rate: Amount = 0.1
+    """Learning rate of the end tokens' rows relative to the invocation tokens' rows."""
+    cost: float = 0.1
+    """What an invocation must gain in the answer's log-likelihood (nats) before Stage II calls it worthwhile."""
+    save_every: Positive = 100
+    eval_samples: Positive = 100
+    """Held-out samples per question type in the closing report."""
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """Everything a configuration file may hold."""
+
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load(path: Path | None = None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
+    """The settings of a YAML file, then of ``key=value`` texts such as ``train.formation.lr=1e-3``, over ``base``.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key (with the nearest known one), a value of the wrong type or
+            outside its limits; the message starts with ``file:line`` or the override.
+    """
+    config = base or Config()
+    if path is not None:
+        content, place = read_yaml(path)
+        config = merge(config, content or {}, place)
+    for text in overrides:
+        config = merge(config, *read_override(text))
+    return config
+
+
+def to_dict(config: Section) -> dict[str, Any]:
+    """Settings as plain nested dicts, ready for JSON or YAML."""
+    return asdict(config)
+
+
+def from_dict(cls: type[SectionT], data: Mapping[str, Any], source: str = "") -> SectionT:
+    """Settings from what ``to_dict`` gave, perhaps by way of JSON; keys left out keep their defaults.
+
+    Raises:
+        ConfigError: as ``load``; the message starts with ``source``, the file the data came from.
+    """
+    return merge(cls(), data, lambda key: f"{source}: " if source else "")

@@ -1,0 +1,269 @@
+"""The decoding loop: ``generate``'s own sampling loop, in which rows may take in memory (Eq. 3, 4).
+
+Every row writes one id per step, so the ids stay rectangular without filler: an invocation token, then its end token,
+then text. Between the two the row's latents enter the cache; they have no ids.
+
+An invocation token is fed like any other. Its state completes the segment that the query is built from. If all rows
+invoke the same kind together (always so for one row), the latents and the end token enter in one forward pass. In a
+ragged batch the latents of the invoking rows enter alone and the end token rides with the neighbours' next tokens.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+
+from .config import KINDS, Kind
+from .errors import AttachError
+from .session import Session
+from .trace import Invocation, Trace
+from .trigger import Row, Trigger
+
+if TYPE_CHECKING:
+    from .memory import Memory
+
+NEVER = float("-inf")
+
+
+class Decoder:
+    """One ``generate`` call with memory; passed to transformers as ``custom_generate``.
+
+    Args:
+        memory: what is attached.
+        session: already listening, since the images are encoded before the loop starts.
+        streamer: ``generate`` keeps the user's streamer from custom loops, so it is handed over here.
+    """
+
+    def __init__(self, memory: Memory, session: Session, trigger: Trigger, trace: Trace, streamer: Any = None) -> None:
+        self.memory, self.session, self.trigger, self.trace = memory, session, trigger, trace
+        self.tokens, self.streamer = memory.tokens, streamer
+        self.rows: list[Row] = []
+        self.due: dict[int, Kind] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Decode until every row has stopped; the same arguments and results as transformers' sampling loop."""
+        _check(generation_config, model_kwargs)
+        record = _Record(generation_config)
+        prompt, batch = input_ids.shape[1], input_ids.shape[0]
+        limit = stopping_criteria.max_length or generation_config.max_length
+        running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+        pad = generation_config._pad_token_tensor
+        padded = model_kwargs.get("attention_mask") is not None
+
+        output = model._prefill(input_ids, generation_config, model_kwargs)
+        self._start(input_ids, model_kwargs, output)
+        fed = [-1] * batch
+        while True:
+            model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
+            latents = self._form(fed, input_ids.shape[1] - prompt - 1)
+            logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            room = None if limit is None else limit - input_ids.shape[1]
+            logits, forced = self._choices(logits, room, running.tolist())
+            scores = self._force(logits_processor(input_ids, logits), forced)
+            record.add(output, scores, logits)
+            tokens = _select(scores, generation_config.do_sample)
+            if pad is not None:
+                tokens = torch.where(running, tokens, pad.to(tokens.device))
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            fed = self._note(tokens.tolist())
+            owes = torch.tensor([self.tokens.kind(token) is not None for token in fed], device=running.device)
+            running = running & (~stopping_criteria(input_ids, record.scores) | owes)
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
+            del output
+            if not running.any():
+                break
+            output, padded = self._feed(model, input_ids, latents, model_kwargs, padded)
+            self.session.observe([row for row, token in enumerate(fed) if token >= self.tokens.first + len(KINDS)])
+            self.session.advance()
+        if self.streamer is not None:
+            self.streamer.end()
+        return record.result(input_ids, model_kwargs.get("past_key_values"))
+
+    # One step
+
+    def _start(self, input_ids: Tensor, model_kwargs: dict[str, Any], output: Any) -> None:
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        if positions is None:
+            full = torch.ones_like(input_ids) if mask is None else mask
+            positions = (full.cumsum(-1) - 1).clamp(min=0)
+        self.session.start(input_ids, mask, positions, output.past_key_values)
+        self.rows = [Row(seed=seed) for seed in _seeds(input_ids, mask)]
+
+    def _form(self, fed: list[int], position: int) -> dict[Kind, tuple[list[int], Tensor]]:
+        """Form memory for the rows that were just fed an invocation token."""
+        rows: dict[Kind, list[int]] = defaultdict(list)
+        for row, token in enumerate(fed):
+            if kind := self.tokens.kind(token):
+                rows[kind].append(row)
+                self.due[row] = kind
+        latents = {}
+        for kind, own in rows.items():
+            vectors = self.session.form(own, self.memory.builder, self.memory.former(kind))
+            latents[kind] = (own, vectors)
+            self.trace.invocations += [Invocation(row, kind, position, vectors[at]) for at, row in enumerate(own)]
+        return latents
+
+    def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
+        """Append the memory tokens' logits, and say which rows have no choice."""
+        forced: dict[int, int] = {}
+        offered: dict[int, tuple[Kind, ...]] = {}
+        for at, row in enumerate(self.rows):
+            if at in self.due:
+                forced[at] = self.tokens.end(self.due.pop(at))
+            elif running[at] and self.memory.allows(row, room):
+                decision = self.trigger(row)
+                if decision == "policy":
+                    offered[at] = self.trigger.kinds
+                elif decision != "none":
+                    forced[at] = self.tokens.invocation(decision)
+        extended = F.pad(logits, (0, self.tokens.first + 4 - logits.shape[-1]), value=NEVER)
+        if offered:
+            own = self.tokens.logits(self.session.hidden[:, -1]).to(logits.device)
+            allowed = torch.tensor([[kind in offered.get(at, ()) for kind in KINDS] for at in range(len(logits))])
+            columns = slice(self.tokens.first, self.tokens.first + len(KINDS))
+            extended[:, columns] = own.masked_fill(~allowed.to(own.device), NEVER)
+        return extended, forced
+
+    @staticmethod
+    def _force(scores: Tensor, forced: dict[int, int]) -> Tensor:
+        """Leave forced rows a single choice, of log-probability 0."""
+        if forced:
+            rows, tokens = list(forced), list(forced.values())
+            scores[rows] = NEVER
+            scores[rows, tokens] = 0.0
+        return scores
+
+    def _note(self, tokens: list[int]) -> list[int]:
+        for row, token in zip(self.rows, tokens, strict=True):
+            row.step += 1
+            row.boundary = token in self.memory.delimiters
+            row.since_end = 0 if token >= self.tokens.first else row.since_end + 1
+            row.invocations += self.tokens.kind(token) is not None
+        return tokens
+
+    def _feed(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        latents: dict[Kind, tuple[list[int], Tensor]],
+        model_kwargs: dict[str, Any],
+        padded: bool,
+    ) -> tuple[Any, bool]:
+        """Feed every row's last id, after the latents of the rows that formed some."""
+        session, together = self.session, next(iter(latents.values()), None)
+        if together is not None and len(together[0]) == len(self.rows):
+            return self._feed_together(model, input_ids, together[1], model_kwargs, padded), padded
+        if latents:
+            session.insert(latents)
+            padded = True
+        model_kwargs["attention_mask"] = _longer(session.mask, 1) if padded else None
+        if "position_ids" in model_kwargs:
+            model_kwargs["position_ids"] = session.positions
+        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+        return model(**inputs, return_dict=True), padded
+
+    def _feed_together(
+        self, model: Any, input_ids: Tensor, latents: Tensor, model_kwargs: dict[str, Any], padded: bool
+    ) -> Any:
+        session, length = self.session, latents.shape[1]
+        end = self.tokens.vectors(input_ids[:, -1:], latents)
+        steps = torch.arange(length + 1, device=session.positions.device)
+        positions = session.positions + steps
+        session.took_in(range(len(latents)), latents, positions[..., :length])
+        session.advance(length)
+        model_kwargs["attention_mask"] = _longer(session.mask, 1) if padded else None
+        if "position_ids" in model_kwargs:
+            model_kwargs["position_ids"] = session.positions
+        return model(
+            inputs_embeds=torch.cat([latents, end], dim=1),
+            attention_mask=model_kwargs["attention_mask"],
+            position_ids=positions,
+            past_key_values=session.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
+
+
+class _Record:
+    """What ``return_dict_in_generate`` asked to be kept."""
+
+    def __init__(self, config: GenerationConfig) -> None:
+        self.wanted = bool(config.return_dict_in_generate)
+        self.scores: tuple[Tensor, ...] | None = () if self.wanted and config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if self.wanted and config.output_logits else None
+        self.attentions: tuple[Any, ...] | None = () if self.wanted and config.output_attentions else None
+        self.hidden: tuple[Any, ...] | None = () if self.wanted and config.output_hidden_states else None
+
+    def add(self, output: Any, scores: Tensor, logits: Tensor) -> None:
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self.attentions is not None:
+            self.attentions += (output.attentions,)
+        if self.hidden is not None:
+            self.hidden += (output.hidden_states,)
+
+    def result(self, ids: Tensor, cache: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        if not self.wanted:
+            return ids
+        return GenerateDecoderOnlyOutput(
+            sequences=ids,
+            scores=self.scores,
+            logits=self.logits,
+            attentions=self.attentions,
+            hidden_states=self.hidden,
+            past_key_values=cache,
+        )
+
+
+def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise AttachError(
+            f"memory works with greedy search and sampling, not with {mode.value.replace('_', ' ')}: "
+            "use num_beams=1, or memory.off() for this call"
+        )
+    if not model_kwargs.get("use_cache", True):
+        raise AttachError("memory lives in the KV cache: call generate with use_cache=True")
+    if config.prefill_chunk_size is not None:
+        raise AttachError("memory needs the prompt in one piece: call generate without prefill_chunk_size")
+
+
+def _longer(mask: Tensor, tokens: int) -> Tensor:
+    return torch.cat([mask, mask.new_ones(len(mask), tokens)], dim=-1)
+
+
+def _select(scores: Tensor, sample: bool) -> Tensor:
+    if sample:
+        return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+    return scores.argmax(-1)
+
+
+def _seeds(input_ids: Tensor, mask: Tensor | None) -> list[int]:
+    """One number per row from its own prompt; the n-th copy of a prompt differs from the first."""
+    seeds, copies = [], defaultdict[int, int](int)
+    kept = input_ids if mask is None else [ids[own.bool()] for ids, own in zip(input_ids, mask[:, -input_ids.shape[1] :])]
+    for ids in kept:
+        seed = zlib.crc32(bytes(str(ids.tolist()), "ascii"))
+        seeds.append(seed + 0x100000000 * copies[seed])
+        copies[seed] += 1
+    return seeds

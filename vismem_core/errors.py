@@ -1,0 +1,43 @@
+"""Errors a user can act on: one line that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VismemError(Exception):
+    """Base of all errors raised on purpose; the CLI prints it as one line and exits with 1."""
+
+
+class ConfigError(VismemError):
+    """A configuration key or value that does not exist or does not fit."""
+
+
+class DataError(VismemError):
+    """A bad row, image or answer; the message starts with ``file:line`` where there is one."""
+
+
+class PluginError(VismemError):
+    """A plugin, or a name in a registry, that is unknown or failed to load."""
+
+
+class AttachError(VismemError):
+    """A model, processor or ``generate`` call that memory cannot work with."""
+
+
+class CheckpointError(VismemError):
+    """A memory checkpoint that is missing, damaged, or made for another base."""
+
+
+class TrainingError(VismemError):
+    """Training that cannot go on, such as an output directory that holds another run."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint naming the nearest known word, or all of them: ``"did you mean 'lora'?"``."""
+    words = sorted(known)
+    close = difflib.get_close_matches(name, words, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(words)}" if words else "none are known"

@@ -1,0 +1,91 @@
+"""The interface of memory formers: a query and a context become latent vectors (Eq. 6)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .backbone import Backbone
+from .config import FormerConfig, Kind
+from .vision import VisionStates
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a former asks a session to keep: the vision encoder's keys and values, its inputs, all embeddings."""
+
+    vision_cache: bool = False
+    vision_inputs: bool = False
+    history: bool = False
+
+    @staticmethod
+    def union(needs: Iterable[Needs]) -> Needs:
+        """All of what several formers need."""
+        flags = [(own.vision_cache, own.vision_inputs, own.history) for own in needs]
+        return Needs(*(any(column) for column in zip(*flags, strict=True)))
+
+
+@dataclass
+class MemoryContext:
+    """What memory may look at when R rows invoke the same kind at the same time.
+
+    Attributes:
+        states, mask: H (R, y + z, d) in fp32 and its mask (R, y + z); see :class:`~vismem_core.query.QueryBuilder`.
+        visual: y, how many of the states are visual tokens (they come first).
+        query: Q (R, K, d) in fp32.
+        cache: the language model's cache of these rows, up to the invocation token. Appending to it is allowed: it
+            is a fork.
+        attention_mask: (R, W) over the cache.
+        next_position: (.., R, 1), the position id of the next token.
+        vision: the vision encoder's states of the whole batch.
+        rows: the R rows' numbers in the batch, for ``vision``.
+        history: for ``context="recompute"``, the embeddings of the whole context (R, W, d), and
+        history_positions: its position ids (.., R, W).
+    """
+
+    states: Tensor
+    mask: Tensor
+    visual: int
+    query: Tensor
+    cache: DynamicCache
+    attention_mask: Tensor
+    next_position: Tensor
+    vision: VisionStates
+    rows: Sequence[int]
+    history: Tensor | None = None
+    history_positions: Tensor | None = None
+
+
+class MemoryFormer(nn.Module, ABC):
+    """F_s or F_l: forms the N latent vectors of one kind.
+
+    Args:
+        kind: which memory this one forms.
+        backbone: the model it is attached to. A former may put adapters on it and must take them off in
+            :meth:`detach`; it must not keep the model as a submodule.
+        config: its settings.
+    """
+
+    def __init__(self, kind: Kind, backbone: Backbone, config: FormerConfig) -> None:
+        super().__init__()
+        self.kind, self.config = kind, config
+
+    @property
+    def needs(self) -> Needs:
+        """What :meth:`forward` reads beyond the states, the query and the cache."""
+        return Needs()
+
+    @abstractmethod
+    def forward(self, context: MemoryContext) -> Tensor:
+        """(R, N, d), in the precision of the language model's embeddings."""
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained tensors that live inside the base model, by name."""
+        return {}
+
+    def detach(self) -> None:
+        """Leave the base model as it was."""

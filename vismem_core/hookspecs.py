@@ -1,0 +1,84 @@
+"""What a plugin may add to vismem. Each hook is one function that takes a ``register`` callback.
+
+A plugin is a module, named by an entry point of the group ``vismem``, that implements any of these hooks:
+
+    from vismem_core.hookspecs import Register, hookimpl
+
+    @hookimpl
+    def register_formers(register: Register) -> None:
+        register("mine", "my_package.former:MyFormer", description="What it does, in one line")
+
+Only strings are registered: what ``package.module:attribute`` names is imported when it is first asked for, so keep
+the plugin module itself free of heavy imports.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import pluggy
+
+PROJECT = "vismem"
+"""The pluggy project, and the group of entry points."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Register(Protocol):
+    """Adds one name to a registry."""
+
+    def __call__(self, name: str, target: str, /, **facts: object) -> None:
+        """Register ``target``, such as ``"package.module:attribute"``, as ``name``.
+
+        ``facts`` are what can be known without importing it; every registry shows ``description``.
+
+        Raises:
+            PluginError: a target of another form, or a name that is taken.
+        """
+
+
+@hookspec
+def register_backbones(register: Register) -> None:
+    """Families of models: subclasses of ``vismem_core.backbone.Backbone``.
+
+    Facts: ``families``, names for people; ``model_types``, as in the models' ``config.json``; ``features``.
+    """
+
+
+@hookspec
+def register_query_builders(register: Register) -> None:
+    """Query builders: see ``vismem_core.query.QueryBuilder``."""
+
+
+@hookspec
+def register_formers(register: Register) -> None:
+    """Memory formers: see ``vismem_core.former.MemoryFormer``."""
+
+
+@hookspec
+def register_triggers(register: Register) -> None:
+    """Who invokes memory, and when: callables ``(argument, kinds) -> vismem_core.trigger.Trigger``."""
+
+
+@hookspec
+def register_datasets(register: Register) -> None:
+    """Callables ``(split) -> Sequence[Sample]``, with ``split`` ``"train"`` or ``"heldout"``.
+
+    What comes back may have an attribute ``groups``, such as ``{"seen": ("count",), "new": ("right",)}``.
+    """
+
+
+@hookspec
+def register_metrics(register: Register) -> None:
+    """Callables ``(predictions: Sequence[str], samples: Sequence[Sample]) -> list[float]``, each from 0 to 1."""
+
+
+@hookspec
+def register_bases(register: Register) -> None:
+    """Embedded models: callables ``() -> vismem_core.bases.Base``, registered under the name of their backbone."""
+
+
+@hookspec
+def register_commands(register: Register) -> None:
+    """Commands of the ``vismem`` program: a ``typer.Typer`` or a function that typer can turn into a command."""

@@ -1,0 +1,204 @@
+"""What memory knows of one batch: what it saw, what it wrote since the last end token, where its cache stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from . import cache as kv
+from .backbone import Backbone
+from .errors import AttachError
+from .former import MemoryContext, MemoryFormer, Needs
+from .query import QueryBuilder
+from .vision import VisionStates
+
+
+class Session:
+    """Follows one batch from its prefill on.
+
+    Attributes:
+        cache: the language model's KV cache, right-aligned (see :mod:`vismem_core.cache`).
+        mask: (B, W) over the cache.
+        positions: (.., B, 1), the position id of each row's next token.
+        hidden: (B, L, d), last hidden states of the latest forward pass through :meth:`listen`.
+        vision: the vision encoder's states.
+    """
+
+    def __init__(self, backbone: Backbone, needs: Needs) -> None:
+        self.backbone, self.needs = backbone, needs
+        self.vision = VisionStates()
+        self.cache: DynamicCache
+        self.mask: Tensor
+        self.positions: Tensor
+        self.hidden: Tensor
+        self._embeds: Tensor
+        self._visual: Tensor
+        self._visual_mask: Tensor
+        self._written: list[Tensor] = []
+        self._segment: list[int] = []
+        self._padding: list[int] = []
+        self._history: list[list[tuple[Tensor, Tensor]]] = []
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Note what enters and leaves the language model, and what the vision encoder computes, inside the context."""
+
+        def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            embeds = kwargs.get("inputs_embeds")
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            self._embeds = embeds if embeds is not None else self.backbone.embeddings(ids)
+
+        def leave(module: Any, args: Any, output: Any) -> None:
+            self.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+        decoder, needs = self.backbone.decoder, self.needs
+        with ExitStack() as stack:
+            stack.callback(decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(decoder.register_forward_hook(leave).remove)
+            if needs.vision_cache or needs.vision_inputs:
+                recording = self.backbone.record(self.vision, keep=needs.vision_cache, inputs=needs.vision_inputs)
+                stack.enter_context(recording)
+            yield
+
+    def start(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: object,
+        written: Sequence[int] | None = None,
+    ) -> None:
+        """Begin after the prefill.
+
+        Args:
+            input_ids: (B, L), left-padded prompts.
+            mask: (B, past + L), or None if nothing is padding.
+            positions: (.., B, L), the prompt's position ids.
+            written: how many tokens at each row's end belong to its answer already (none by default).
+        """
+        batch, length = input_ids.shape
+        if self.hidden.shape[1] != length:
+            raise AttachError("memory needs the prompt's input_ids: it cannot tell images from text in inputs_embeds")
+        self.cache = kv.check(cache)
+        width = self.cache.get_seq_length()
+        self.mask = input_ids.new_ones(batch, width) if mask is None else mask[:, :width]
+        self._padding = self.mask.argmax(-1).tolist() if mask is not None else [0] * batch
+        self.positions = positions.expand(*positions.shape[:-2], batch, length)[..., -1:] + 1
+        self._see(input_ids)
+        self._segment = [0] * batch
+        if written is not None and max(written) > 0:
+            longest = max(written)
+            self._written = list(self.hidden[:, -longest:].unbind(1))
+            self._segment = [longest - count for count in written]
+        if self.needs.history:
+            own = positions.expand(*positions.shape[:-2], batch, length)
+            self._history = [
+                [(self._embeds[b, self._padding[b] :], own[..., b, self._padding[b] :])] for b in range(batch)
+            ]
+
+    def _see(self, input_ids: Tensor) -> None:
+        media = [input_ids == token for token in self.backbone.placeholders.values()]
+        seen = torch.stack(media).any(0)
+        tokens = [self._embeds[row, seen[row].to(self._embeds.device)] for row in range(len(input_ids))]
+        counts = torch.tensor([len(own) for own in tokens], device=self._embeds.device)
+        self._visual = pad_sequence(tokens, batch_first=True).float()
+        self._visual_mask = torch.arange(self._visual.shape[1], device=counts.device) < counts[:, None]
+        if self.vision.patches:
+            self.vision.assign([medium.sum(-1).tolist() for medium in media])
+
+    def observe(self, ended: Sequence[int]) -> None:
+        """Note the states of the token just fed; rows in ``ended`` were fed their end token and begin a segment."""
+        self._written.append(self.hidden[:, -1])
+        for row in ended:
+            self._segment[row] = len(self._written)
+        if self.needs.history:
+            for row, pieces in enumerate(self._history):
+                pieces.append((self._embeds[row, -1:], self.positions[..., row, :]))
+
+    def advance(self, tokens: int = 1) -> None:
+        """The cache of every row grew by ``tokens`` real tokens."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), tokens)], dim=-1)
+        self.positions = self.positions + tokens
+
+    # Forming
+
+    def form(self, rows: Sequence[int], builder: QueryBuilder, former: MemoryFormer) -> Tensor:
+        """The latents of ``rows``, (R, N, d)."""
+        context = self.context(rows)
+        context.query = builder(context.states, context.mask)
+        latents: Tensor = former(context)
+        return latents
+
+    def context(self, rows: Sequence[int]) -> MemoryContext:
+        """What memory may look at for ``rows``, with an empty query."""
+        index = torch.as_tensor(rows, device=self.mask.device)
+        states, mask = self._states(rows)
+        history, history_positions = self._padded_history(rows) if self.needs.history else (None, None)
+        return MemoryContext(
+            states=states,
+            mask=mask,
+            visual=self._visual.shape[1],
+            query=states[:, :0],
+            cache=kv.select(self.cache, rows),
+            attention_mask=self.mask[index],
+            next_position=self.positions[..., index, :],
+            vision=self.vision,
+            rows=rows,
+            history=history,
+            history_positions=history_positions,
+        )
+
+    def _states(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        index = torch.as_tensor(rows, device=self._visual.device)
+        first = min(self._segment[row] for row in rows)
+        written = torch.stack([states[index.to(states.device)] for states in self._written[first:]], dim=1)
+        begin = torch.tensor([self._segment[row] - first for row in rows], device=written.device)
+        fresh = torch.arange(written.shape[1], device=written.device) >= begin[:, None]
+        states = torch.cat([self._visual[index], written.to(self._visual)], dim=1)
+        return states, torch.cat([self._visual_mask[index], fresh.to(index.device)], dim=1)
+
+    def _padded_history(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        embeds = [torch.cat([piece[0] for piece in self._history[row]]) for row in rows]
+        places = [torch.cat([piece[1] for piece in self._history[row]], dim=-1) for row in rows]
+        width = self.mask.shape[1]
+        history = torch.stack([torch.nn.functional.pad(own, (0, 0, width - len(own), 0)) for own in embeds])
+        positions = [torch.nn.functional.pad(own, (width - own.shape[-1], 0)) for own in places]
+        return history, torch.stack(positions, dim=-2)
+
+    # Inserting
+
+    def insert(self, latents: Mapping[int, tuple[Sequence[int], Tensor]]) -> None:
+        """Let some rows take in latents on their own, while their neighbours wait.
+
+        Args:
+            latents: any key -> (rows, (R, N, d)).
+        """
+        for rows, vectors in latents.values():
+            length = vectors.shape[1]
+            index = torch.as_tensor(rows, device=self.mask.device)
+            grown = kv.select(self.cache, rows)
+            steps = torch.arange(length, device=self.positions.device)
+            positions = self.positions[..., index, :] + steps
+            mask = torch.cat([self.mask[index], self.mask.new_ones(len(rows), length)], dim=-1)
+            self.backbone.continue_(vectors, mask, positions, grown)
+            self.took_in(rows, vectors, positions)
+            padding = max(0, length - min(self._padding[row] for row in rows))
+            kv.graft(self.cache, grown, rows, padding)
+            self.mask = kv.graft_mask(self.mask, rows, length, padding)
+            self._padding = [own + padding for own in self._padding]
+            for row in rows:
+                self._padding[row] -= length
+            self.positions = self.positions.clone()
+            self.positions[..., index, :] += length
+
+    def took_in(self, rows: Sequence[int], vectors: Tensor, positions: Tensor) -> None:
+        """Note latents that entered the cache, for ``context="recompute"``."""
+        if self.needs.history:
+            for at, row in enumerate(rows):
+                self._history[row].append((vectors[at], positions[..., at, :]))
