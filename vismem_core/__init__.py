@@ -40,8 +40,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Backbone",
     "Config",
-    "Invocation",
     "InjectionHook",
+    "Invocation",
     "Memory",
     "MemoryConfig",
     "MemoryContext",

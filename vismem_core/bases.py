@@ -34,10 +34,28 @@ def embedded(backbone: str | None = None) -> tuple[str, Base]:
     names = registry.names()
     if backbone is None and not names:
         raise PluginError("no embedded model is registered; name a model with --model")
-    if backbone is not None and backbone not in names and backbone in plugins.registry("backbones").names():
+    if backbone is not None and backbone not in names:
+        plugins.registry("backbones").entry(backbone)
         raise PluginError(f"the backbone {backbone!r} has no embedded model; name a model with --model")
     name = backbone or names[0]
     base = registry.get(name)()
     if not isinstance(base, Base):
         raise PluginError(f"the embedded model of {name!r} is no Base but {type(base).__name__}")
     return name, base
+
+
+def base_of(source: str | Path) -> tuple[str, str | None]:
+    """The backbone and the model that a trained memory was made for; None is the backbone's embedded model.
+
+    A model recorded as a directory that this machine does not have is taken to be the embedded one: whether the
+    memory fits it is checked when it is attached.
+
+    Raises:
+        CheckpointError: ``source`` is no folder or hub id of a memory.
+    """
+    from vismem_core.checkpoint import _description, locate  # brings torch
+
+    recorded = _description(locate(source))["base"]
+    name = recorded["name"]
+    lost = not name or (Path(name).is_absolute() and not Path(name).is_dir())
+    return recorded["backbone"], None if lost else name

@@ -75,6 +75,8 @@ class StageConfig(Section):
     weight_decay: Amount = 0.01
     clip: Amount = 1.0
     """Largest gradient norm."""
+    anywhere: Share = 0.0
+    """Share of the answers in which memory may be invoked between delimiters too."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,12 @@ class TrainConfig(Section):
     cost: float = 0.1
     """What an invocation must gain in the answer's log-likelihood (nats) before Stage II calls it worthwhile."""
     save_every: Positive = 100
+    """Steps between two states that ``--resume`` can go on from."""
     eval_samples: Positive = 100
     """Held-out samples per question type in the closing report."""
+    eval_batch: Positive = 50
+    max_new_tokens: Positive = 64
+    """Longest answer in the closing report, in tokens."""
 
 
 @dataclass(frozen=True)

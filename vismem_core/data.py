@@ -82,6 +82,20 @@ class Dataset(Sequence[Sample]):
         return self.samples[index]
 
 
+def question(prompt: str, images: Sequence[Path], sample_id: str = "question") -> Sample:
+    """A sample from a prompt and image files, checked as a row of a file is.
+
+    Raises:
+        DataError: an empty prompt, a missing or damaged image, or a number of images that does not fit the prompt.
+    """
+    if not prompt.strip():
+        raise DataError("the prompt is empty")
+    _check_places(prompt, images)
+    for image in images:
+        _verify(image)
+    return Sample(sample_id, tuple(images), prompt)
+
+
 def open_dataset(
     source: str | Path,
     split: Literal["train", "heldout"],
@@ -145,7 +159,7 @@ class _Reader:
     """Turns the rows of one file into samples; raises DataError without the place."""
 
     def __init__(self, path: Path, need_answer: bool, allow_outside: bool) -> None:
-        self.folder = Path(os.path.abspath(path.parent))  # noqa: PTH100 - links inside the folder may lead out of it
+        self.folder = Path(os.path.abspath(path.parent))  # unlike resolve: links may lead out of the folder
         self.need_answer = need_answer
         self.allow_outside = allow_outside
         self.lines: dict[str, int] = {}
@@ -157,8 +171,7 @@ class _Reader:
         answer = _text(row, "answer") if self.need_answer or row.get("answer") is not None else None
         kind = _text(row, "type") if row.get("type") is not None else None
         images = tuple(self._image(name) for name in _names(row))
-        if (places := prompt.count(PLACEHOLDER)) and places != len(images):
-            raise DataError(f"the prompt has {places} {PLACEHOLDER} but the row has {len(images)} images")
+        _check_places(prompt, images)
         if sample_id in self.lines:
             raise DataError(f"the id {sample_id!r} is taken by line {self.lines[sample_id]}; ids must differ")
         self.lines[sample_id] = line
@@ -177,11 +190,11 @@ class _Reader:
         return row
 
     def _image(self, name: str) -> Path:
-        path = Path(os.path.abspath(self.folder / name))  # noqa: PTH100
+        path = Path(os.path.abspath(self.folder / name))
         if not self.allow_outside and not path.is_relative_to(self.folder):
             raise DataError(f"the image {name!r} lies outside the folder of the file; move it there")
         if path not in self.verified:
-            _verify(path, name)
+            _verify(path)
             self.verified.add(path)
         return path
 
@@ -207,12 +220,17 @@ def _names(row: Mapping[str, Any]) -> Iterable[str]:
     return names
 
 
-def _verify(path: Path, name: str) -> None:
+def _check_places(prompt: str, images: Sequence[object]) -> None:
+    if (places := prompt.count(PLACEHOLDER)) and places != len(images):
+        raise DataError(f"the prompt has {places} {PLACEHOLDER}, but there are {len(images)} images")
+
+
+def _verify(path: Path) -> None:
     """Checks that a file is an image, without decoding its pixels."""
     if not path.is_file():
-        raise DataError(f"no such image: {name!r} ({path})")
+        raise DataError(f"no such image: {path}")
     try:
         with Image.open(path) as image:
             image.verify()
     except Exception as error:  # damaged files make PIL raise nearly anything
-        raise DataError(f"the image {name!r} is damaged or of no known format ({path})") from error
+        raise DataError(f"the image {path} is damaged or of no known format") from error

@@ -93,12 +93,20 @@ class Registry:
         """What is registered as ``name``, imported now if it was not yet.
 
         Raises:
-            PluginError: an unknown name (with the nearest known one), or a target that does not load.
+            PluginError: an unknown name, or a target that does not load.
+        """
+        return self.entry(name).load()
+
+    def entry(self, name: str) -> Entry:
+        """How ``name`` was registered.
+
+        Raises:
+            PluginError: an unknown name; the message gives the nearest known one.
         """
         if name not in self._entries:
             broken = f"; not loaded: {', '.join(self._broken)} (see: vismem plugins)" if self._broken else ""
             raise PluginError(f"unknown {noun(self.kind)} {name!r}; {nearest(name, self._entries)}{broken}")
-        return self._entries[name].load()
+        return self._entries[name]
 
 
 class Plugins:

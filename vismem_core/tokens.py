@@ -36,16 +36,15 @@ class MemoryTokens(nn.Module):
 
     Attributes:
         first: id of the first of the four; the others follow.
-        embed: (4, d), input vectors in the order of :data:`NAMES`.
-        head: (2, d), output rows of the two invocation tokens. End tokens have none: they are appended, never
-            sampled.
+        invoke: (2, d), input vectors of the invocation tokens.
+        close: (2, d), input vectors of the end tokens.
+        head: (2, d), output rows of the invocation tokens. End tokens have none: they are appended, never sampled.
     """
 
-    def __init__(self, first: int, embed: Tensor, head: Tensor) -> None:
+    def __init__(self, first: int, invoke: Tensor, close: Tensor, head: Tensor) -> None:
         super().__init__()
         self.first = first
-        self.embed = nn.Parameter(embed)
-        self.head = nn.Parameter(head)
+        self.invoke, self.close, self.head = nn.Parameter(invoke), nn.Parameter(close), nn.Parameter(head)
 
     @classmethod
     def like(cls, delimiter: int, embeddings: nn.Module, head: nn.Module, first: int) -> MemoryTokens:
@@ -55,7 +54,7 @@ class MemoryTokens(nn.Module):
         """
         source = embeddings.weight[delimiter].detach().float()  # type: ignore[index]
         target = head.weight[delimiter].detach().float()  # type: ignore[index]
-        return cls(first, _perturbed(source, 4), _perturbed(target, 2).to(source.device))
+        return cls(first, _perturbed(source), _perturbed(source), _perturbed(target).to(source.device))
 
     def invocation(self, kind: Kind) -> int:
         """Id of the token that asks for ``kind``."""
@@ -79,7 +78,7 @@ class MemoryTokens(nn.Module):
 
     def vectors(self, ids: Tensor, like: Tensor) -> Tensor:
         """Input vectors of memory token ids, (..) -> (.., d), on the device and in the precision of ``like``."""
-        return self.embed.to(like)[(ids - self.first).to(like.device)]
+        return torch.cat([self.invoke, self.close]).to(like)[(ids - self.first).to(like.device)]
 
     def lay_over(self, embeddings: nn.Module) -> list[Any]:
         """Hooks that give the four ids their vectors; remove the handles to take them off."""
@@ -99,9 +98,9 @@ class MemoryTokens(nn.Module):
         return [embeddings.register_forward_pre_hook(before), embeddings.register_forward_hook(after)]
 
 
-def _perturbed(row: Tensor, copies: int) -> Tensor:
+def _perturbed(row: Tensor) -> Tensor:
     scale = 0.02 * row.norm() / row.numel() ** 0.5
-    return row + scale * torch.randn(copies, row.numel()).to(row)
+    return row + scale * torch.randn(len(KINDS), row.numel()).to(row)
 
 
 def delimiter_ids(tokenizer: Any, delimiters: Iterable[str]) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 import typer.core
+
 from vismem_core import plugins
 from vismem_core.errors import PluginError
 from vismem_core.plugins import Entry

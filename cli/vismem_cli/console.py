@@ -30,7 +30,9 @@ def warn(message: str) -> None:
     err.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], numbers: bool = False) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], numbers: bool = False
+) -> None:
     """A table on stdout; with ``numbers``, all columns but the first are set flush right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):

@@ -23,15 +23,26 @@ class DType(str, Enum):
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Backbone = Annotated[
-    str | None, typer.Option("--backbone", help="Family of the model; found by itself where a model is given.")
+    str | None,
+    typer.Option("--backbone", metavar="NAME", help="Family of the model; found by itself where a model is given."),
 ]
-Model = Annotated[str | None, typer.Option("--model", help="Hub id or directory; by default the embedded model.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="ID|DIR", help="Hub id or directory; by default the embedded model.")
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="TEXT", help="Branch, tag or commit of a model on the hub.")
+]
 Memory = Annotated[
-    str | None, typer.Option("--memory", help="Directory or hub id of a trained memory; by default the shipped one.")
+    str | None,
+    typer.Option(
+        "--memory", metavar="DIR|ID", help="Directory or hub id of a trained memory; by default the shipped one."
+    ),
 ]
-Device = Annotated[str, typer.Option("--device", help="Such as cpu, cuda or cuda:1.")]
-Dtype = Annotated[DType, typer.Option("--dtype", help="Number type of the model.")]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Accept a model of the same shape whose weights differ from the memory's.")
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="Such as cpu, cuda or cuda:1.")]
+Dtype = Annotated[DType, typer.Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a model from the hub run its own code on this machine.")
 ]
@@ -41,10 +52,10 @@ OnBad = Annotated[
 AllowOutside = Annotated[
     bool, typer.Option("--allow-outside", help="Let a data file name images outside its own directory.")
 ]
-Data = Annotated[str | None, typer.Option("--data", help="JSONL file or registered data set.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Questions answered together.")]
+Data = Annotated[str | None, typer.Option("--data", metavar="FILE|NAME", help="JSONL file or registered data set.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer, in tokens.")]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Questions answered together.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.formation.steps=200.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.seed=1.")
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings.")]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.text import Text
+
 from vismem_core import plugins as core
 
 from .console import print_json, print_table
@@ -15,7 +16,9 @@ from .options import Json
 EXAMPLE = "Example: vismem plugins --json"
 
 
-def plugins(as_json: Json = False, names: Annotated[bool, typer.Option(help="List every registered name.")] = False) -> None:
+def plugins(
+    as_json: Json = False, names: Annotated[bool, typer.Option(help="List every registered name.")] = False
+) -> None:
     """List the plugins, and why any of them did not load."""
     status = core.status()
     entries = [entry for kind in core.KINDS for entry in core.registry(kind).entries()]

@@ -45,6 +45,7 @@ def test_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("train.seed=true", "train.seed: expected a whole number, got True (true or false)"),
         ("train.seed=1.5", "train.seed: expected a whole number, got 1.5 (number)"),
         ("train.formation.lr=fast", "train.formation.lr: expected a number, got 'fast' (text)"),
+        ("train.formation.lr=true", "train.formation.lr: expected a number, got True (true or false)"),
         ("train.formation.lr=.nan", "train.formation.lr: expected a number, got nan (number)"),
         ("train.seed", "'train.seed': expected key=value"),
         ("train.seed=[", "'train.seed=[': the value is not YAML"),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vismem_core.data import Sample, Skipped, open_dataset, read_jsonl
+from vismem_core.data import Sample, Skipped, open_dataset, question, read_jsonl
 from vismem_core.errors import DataError
 
 ROW: dict[str, Any] = {"id": "a", "image": "red.png", "prompt": "what colour ?", "answer": "red", "type": "colour"}
@@ -17,7 +17,9 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("red.png", "../outside.png"):
         Image.new("RGB", (4, 4), "red").save(folder / name)
-    (folder / "damaged.png").write_bytes((folder / "red.png").read_bytes()[:40])
+    png = bytearray((folder / "red.png").read_bytes())
+    png[-20] ^= 0xFF  # inside the pixels: it opens, but its checksum is wrong
+    (folder / "damaged.png").write_bytes(png)
     (folder / "text.png").write_text("no image")
     return folder
 
@@ -56,12 +58,12 @@ BAD: list[tuple[dict[str, Any] | str | bytes, str]] = [
     (ROW | {"type": 3}, "'type' must be a text"),
     (ROW | {"images": ["red.png"]}, "both 'image' and 'images'"),
     (ROW | {"image": ["red.png"]}, "'image' must be a path"),
-    (ROW | {"image": "blue.png"}, "no such image: 'blue.png'"),
-    (ROW | {"image": "damaged.png"}, "'damaged.png' is damaged"),
-    (ROW | {"image": "text.png"}, "'text.png' is damaged or of no known format"),
+    (ROW | {"image": "blue.png"}, "data/blue.png"),
+    (ROW | {"image": "damaged.png"}, "data/damaged.png is damaged"),
+    (ROW | {"image": "text.png"}, "data/text.png is damaged or of no known format"),
     (ROW | {"image": "../outside.png"}, "lies outside the folder"),
     (ROW | {"image": "/etc/hostname"}, "lies outside the folder"),
-    (ROW | {"prompt": "<image> or <image> ?"}, "the prompt has 2 <image> but the row has 1 images"),
+    (ROW | {"prompt": "<image> or <image> ?"}, "the prompt has 2 <image>, but there are 1 images"),
     (ROW | {"id": "first"}, "the id 'first' is taken by line 1"),
 ]
 
@@ -125,3 +127,15 @@ def test_open_dataset(folder: Path) -> None:
     assert first["train"].id != first["heldout"].id
     with pytest.raises(DataError, match=r"mosiac: neither a file nor a data set; did you mean 'mosaic'\?"):
         open_dataset("mosiac", "train")
+
+
+def test_a_question_is_checked_like_a_row(folder: Path) -> None:
+    assert question("<image> ?", [folder / "red.png"]).images == (folder / "red.png",)
+    for prompt, name, message in [
+        (" ", "red.png", "the prompt is empty"),
+        ("?", "blue.png", "no such image"),
+        ("?", "text.png", "damaged"),
+        ("<image><image>", "red.png", "has 2 <image>, but there are 1 images"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            question(prompt, [folder / name])

@@ -1,7 +1,7 @@
-"""An untrained `mini` of a family: its configuration, processor and chat template, from the published classes.
+"""An untrained `mini` of a family: configuration, processor and chat template, of the published classes.
 
-A new family is one entry of `FAMILIES`: a function that builds the model and its processor, and one that makes of
-cells what its image processor would make of their mosaics.
+A new family is one entry of `FAMILIES`: a function that builds the model and its processor, and one that
+makes of cells what its image processor would make of their mosaics.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -20,19 +21,29 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
-from torch import Tensor
 
 from vismem_plugins.mosaic import CELL
 
 PAD, EOS, UNKNOWN = "<|endoftext|>", "<|im_end|>", "<unk>"
-SPECIAL = (PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", UNKNOWN)
+SPECIAL = (
+    PAD,
+    "<|im_start|>",
+    EOS,
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    UNKNOWN,
+)
 # The words of `mosaic`, then a few that other prompts are likely to use; all else is <unk>.
-WORDS = """system user assistant . , : ; ? ! ( ) 0 1 2 3 4 5 6 7 8 9
-what is at row column count the cells cell where left of above below right same as list a an opposite most least
-frequent kind are there how many which yes no top trousers dress coat sandal sneaker boot bag
-clothing footwear accessory
-and or not in on to it this that image picture photo answer question with one word describe show me please both
-first second different between""".split()
+WORDS = """
+system user assistant . , : ; ? ! ( ) 0 1 2 3 4 5 6 7 8 9
+what is at row column count the cells cell where left of above below right same as list a an
+opposite most least frequent kind are there how many which yes no
+top trousers dress coat sandal sneaker boot bag clothing footwear accessory
+and or not in on to it this that image picture photo answer question with one word describe
+show me please both first second different between
+""".split()  # noqa: SIM905
 VOCABULARY = 160  # rows of the embedding; the published families have spare ones too
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -46,7 +57,9 @@ CHAT = (
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word or punctuation mark, lower-cased; decoding joins them with spaces."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token=UNKNOWN))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token=UNKNOWN)
+    )
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -72,7 +85,7 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
         video_processor=Qwen2VLVideoProcessor(**look, **gray),
         chat_template=CHAT,
     )
-    ids = words.convert_tokens_to_ids
+    vocabulary = words.get_vocab()
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCABULARY,
@@ -82,11 +95,11 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 2048,
-            # A small base: the sections of height and width hold the slowest frequencies, and there are few cells.
+            # The sections of height and width hold the slow frequencies, and here they tell 1 from 2.
             "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 4, 4]},
             "bos_token_id": None,
-            "eos_token_id": ids(EOS),
-            "pad_token_id": ids(PAD),
+            "eos_token_id": vocabulary[EOS],
+            "pad_token_id": vocabulary[PAD],
         },
         vision_config={
             "depth": 3,
@@ -100,10 +113,10 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
             "fullatt_block_indexes": [2],
             "out_hidden_size": 96,
         },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
+        image_token_id=vocabulary["<|image_pad|>"],
+        video_token_id=vocabulary["<|video_pad|>"],
+        vision_start_token_id=vocabulary["<|vision_start|>"],
+        vision_end_token_id=vocabulary["<|vision_end|>"],
         tie_word_embeddings=True,
     )
     return Qwen2_5_VLForConditionalGeneration(config), processor

@@ -1,10 +1,10 @@
 """Training batches: a mosaic is shown once for several questions.
 
-The questions stand one after the other behind the image, have the positions that each would have alone, and cannot see
-each other, so that a step is worth that many single prompts at a fraction of the cost.
+The questions stand one after the other behind the image, have the positions that each would have alone, and
+cannot see each other, so that a step is worth that many single prompts at a fraction of the cost.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -18,7 +18,16 @@ from vismem_plugins.mosaic import CELL, QUESTIONS, Grid, draw_grid, draw_photos
 
 IGNORED = -100
 # How often a type is asked, relative to the others; "list" names every cell, and so is worth many.
-WEIGHTS = {"read": 2.0, "count": 2.0, "where": 2.0, "left": 1.0, "above": 1.0, "same": 2.0, "list": 1.0, "fact": 0.3}
+WEIGHTS = {
+    "read": 2.0,
+    "count": 2.0,
+    "where": 4.0,
+    "left": 1.0,
+    "above": 1.0,
+    "same": 2.0,
+    "list": 1.0,
+    "fact": 0.3,
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,12 @@ class Batch:
 def encode(processor: Any, images: Sequence[Sequence[Any]], prompts: Sequence[str]) -> Any:
     """Chat prompts with their images as padded model inputs."""
     chats = [
-        [{"role": "user", "content": [*({"type": "image", "image": i} for i in row), {"type": "text", "text": text}]}]
+        [
+            {
+                "role": "user",
+                "content": [*({"type": "image", "image": i} for i in row), {"type": "text", "text": text}],
+            }
+        ]
         for row, text in zip(images, prompts, strict=True)
     ]
     return processor.apply_chat_template(
@@ -98,16 +112,17 @@ class Packer:
     def __init__(self, model: Any, processor: Any, sizes: Sequence[int], seed: int) -> None:
         self._layouts = {size: layout(model, processor, size) for size in sizes}
         self._words: dict[str, int] = processor.tokenizer.get_vocab()
+        self._text = [token for word, token in self._words.items() if not word.startswith("<")]
         self._end: int = processor.tokenizer.eos_token_id
         self._pad: int = processor.tokenizer.pad_token_id
         self._rng, self._noise = Random(seed), np.random.default_rng(seed)
 
-    def __call__(self, size: int, count: int, questions: int) -> Batch:
-        """`count` mosaics of a size with `questions` questions each."""
+    def __call__(self, size: int, count: int, questions: int, murmurs: float = 0.0) -> Batch:
+        """`count` mosaics of a size with `questions` questions each; a share of the answers follows a murmur."""
         place = self._layouts[size]
         grids = [draw_grid(size, self._rng) for _ in range(count)]
         cells = np.concatenate([draw_photos(grid, "train", self._rng) for grid in grids])
-        rows = [self._row(place, ask(grid, questions, self._rng)) for grid in grids]
+        rows = [self._row(place, ask(grid, questions, self._rng), murmurs) for grid in grids]
         length = max(len(row[0]) for row in rows)
         ids, labels, steps, parts = (
             torch.tensor([row[i] + [fill] * (length - len(row[i])) for row in rows])
@@ -118,13 +133,25 @@ class Packer:
         mask = ((parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])).tril()[:, None]
         return Batch(size, torch.from_numpy(augment(cells, self._noise)), ids, labels, positions, mask)
 
-    def _row(self, place: Layout, asked: list[tuple[str, str]]) -> tuple[list[int], list[int], list[int], list[int]]:
-        """One sequence: ids, labels, positions (those of the prefix left 0), and the question each token belongs to."""
+    def _murmur(self) -> list[int]:
+        """Words without meaning and a delimiter: a model that was trained on more than bare answers reads past them.
+
+        Large models do so by themselves. A small one that never saw anything between a question and its answer
+        loses the question over the first thing that stands there, memory included.
+        """
+        words = self._rng.choices(self._text, k=self._rng.choice((1, 2, 4, 8, 12, 17, 20)))
+        return [*words, self._words[self._rng.choice((",", "."))]]
+
+    def _row(
+        self, place: Layout, asked: list[tuple[str, str]], murmurs: float
+    ) -> tuple[list[int], list[int], list[int], list[int]]:
+        """One sequence: ids, labels, positions (0 in the prefix), and the question a token belongs to."""
         head = len(place.prefix)
         start = int(place.positions.max()) + 1
         ids, labels, steps, parts = list(place.prefix), [IGNORED] * head, [0] * head, [0] * head
         for part, (prompt, answer) in enumerate(asked, 1):
-            question = [*(self._words[word] for word in prompt.split()), *place.suffix]
+            murmur = self._murmur() if self._rng.random() < murmurs else []
+            question = [*(self._words[word] for word in prompt.split()), *place.suffix, *murmur]
             said = [*(self._words[word] for word in answer.split()), self._end]
             ids += question + said
             labels += [IGNORED] * (len(question) - 1) + said + [IGNORED]

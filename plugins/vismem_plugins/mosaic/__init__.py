@@ -1,9 +1,10 @@
 """`mosaic`: questions about grids of real photographs, shipped with the package.
 
 A mosaic has G x G cells of 28 x 28 pixels, each one photo of Fashion-MNIST (Xiao, Rasul and Vollgraf 2017,
-https://github.com/zalandoresearch/fashion-mnist; the licence is in NOTICE), so that with patches of 14 and a merge of
-2 one cell is one language token. Eight of its ten classes are kept, those that people tell apart. The types in `SEEN`
-are what the base model `mini` was trained on; those in `NEW` were kept from it, for memory to learn.
+https://github.com/zalandoresearch/fashion-mnist; the licence is in NOTICE), so that with patches of 14 and a
+merge of 2 one cell is one language token. Eight of its ten classes are kept, those that people tell apart.
+The types in `SEEN` are what the base model `mini` was trained on; those in `NEW` were kept from it, for
+memory to learn.
 
     >>> sample = mosaic("heldout", types=["right"])[17]
     >>> sample.id, sample.prompt, sample.answer
@@ -18,14 +19,27 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
 from vismem_core.data import Sample
 
 from .questions import CLASSES, KINDS, QUESTIONS, Grid, draw_grid
 
-__all__ = ["CLASSES", "GROUPS", "KINDS", "NEW", "QUESTIONS", "SEEN", "Grid", "Mosaic", "draw_grid", "mosaic", "photos"]
+__all__ = [
+    "CLASSES",
+    "GROUPS",
+    "KINDS",
+    "NEW",
+    "QUESTIONS",
+    "SEEN",
+    "Grid",
+    "Mosaic",
+    "draw_grid",
+    "mosaic",
+    "photos",
+]
 
 SEEN: tuple[str, ...] = ("read", "count", "where", "left", "above", "same", "list", "fact")
-NEW: tuple[str, ...] = ("right", "below", "opposite", "kind")
+NEW: tuple[str, ...] = ("right", "below", "kind", "most")
 GROUPS = {"seen": SEEN, "new": NEW}
 
 FOLDER = Path(__file__).parent
@@ -50,7 +64,9 @@ def photos(split: str) -> NDArray[np.uint8]:
 def draw_photos(grid: Grid, split: str, rng: Random) -> NDArray[np.uint8]:
     """A photo of each cell's class, (G * G, 28, 28)."""
     count = PER_CLASS[split]
-    return photos(split)[[CLASSES.index(name) for name in grid.labels], [rng.randrange(count) for _ in grid.labels]]
+    return photos(split)[
+        [CLASSES.index(name) for name in grid.labels], [rng.randrange(count) for _ in grid.labels]
+    ]
 
 
 def assemble(cells: NDArray[np.uint8], size: int) -> Image.Image:
@@ -60,7 +76,7 @@ def assemble(cells: NDArray[np.uint8], size: int) -> Image.Image:
 
 
 class Mosaic(Sequence[Sample]):
-    """Samples that are made when asked for: the i-th is number `i // len(types)` of type `types[i % len(types)]`.
+    """Samples made when asked for: the i-th is number `i // len(types)` of type `types[i % len(types)]`.
 
     A sample depends on the split, the seed, the size, its type and its number alone.
     """
@@ -116,7 +132,9 @@ def mosaic(
     if split not in PER_CLASS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(PER_CLASS)}")
     if not types or (unknown := [name for name in types if name not in QUESTIONS]):
-        raise ValueError(f"unknown question types {unknown if types else types}; there are {', '.join(QUESTIONS)}")
+        raise ValueError(
+            f"unknown question types {unknown if types else types}; there are {', '.join(QUESTIONS)}"
+        )
     if size is not None and not 2 <= size <= 9:
         raise ValueError(f"a mosaic has 2 to 9 cells along a side, not {size}")
     return Mosaic(split, size, types, seed, range(LENGTH[split] * len(types)))

@@ -1,7 +1,8 @@
 """Makes the sprite sheets of `mosaic` from Fashion-MNIST: `python -m vismem_plugins.mosaic.build [SOURCE]`.
 
-SOURCE is a folder with the four published files (Debian: package `dataset-fashion-mnist`). Photos of the training
-file go to the train sheet, photos of the test file to the held-out one. The same seed gives the same bytes.
+SOURCE is a folder with the four published files (Debian: package `dataset-fashion-mnist`). Photos of the
+training file go to the train sheet, photos of the test file to the held-out one. The same seed gives the same
+bytes.
 """
 
 import gzip
@@ -17,8 +18,8 @@ from . import CELL, CLASSES, COLUMNS, FOLDER, PER_CLASS
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 FILES = {"train": "train", "heldout": "t10k"}
-# The published label of each class. Left out, since they are hard to tell from a top or a coat even for people:
-# 2 (pullover) and 6 (shirt).
+# The published label of each class. Left out, since even people take them for a top or a coat: 2 (pullover)
+# and 6 (shirt).
 LABELS = {"top": 0, "trousers": 1, "dress": 3, "coat": 4, "sandal": 5, "sneaker": 7, "boot": 9, "bag": 8}
 
 
@@ -31,14 +32,16 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def build(source: Path = SOURCE, seed: int = 0) -> None:
-    """Writes `train.png`, `heldout.png` and `photos.json` (class -> index of each photo in the published file)."""
+    """Writes `train.png`, `heldout.png` and `photos.json` (class -> indices in the published file)."""
     rng = np.random.default_rng(seed)
     chosen: dict[str, dict[str, list[int]]] = {}
     for split, file in FILES.items():
         images = read_idx(source / f"{file}-images-idx3-ubyte.gz")
         labels = read_idx(source / f"{file}-labels-idx1-ubyte.gz")
         chosen[split] = {
-            name: sorted(rng.choice(np.flatnonzero(labels == LABELS[name]), PER_CLASS[split], replace=False).tolist())
+            name: sorted(
+                rng.choice(np.flatnonzero(labels == LABELS[name]), PER_CLASS[split], replace=False).tolist()
+            )
             for name in CLASSES
         }
         photos = images[np.concatenate(list(chosen[split].values()))]  # (N, 28, 28)
@@ -48,4 +51,4 @@ def build(source: Path = SOURCE, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    build(*map(Path, sys.argv[1:2]))
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else SOURCE)

@@ -23,7 +23,14 @@ KINDS: Mapping[str, str] = MappingProxyType(
     }
 )
 CLASSES: tuple[str, ...] = tuple(KINDS)
-_OPPOSITES = {"left": "right", "right": "left", "above": "below", "below": "above", "most": "least", "least": "most"}
+_OPPOSITES = {
+    "left": "right",
+    "right": "left",
+    "above": "below",
+    "below": "above",
+    "most": "least",
+    "least": "most",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ Question = Callable[[Grid, Random], tuple[str, str] | None]
 
 
 def draw_grid(size: int, rng: Random) -> Grid:
-    """Labels drawn from a palette of two to eight classes, so that repeats and single classes are both common."""
+    """Labels from a palette of two to eight classes, so that repeats and single classes are both common."""
     palette = rng.sample(CLASSES, rng.choice((2, 3, 4, 5, 6, 8)))
     return Grid(size, tuple(rng.choices(palette, k=size * size)))
 
@@ -81,10 +88,12 @@ def _where(grid: Grid, rng: Random) -> tuple[str, str] | None:
 
 
 def _same(grid: Grid, rng: Random) -> tuple[str, str] | None:
-    one, two = _cell(grid, rng), _cell(grid, rng)
-    same = rng.random() < 0.5
-    if one == two or same != (grid.at(*one) == grid.at(*two)):
+    same = rng.random() < 0.5  # first, so that both answers are equally likely
+    cells = [(row, column) for row in range(1, grid.size + 1) for column in range(1, grid.size + 1)]
+    pairs = [(a, b) for a in cells for b in cells if a != b and (grid.at(*a) == grid.at(*b)) is same]
+    if not pairs:
         return None
+    one, two = rng.choice(pairs)
     return f"is {_name(*one)} the same as {_name(*two)} ?", "yes" if same else "no"
 
 
@@ -109,20 +118,18 @@ def _beside(relation: str, down: int, right: int) -> Question:
         if not grid.holds(row + down, column + right):
             return None
         answer = grid.at(row + down, column + right)
-        return None if answer == grid.at(row, column) else (f"what is {relation} {_name(row, column)} ?", answer)
+        return (
+            None if answer == grid.at(row, column) else (f"what is {relation} {_name(row, column)} ?", answer)
+        )
 
     return question
 
 
-def _opposite(grid: Grid, rng: Random) -> tuple[str, str] | None:
-    row, column = _cell(grid, rng)
-    answer = grid.at(grid.size + 1 - row, grid.size + 1 - column)
-    return None if answer == grid.at(row, column) else (f"what is opposite {_name(row, column)} ?", answer)
-
-
 def _kind(grid: Grid, rng: Random) -> tuple[str, str]:
-    cell = _cell(grid, rng)
-    return f"what kind is at {_name(*cell)} ?", KINDS[grid.at(*cell)]
+    kind = rng.choice(sorted({KINDS[name] for name in grid.labels}))  # rather than mostly clothing
+    index = rng.choice([index for index, name in enumerate(grid.labels) if KINDS[name] == kind])
+    row, column = divmod(index, grid.size)
+    return f"what kind is at {_name(row + 1, column + 1)} ?", kind
 
 
 def _most(grid: Grid, rng: Random) -> tuple[str, str] | None:
@@ -142,7 +149,6 @@ QUESTIONS: Mapping[str, Question] = MappingProxyType(
         "fact": _fact,
         "right": _beside("right of", 0, 1),
         "below": _beside("below", 1, 0),
-        "opposite": _opposite,
         "kind": _kind,
         "most": _most,
     }

@@ -1,0 +1,51 @@
+"""``vismem eval``: accuracy with memory, without it, and blind, on held-out questions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vismem_core.data import open_dataset
+
+from . import options
+from .console import print_json
+from .report import list_skipped, print_report, tell_skipped
+from .sources import LoadOptions, default_data, open_memory
+
+EXAMPLE = "Example: vismem eval --memory runs/first --data mosaic --per-type 50"
+
+
+def eval_(
+    memory: options.Memory = None,
+    data: options.Data = None,
+    per_type: Annotated[int, typer.Option(metavar="N", min=1, help="Questions of each type.")] = 100,
+    max_new_tokens: options.MaxNewTokens = 64,
+    batch: options.Batch = 32,
+    backbone: options.Backbone = None,
+    model: options.Model = None,
+    any_base: options.AnyBase = False,
+    on_bad_sample: options.OnBad = options.OnBadSample.fail,
+    allow_outside: options.AllowOutside = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = options.DType.auto,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Compare answers with memory, without it, and over another question's image, by type of question."""
+    source = data or default_data(backbone, model)
+    samples = open_dataset(source, "heldout", on_bad=on_bad_sample.value, allow_outside=allow_outside)
+    load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
+    opened = open_memory(load)
+
+    from vismem_core.evaluation import evaluate
+
+    report = evaluate(
+        opened, samples, groups=samples.groups, per_type=per_type, batch=batch, max_new_tokens=max_new_tokens
+    )
+    if as_json:
+        print_json(report | {"skipped": list_skipped(samples)})
+    else:
+        print_report(report)
+        tell_skipped(samples)

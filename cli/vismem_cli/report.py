@@ -1,0 +1,43 @@
+"""What a training run or an evaluation found, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vismem_core.data import Dataset
+
+from .console import print_table, say, warn
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Accuracies by question type, a column per way of answering."""
+    for part, title in (("heldout", "Held-out questions"), ("seen", "\nQuestion types the base was trained on")):
+        ways: Mapping[str, Mapping[str, float]] = report.get(part) or {}
+        if not ways:
+            continue
+        types = list(dict.fromkeys(name for scores in ways.values() for name in scores))
+        rows = [(name, *(_share(scores.get(name)) for scores in ways.values())) for name in types]
+        if len(types) > 1:
+            means = (sum(scores.values()) / len(scores) if scores else None for scores in ways.values())
+            rows.append(("mean", *map(_share, means)))
+        print_table(title, ("accuracy", *ways), rows, numbers=True)
+    if (count := report.get("invocations_per_answer")) is not None:
+        say(f"\n{count:.2f} invocations per answer, {report.get('seconds', 0):.0f} seconds")
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def list_skipped(data: Dataset) -> list[dict[str, Any]]:
+    """The bad rows that were left out, for JSON."""
+    return [{"line": skipped.line, "reason": skipped.reason} for skipped in data.skipped]
+
+
+def tell_skipped(data: Dataset) -> None:
+    """The bad rows that were left out, on stderr."""
+    if data.skipped:
+        warn(f"{len(data.skipped)} bad rows were left out:")
+        for skipped in data.skipped:
+            say(f"  line {skipped.line}: {skipped.reason}")

@@ -1,0 +1,71 @@
+"""What the commands work on: a trained memory on its model, and the data by default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import typer
+
+from vismem_core.bases import base_of, embedded
+from vismem_core.errors import CheckpointError
+
+from .console import err
+
+if TYPE_CHECKING:
+    from vismem_core import Memory
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which memory on which model, and how to load it."""
+
+    memory: str | None
+    backbone: str | None
+    model: str | None
+    any_base: bool
+    dtype: str
+    device: str
+    trust_remote_code: bool
+    revision: str | None
+
+
+def open_memory(options: LoadOptions) -> Memory:
+    """The memory of ``--memory``, or the shipped one, attached to the model it was trained on or to ``--model``."""
+    backbone, model, source = options.backbone, options.model, options.memory
+    if source is None:
+        backbone, base = embedded(backbone)
+        if base.memory is None:
+            raise CheckpointError(
+                f"no trained memory ships with {backbone}; train one (vismem train), then --memory DIR"
+            )
+        source = str(base.memory)
+    elif model is None:
+        recorded, model = base_of(source)
+        backbone = backbone or recorded
+
+    with err.status("loading"):
+        from vismem_core import attach
+        from vismem_core.loading import load_base
+
+        base_model, processor, name = load_base(
+            backbone,
+            model,
+            dtype=options.dtype,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+            revision=options.revision,
+        )
+        return attach(base_model, processor, source, backbone=name, any_base=options.any_base)
+
+
+def default_data(backbone: str | None, model: str | None) -> str:
+    """The data set of the embedded model; a model of one's own needs its own data."""
+    if model is not None:
+        raise typer.BadParameter(
+            "a model of your own needs data: a JSONL file or a registered name", param_hint="--data"
+        )
+    name, base = embedded(backbone)
+    if base.dataset is None:
+        raise typer.BadParameter(f"no data set goes with the embedded model of {name}", param_hint="--data")
+    return base.dataset

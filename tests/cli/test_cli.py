@@ -1,0 +1,294 @@
+"""The program from outside: exit codes, what goes to stdout and what to stderr, and what reaches the core."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vismem_cli import app, main
+from vismem_core import plugins
+from vismem_core.errors import TrainingError
+
+COMMANDS = ("train", "infer", "eval", "plugins", "backbones")
+PLUGIN = """
+from vismem_core.hookspecs import hookimpl
+
+@hookimpl
+def register_commands(register):
+    register("greet", "vm_greet:greet", description="Says hello.")
+    register("lost", "not_installed:app", description="Is not there.")
+    register("train", "vm_greet:greet")
+
+def greet(name: str) -> None:
+    print("hello", name)
+"""
+
+
+@dataclass
+class Run:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def vismem(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """Runs the program in this process."""
+
+    def run(*args: object) -> Run:
+        with pytest.raises(SystemExit) as end:
+            main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return Run(int(end.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A process environment with two more plugins installed: one that works, one that cannot be imported."""
+    for name, source in {"greet": PLUGIN, "broken": "import not_installed"}.items():
+        (tmp_path / f"vm_{name}.py").write_text(source)
+        info = tmp_path / f"vm_{name}-2.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vm_{name}\nVersion: 2.0\n")
+        (info / "entry_points.txt").write_text(f"[vismem]\n{name} = vm_{name}\n")
+    return os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+
+
+def process(environment: dict[str, str], *args: str) -> Run:
+    command = [sys.executable, "-c", "from vismem_cli import main; main()", *args]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def test_version_and_help_survive_a_broken_plugin_and_import_nothing_heavy(environment: dict[str, str]) -> None:
+    assert process(environment, "--version").out.startswith("vismem 0.")
+    code = """import sys, vismem_cli
+try: vismem_cli.main(["--help"])
+finally: print({"torch", "numpy"} & set(sys.modules))"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.endswith("set()\n")
+    assert "Says hello." in done.stdout
+    assert done.stdout.count("│ train ") == 1
+    assert "the command 'train' of vm_greet is hidden" in done.stderr
+
+
+def test_plugins_shows_what_is_broken(environment: dict[str, str]) -> None:
+    done = process(environment, "plugins", "--json")
+    states = {plugin["name"]: plugin for plugin in done.json["plugins"]}
+    assert (done.code, done.err) == (0, "")
+    assert states["plugins"]["ok"]
+    assert states["greet"]["registers"] == {"commands": ["greet", "lost", "train"]}
+    assert (states["broken"]["ok"], states["broken"]["version"]) == (False, "2.0")
+    assert "No module named 'not_installed'" in states["broken"]["error"]
+    assert "did not load: ModuleNotFoundError" in process(environment, "plugins").out
+
+
+def test_commands_of_plugins(environment: dict[str, str]) -> None:
+    assert process(environment, "greet", "you").out == "hello you\n"
+    assert process(environment, "greet").code == 2
+    lost = process(environment, "lost")
+    assert (lost.code, lost.out) == (1, "")
+    assert lost.err.startswith("error: command 'lost' of vm_greet 2.0 does not load: not_installed:app")
+
+
+def test_program_is_installed_and_fails_in_one_line() -> None:
+    program = Path(sys.executable).parent / "vismem"
+    done = subprocess.run([program, "train", "--set", "trian.seed=1"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: 'trian.seed=1': unknown key 'trian'; did you mean 'train'?\n"
+
+
+def test_backbones(vismem: Callable[..., Run]) -> None:
+    (row,) = [row for row in vismem("backbones", "--json").json["backbones"] if row["name"] == "qwen2_5_vl"]
+    assert row["facts"]["model_types"] == ["qwen2_5_vl"]
+    assert row["embedded"] is True
+    assert "qwen2_5_vl" in vismem("backbones").out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_ends_in_an_example(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], terminal_width=200).stdout.strip()
+    assert f"Example: vismem {command}" in shown.splitlines()[-1] or f"Example: vismem {command}" in shown[-200:]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["trian"], 2, "No such command"),
+        (["train", "--stage", "third"], 2, "'third'"),
+        (["train", "--seed", "-1"], 2, "--seed"),
+        (["train", "--model", "some/model"], 2, "--data"),
+        (["infer", "--data", "x.jsonl"], 2, "go together"),
+        (["infer", "--data", "x.jsonl", "--output", "y.jsonl", "--prompt", "?"], 2, "either --data"),
+        (["infer", "--memory", "somewhere"], 2, "--prompt"),
+        (["train", "--data", "mosiac"], 1, "error: mosiac: neither a file nor a data set; did you mean 'mosaic'?"),
+        (["train", "--config", "none.yaml"], 1, "error: none.yaml: cannot be read: No such file or directory"),
+        (["train", "--backbone", "qwen2_vl"], 1, "error: unknown backbone 'qwen2_vl'; did you mean 'qwen2_5_vl'?"),
+        (["infer", "--image", "none.png", "--prompt", "?"], 1, "error: no such image: none.png"),
+    ],
+)
+def test_wrong_usage_is_2_and_bad_input_is_1(
+    vismem: Callable[..., Run], args: list[str], code: int, message: str
+) -> None:
+    done = vismem(*args)
+    assert (done.code, done.out) == (code, "")
+    assert message in done.err
+    assert code == 2 or done.err.count("\n") == 1
+
+
+@dataclass
+class Core:
+    """Stands for the parts of the core that need a model; records what it is asked."""
+
+    calls: dict[str, Any] = field(default_factory=dict)
+    answered: list[str] = field(default_factory=list)
+    error: BaseException | None = None
+
+    def load_base(self, backbone: str | None, model: str | None, **how: Any) -> tuple[str, str, str]:
+        self.calls["load_base"] = (backbone, model, how)
+        return "model", "processor", backbone or "qwen2_5_vl"
+
+    def attach(self, model: str, processor: str, source: str | None = None, **how: Any) -> str:
+        self.calls["attach"] = (source, how)
+        return "memory"
+
+    def train(self, memory: str, samples: Any, heldout: Any, config: Any, output: Path, **how: Any) -> dict[str, Any]:
+        self.calls["train"] = (len(samples), config, output, how)
+        if self.error:
+            raise self.error
+        scores = {"right": 0.5, "below": 0.25}
+        return {"heldout": {"base": {"right": 0.0}, "memory": scores}, "invocations_per_answer": 1.0, "seconds": 2.0}
+
+    def answers(self, memory: str, samples: Any, **how: Any) -> Iterator[Any]:
+        self.calls["answers"] = how
+        for sample in samples:
+            self.answered.append(sample.id)
+            content = {"text": "a bag", "invocations": [{"kind": "short", "position": 0}]}
+            invocation = SimpleNamespace(kind="short", position=0)
+            yield SimpleNamespace(
+                sample_id=sample.id,
+                text="a bag",
+                marked="‹short› a bag",
+                invocations=[invocation],
+                to_dict=lambda content=content: content,
+            )
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
+    core = Core()
+    fakes = {
+        "loading": {"load_base": core.load_base},
+        "inference": {"answers": core.answers},
+        "training": {},
+        "training.run": {"train": core.train},
+        "evaluation": {"evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path)},
+    }
+    for name, attributes in fakes.items():
+        module = ModuleType(f"vismem_core.{name}")
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, f"vismem_core.{name}", module)
+    monkeypatch.setattr("vismem_core.attach", core.attach, raising=False)
+    base = plugins.registry("bases").get("qwen2_5_vl")()
+    shipped = lambda backbone=None: (backbone or "qwen2_5_vl", type(base)(**(vars(base) | {"memory": tmp_path})))  # noqa: E731
+    monkeypatch.setattr("vismem_cli.sources.embedded", shipped)
+    return core
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    rows = [{"id": name, "prompt": "hm ?", "answer": "yes"} for name in "abc"]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\nbroken\n")
+    return path
+
+
+def test_train_passes_everything_on(vismem: Callable[..., Run], core: Core, questions: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("train: {seed: 1, save_every: 7}\nmemory: {budget: 3}\n")
+    args = ["--config", config, "--set", "train.seed=2", "--seed", 3, "--stage", "formation", "--resume"]
+    done = vismem("train", "--data", questions, "--on-bad-sample", "skip", "--json", "--dtype", "float32", *args)
+    assert done.code == 0, done.err
+    count, run, output, how = core.calls["train"]
+    assert (count, output, how) == (3, Path("runs/qwen2_5_vl"), {"resume": True, "groups": None})
+    assert (run.train.seed, run.train.save_every, run.train.stage, run.memory.budget) == (3, 7, "formation", 3)
+    assert core.calls["attach"][1] == {"config": run.memory, "backbone": "qwen2_5_vl", "seed": 3}
+    assert core.calls["load_base"][2]["dtype"] == "float32"
+    assert core.calls["load_base"][2]["trust_remote_code"] is False
+    assert done.json["heldout"]["memory"] == {"right": 0.5, "below": 0.25}
+    assert [row["line"] for row in done.json["skipped"]] == [4]
+    assert "the report will be on the training data" in done.err
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_reports_are_tables(vismem: Callable[..., Run], core: Core, command: str) -> None:
+    done = vismem(command)
+    assert done.code == 0, done.err
+    rows = [line.split() for line in done.out.splitlines()]
+    assert rows[1:] == [
+        ["accuracy", "base", "memory"],
+        ["right", "0.000", "0.500"],
+        ["below", "0.250"],
+        ["mean", "0.000", "0.375"],
+    ]
+    assert "1.00 invocations per answer" in done.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (TrainingError("runs/x holds\nanother run"), 1, "error: runs/x holds another run\n"),
+        (
+            OSError(28, "No space left on device", "runs/x"),
+            1,
+            "error: runs/x: No space left on device; free some space",
+        ),
+        (OSError("no such model\non the hub"), 1, "error: no such model on the hub\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_while_training(
+    vismem: Callable[..., Run], core: Core, error: BaseException, code: int, message: str
+) -> None:
+    core.error = error
+    done = vismem("train")
+    assert (done.code, done.out) == (code, "")
+    assert message in done.err
+
+
+def test_infer_without_arguments(vismem: Callable[..., Run], core: Core) -> None:
+    done = vismem("infer")
+    assert done.out == "‹short› a bag\n"
+    assert "what is right of" in done.err
+    assert "1 short" in done.err
+    assert vismem("infer", "--json").json == {"text": "a bag", "invocations": [{"kind": "short", "position": 0}]}
+
+
+def test_infer_goes_on_with_a_file(vismem: Callable[..., Run], core: Core, questions: Path, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    output.write_text('{"id": "b", "text": "kept"}\n{"id": "c", "te')
+    args = ["infer", "--data", questions, "--output", output, "--on-bad-sample", "skip", "--trigger", "random:0.5"]
+    done = vismem(*args, "--batch", 2, "--json")
+    assert done.code == 0, done.err
+    assert core.answered == ["a", "c"]
+    assert core.calls["answers"] == {"trigger": "random:0.5", "max_new_tokens": 256, "batch": 2}
+    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["b", "a", "c"]
+    assert (done.json["answered"], done.json["kept"], len(done.json["skipped"])) == (2, 1, 1)
+    core.calls.clear()
+    assert vismem(*args).code == 0
+    assert core.calls == {}  # nothing left: not even the model is loaded

@@ -1,0 +1,78 @@
+"""Loading a base model by backbone, hub id or folder; without any of them, the embedded one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from .bases import embedded
+from .errors import AttachError, VismemError, nearest
+from .plugins import registry
+
+
+def load_base(
+    backbone: str | None = None,
+    model: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[Any, Any, str]:
+    """A model, its processor, and the name of the backbone that knows it.
+
+    Args:
+        model: hub id or folder; None takes the model embedded for ``backbone``.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's on a GPU, fp32 on a CPU.
+        device: a torch device, ``auto`` for a GPU where there is one, or ``map`` to spread over all devices.
+
+    Raises:
+        VismemError: what is missing or does not fit, and what to do.
+    """
+    source = model or str(embedded(backbone)[1].model)
+    name = backbone or _backbone_of(source, trust_remote_code, revision)
+    family = registry("backbones").get(name)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    options["dtype"] = ("auto" if place != "cpu" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    if place == "map":
+        options["device_map"] = "auto"
+    try:
+        loaded, processor = family.load(source, **options)
+        if place != "map":
+            loaded = loaded.to(place)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AttachError(_reason(source, error)) from error
+    if not family.matches(loaded):
+        raise AttachError(f"{source}: backbone {name!r} does not know model type {loaded.config.model_type!r}")
+    return loaded, processor, name
+
+
+def _backbone_of(source: str, trust_remote_code: bool, revision: str | None) -> str:
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError) as error:
+        raise AttachError(_reason(source, error)) from error
+    backbones = registry("backbones")
+    known: dict[str, str] = {}
+    for entry in backbones.entries():
+        for model_type in entry.facts.get("model_types", ()):
+            known.setdefault(str(model_type), entry.name)
+    if config.model_type not in known:
+        hint = nearest(config.model_type, known)
+        raise AttachError(f"{source}: no backbone knows model type {config.model_type!r}; {hint}")
+    return known[config.model_type]
+
+
+def _reason(source: str, error: Exception) -> str:
+    if isinstance(error, VismemError):
+        return str(error)
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    if isinstance(error, OSError) and not Path(source).exists():
+        why = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "it could not be fetched from the hub"
+        return f"{source}: no such folder, and {why}; pass --model a folder that holds the checkpoint"
+    return f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}"

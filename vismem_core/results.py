@@ -1,0 +1,64 @@
+"""Answers as a JSONL file that an interrupted run can go on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vismem_core.errors import DataError
+
+
+class Results:
+    """Appends rows to a file, each on disk before the next is made.
+
+    Complete rows that the file already holds are kept, and their ids are in ``kept``; a last line that was cut off
+    while it was written is dropped.
+
+    Raises:
+        DataError: the file holds something else than rows with an ``id``.
+        OSError: it cannot be written; ``filename`` says which file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kept: set[str] = set()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            file.seek(0)
+            complete = 0
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                self.kept.add(self._id(number, line))
+                complete += len(line)
+            file.truncate(complete)
+        self._file = path.open("a", encoding="utf-8")
+
+    def _id(self, number: int, line: bytes) -> str:
+        try:
+            return str(json.loads(line)["id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.path}:{number}: not an answer; choose another output file") from error
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append one row, which must have an ``id``."""
+        try:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # a failed write does not say which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+        except OSError:
+            if kind is None:
+                raise

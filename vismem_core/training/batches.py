@@ -1,0 +1,104 @@
+"""Samples as token batches, drawn in an order that a seed fixes and a resumed run continues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+
+from ..backbone import Backbone
+from ..data import Sample
+from ..errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B questions and their answers.
+
+    Attributes:
+        inputs: left-padded prompts, as ``generate`` takes them.
+        answers: token ids of each answer, the end of the turn included.
+    """
+
+    samples: Sequence[Sample]
+    inputs: BatchFeature
+    answers: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+
+def make_batch(backbone: Backbone, samples: Sequence[Sample]) -> Batch:
+    """Load the images and tokenize."""
+    images = [sample.load_images() for sample in samples]
+    inputs = backbone.inputs([sample.prompt for sample in samples], images)
+    return Batch(samples, inputs, [answer_ids(backbone, sample) for sample in samples])
+
+
+def answer_ids(backbone: Backbone, sample: Sample) -> list[int]:
+    """The answer as the model would have to write it: its tokens and the end of the turn."""
+    if sample.answer is None:
+        raise DataError(f"sample {sample.id}: has no answer to train on")
+    ids: list[int] = backbone.processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
+    return [*ids, end_of_turn(backbone)]
+
+
+def end_of_turn(backbone: Backbone) -> int:
+    """The id that ends an answer (the first of the generation config's)."""
+    ends = backbone.model.generation_config.eos_token_id
+    end = ends[0] if isinstance(ends, list) else ends
+    return int(backbone.processor.tokenizer.eos_token_id if end is None else end)
+
+
+def extended(inputs: BatchFeature, suffixes: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
+    """Prompts with tokens written after them, padded on the left again.
+
+    Everything shaped like ``input_ids`` (masks, token types) grows along: by ones in the mask, by zeros elsewhere.
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    fills = {name: 0 for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == ids.shape}
+    lengths = mask.sum(1).tolist()
+    width = max(length + len(suffix) for length, suffix in zip(lengths, suffixes, strict=True))
+    grown: dict[str, Any] = dict(inputs)
+    for name in fills:
+        rows = []
+        for row, suffix in enumerate(suffixes):
+            own = inputs[name][row, mask[row]]
+            tail = {"input_ids": list(suffix), "attention_mask": [1] * len(suffix)}.get(name, [0] * len(suffix))
+            filler = own.new_full((width - len(own) - len(suffix),), pad if name == "input_ids" else 0)
+            rows.append(torch.cat([filler, own, own.new_tensor(tail)]))
+        grown[name] = torch.stack(rows)
+    return grown
+
+
+class Sampler:
+    """Batches of indices: every epoch is a seeded permutation, and :attr:`position` says where it stands."""
+
+    def __init__(self, size: int, batch: int, seed: int) -> None:
+        if size < 1:
+            raise DataError("the training data is empty")
+        self.size, self.batch, self.seed, self.position = size, batch, seed, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            yield self.draw()
+
+    def draw(self) -> list[int]:
+        """The next batch; it may run over the end of an epoch into the next one."""
+        drawn = []
+        for place in range(self.position, self.position + self.batch):
+            epoch, offset = divmod(place, self.size)
+            drawn.append(self._order(epoch)[offset])
+        self.position += self.batch
+        return drawn
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._permutation: list[int] = torch.randperm(self.size, generator=generator).tolist()
+        return self._permutation

@@ -1,0 +1,73 @@
+"""Stage II by likelihood: the four tokens' rows learn to ask for memory where it pays.
+
+At a point of the answer, the rest is scored three times: without memory, with short and with long. What each kind
+gains, less a cost, says how likely the policy should be to ask for it there. Only the four tokens' rows train; the
+end tokens' at a lower rate. The paper's own objective is GRPO with its two penalties (Eq. 8).
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from ..config import KINDS, Kind, TrainConfig
+from ..memory import Memory
+from .batches import Batch
+from .formation import invocation_point
+from .teacher import Forced, bring_up, likelihood
+
+
+class InvocationStage:
+    """Stage II."""
+
+    name = "invocation"
+
+    def __init__(self, memory: Memory, config: TrainConfig) -> None:
+        self.memory, self.config, self.settings = memory, config, config.invocation
+
+    def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
+        """What trains: name, tensor, learning rate relative to the stage's."""
+        rates = {"tokens.invoke": 1.0, "tokens.head": 1.0, "tokens.close": self.config.end_rate}
+        trained = self.memory.trained()
+        return [(name, trained[name], rate) for name, rate in rates.items()]
+
+    def loss(self, batch: Batch, rng: Random) -> tuple[Tensor, dict[str, float]]:
+        """Cross-entropy of the choice, plus the answers' under memory where it is worth asking."""
+        rows = list(range(len(batch)))
+        points = [
+            invocation_point(answer, self.memory.delimiters, rng, self.settings.anywhere) for answer in batch.answers
+        ]
+        plain = bring_up(self.memory, batch, [None] * len(batch), points)
+        with torch.no_grad():
+            alone = likelihood(self.memory, plain, rows).sum(1)
+        told = {kind: self._with_memory(batch, plain, kind, points) for kind in KINDS}
+        gains = torch.stack([own.sum(1).detach() - alone for own in told.values()], dim=1) - self.config.cost
+        worth = torch.cat([torch.zeros_like(alone)[:, None], gains], dim=1).softmax(-1)
+        choice = self._choice(plain.session.hidden[:, -1])
+        lengths = torch.tensor([len(rest) for rest in plain.rests], device=worth.device)
+        means = torch.stack([own.sum(1) / lengths for own in told.values()], dim=1)
+        loss = -(worth * choice).sum(1).mean() - (worth[:, 1:] * means).sum(1).mean()
+        chosen = choice.detach().exp().mean(0).tolist()
+        wanted = worth.mean(0).tolist()
+        figures = {f"asks_{kind}": chosen[1 + at] for at, kind in enumerate(KINDS)}
+        figures |= {f"worth_{kind}": wanted[1 + at] for at, kind in enumerate(KINDS)}
+        return loss, figures
+
+    def _with_memory(self, batch: Batch, plain: Forced, kind: Kind, points: list[int]) -> Tensor:
+        """Log-likelihoods (B, T) after memory of ``kind``, with gradients to the tokens' input rows."""
+        memory, tokens, rows = self.memory, self.memory.tokens, list(range(len(batch)))
+        with torch.no_grad():
+            invoked = bring_up(memory, batch, [kind] * len(batch), points)
+            latents = invoked.session.form(rows, memory.builder, memory.former(kind))
+        pair = torch.tensor([[tokens.invocation(kind), tokens.end(kind)]]).expand(len(batch), -1)
+        vectors = tokens.vectors(pair, latents)
+        opening = torch.cat([vectors[:, :1], latents, vectors[:, 1:]], dim=1)
+        return likelihood(memory, plain, rows, opening)
+
+    def _choice(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities (B, 3) of going on, asking for short, asking for long, where ``hidden`` (B, d) chooses."""
+        plain = self.memory.backbone.head(hidden).float().logsumexp(-1, keepdim=True)
+        asks = self.memory.tokens.logits(hidden).to(plain.device)
+        return torch.cat([plain, asks], dim=1).log_softmax(-1)

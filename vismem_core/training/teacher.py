@@ -1,0 +1,101 @@
+"""Teacher forcing through memory: the likelihood of a given answer, with memory invoked at a given point.
+
+One pass without gradients brings every row up to its invocation token. Memory is formed with gradients, and a second
+pass with gradients goes over the latents, the end token and the rest of the answer. Prompt positions carry no
+gradient work: they are in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import cache as kv
+from ..config import Kind
+from ..memory import Memory
+from ..session import Session
+from .batches import Batch, extended
+
+IGNORED = -100
+
+
+@dataclass
+class Forced:
+    """A batch brought up to its invocation points.
+
+    Attributes:
+        session: at each row's invocation token, or at the token before where a row has none.
+        kinds: what each row invoked, or None.
+        rests: what each row has still to write.
+    """
+
+    session: Session
+    kinds: list[Kind | None]
+    rests: list[list[int]]
+
+
+def bring_up(memory: Memory, batch: Batch, kinds: Sequence[Kind | None], points: Sequence[int]) -> Forced:
+    """Feed prompts, the first ``points`` answer tokens and the invocation tokens, without gradients."""
+    backbone = memory.backbone
+    written = [
+        answer[:point] + ([memory.tokens.invocation(kind)] if kind else [])
+        for answer, kind, point in zip(batch.answers, kinds, points, strict=True)
+    ]
+    rests = [answer[point:] for answer, point in zip(batch.answers, points, strict=True)]
+    session = Session(backbone, memory.needs())
+    with torch.no_grad(), session.listen():
+        inputs = extended(batch.inputs, written, int(backbone.processor.tokenizer.pad_token_id))
+        positions = backbone.positions(inputs)
+        output = backbone.model(
+            **inputs, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True
+        )
+        session.start(
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            positions,
+            output.past_key_values,
+            written=[len(own) for own in written],
+        )
+    return Forced(session, list(kinds), rests)
+
+
+def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Tensor | None = None) -> Tensor:
+    """Log-likelihood of the rest of each row's answer, token by token.
+
+    Args:
+        opening: (R, E, d), vectors that enter between the session's cache and the rest; with gradients.
+
+    Returns:
+        (R, T), padded with zeros.
+    """
+    backbone, session = memory.backbone, forced.session
+    rests = [forced.rests[row] for row in rows]
+    longest = max(map(len, rests))
+    index = torch.as_tensor(rows, device=session.mask.device)
+    targets = torch.tensor([rest + [IGNORED] * (longest - len(rest)) for rest in rests], device=backbone.device)
+    embeds = backbone.embeddings(targets[:, :-1].clamp(min=0))
+    if opening is not None:
+        embeds = torch.cat([opening.to(embeds), embeds], dim=1)
+    last = session.hidden[index, -1:]
+    hidden = last
+    if embeds.shape[1]:
+        steps = torch.arange(embeds.shape[1], device=session.positions.device)
+        mask = torch.cat([session.mask[index], session.mask.new_ones(embeds.shape[:2])], dim=1)
+        cache = kv.select(session.cache, rows)
+        grown = backbone.continue_(embeds, mask, session.positions[..., index, :] + steps, cache)
+        hidden = torch.cat([last, grown], dim=1)[:, -longest:]
+    logits = backbone.head(hidden).float()
+    return -F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+
+
+def groups(kinds: Sequence[Kind | None]) -> Mapping[Kind, list[int]]:
+    """Rows by the kind they invoke."""
+    found: dict[Kind, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        if kind is not None:
+            found.setdefault(kind, []).append(row)
+    return found
