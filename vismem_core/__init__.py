@@ -1,10 +1,10 @@
 """Latent vision memory (VisMem, arXiv 2511.11007) for any vision-language model.
 
-    import vismem_core as vismem
+import vismem_core as vismem
 
-    memory = vismem.attach(model, processor)
-    model.generate(**inputs, max_new_tokens=256)
-    memory.trace
+memory = vismem.attach(model, processor)
+model.generate(**inputs, max_new_tokens=256)
+memory.trace
 """
 
 from __future__ import annotations

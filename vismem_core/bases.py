@@ -53,9 +53,9 @@ def base_of(source: str | Path) -> tuple[str, str | None]:
     Raises:
         CheckpointError: ``source`` is no folder or hub id of a memory.
     """
-    from vismem_core.checkpoint import _description, locate  # brings torch
+    from vismem_core.checkpoint import description, locate  # brings torch
 
-    recorded = _description(locate(source))["base"]
+    recorded = description(locate(source))["base"]
     name = recorded["name"]
     lost = not name or (Path(name).is_absolute() and not Path(name).is_dir())
     return recorded["backbone"], None if lost else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -35,7 +36,7 @@ def save(memory: Memory, folder: Path, about: Mapping[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in memory.trained().items()}
-    description = {
+    written: dict[str, Any] = {
         "format": FORMAT,
         "base": describe(memory.backbone),
         "memory": to_dict(memory.config),
@@ -43,17 +44,24 @@ def save(memory: Memory, folder: Path, about: Mapping[str, Any]) -> None:
     }
     # Each file replaces its predecessor in one step, the description last: it names the weights it belongs to.
     atomically(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    description["weights"] = _digest(folder / WEIGHTS)
-    text = json.dumps(description, indent=2) + "\n"
+    written["weights"] = _digest(folder / WEIGHTS)
+    text = json.dumps(written, indent=2) + "\n"
     atomically(folder / ABOUT, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside ``path`` and move it into place; what was there stays until all is on disk."""
+    """Write a file beside ``path`` and move it into place; what was there stays until all is on disk.
+
+    Raises:
+        OSError: the disk is full or not writable; it names ``path``.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        write(Path(name))
+        try:
+            write(Path(name))
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(errno.EIO, str(error), str(path)) from error
         with open(name, "rb") as written:
             os.fsync(written.fileno())
         os.replace(name, path)
@@ -132,7 +140,7 @@ def read(source: str | Path, backbone: Backbone, *, any_base: bool = False) -> S
         CheckpointError: missing, damaged, or made for another base.
     """
     folder = locate(source)
-    about = _description(folder)
+    about = description(folder)
     _compare(folder, about.get("base", {}), describe(backbone), any_base=any_base)
     try:
         config = from_dict(MemoryConfig, about["memory"])
@@ -158,7 +166,12 @@ def locate(source: str | Path) -> Path:
         raise CheckpointError(f"{source}: neither a folder nor a memory on the hub ({reason})") from error
 
 
-def _description(folder: Path) -> dict[str, Any]:
+def description(folder: Path) -> dict[str, Any]:
+    """What ``vismem.json`` says, after a check that it belongs to the weights beside it.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another format.
+    """
     for name in (ABOUT, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: holds no memory ({name} is missing)")

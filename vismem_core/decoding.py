@@ -261,7 +261,9 @@ def _select(scores: Tensor, sample: bool) -> Tensor:
 def _seeds(input_ids: Tensor, mask: Tensor | None) -> list[int]:
     """One number per row from its own prompt; the n-th copy of a prompt differs from the first."""
     seeds, copies = [], defaultdict[int, int](int)
-    kept = input_ids if mask is None else [ids[own.bool()] for ids, own in zip(input_ids, mask[:, -input_ids.shape[1] :])]
+    kept = (
+        input_ids if mask is None else [ids[own.bool()] for ids, own in zip(input_ids, mask[:, -input_ids.shape[1] :])]
+    )
     for ids in kept:
         seed = zlib.crc32(bytes(str(ids.tolist()), "ascii"))
         seeds.append(seed + 0x100000000 * copies[seed])

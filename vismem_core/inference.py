@@ -28,14 +28,14 @@ class Answer:
 
     Attributes:
         text: without memory tokens.
-        pieces: the text around the invocations, one more than there are invocations.
+        marked: the text with ``‹short›`` or ``‹long›`` at each invocation.
         tokens: how many tokens were written, memory tokens included.
     """
 
     sample_id: str
     text: str
     invocations: tuple[Place, ...]
-    pieces: tuple[str, ...]
+    marked: str
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,4 +84,8 @@ def _read(memory: Memory, sample: Sample, written: list[int], places: tuple[Plac
     stops = set(ends if isinstance(ends, list) else [ends])
     length = next((at + 1 for at, token in enumerate(written) if token in stops), len(written))
     text = tokenizer.decode(written, skip_special_tokens=True).strip()
-    return Answer(sample.id, text, places, tuple(pieces), length)
+    marks = ["", *(f"‹{place.kind}›" for place in places)]
+    marked = " ".join(
+        part for pair in zip(marks, pieces, strict=True) for part in (own.strip() for own in pair) if part
+    )
+    return Answer(sample.id, text, places, marked, length)

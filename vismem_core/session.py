@@ -40,6 +40,8 @@ class Session:
         self._embeds: Tensor
         self._visual: Tensor
         self._visual_mask: Tensor
+        self._recording = ExitStack()
+        self._forming = False
         self._written: list[Tensor] = []
         self._segment: list[int] = []
         self._padding: list[int] = []
@@ -50,20 +52,24 @@ class Session:
         """Note what enters and leaves the language model, and what the vision encoder computes, inside the context."""
 
         def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._forming:
+                return
             embeds = kwargs.get("inputs_embeds")
             ids = kwargs.get("input_ids", args[0] if args else None)
             self._embeds = embeds if embeds is not None else self.backbone.embeddings(ids)
 
         def leave(module: Any, args: Any, output: Any) -> None:
-            self.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            if not self._forming:
+                self.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
 
         decoder, needs = self.backbone.decoder, self.needs
         with ExitStack() as stack:
             stack.callback(decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(decoder.register_forward_hook(leave).remove)
+            stack.enter_context(self._recording)
             if needs.vision_cache or needs.vision_inputs:
                 recording = self.backbone.record(self.vision, keep=needs.vision_cache, inputs=needs.vision_inputs)
-                stack.enter_context(recording)
+                self._recording.enter_context(recording)
             yield
 
     def start(
@@ -82,6 +88,7 @@ class Session:
             positions: (.., B, L), the prompt's position ids.
             written: how many tokens at each row's end belong to its answer already (none by default).
         """
+        self._recording.close()
         batch, length = input_ids.shape
         if self.hidden.shape[1] != length:
             raise AttachError("memory needs the prompt's input_ids: it cannot tell images from text in inputs_embeds")
@@ -131,9 +138,19 @@ class Session:
     def form(self, rows: Sequence[int], builder: QueryBuilder, former: MemoryFormer) -> Tensor:
         """The latents of ``rows``, (R, N, d)."""
         context = self.context(rows)
-        context.query = builder(context.states, context.mask)
-        latents: Tensor = former(context)
+        with self._apart():
+            context.query = builder(context.states, context.mask)
+            latents: Tensor = former(context)
         return latents
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Passes through the language model inside the context are memory's own business."""
+        self._forming = True
+        try:
+            yield
+        finally:
+            self._forming = False
 
     def context(self, rows: Sequence[int]) -> MemoryContext:
         """What memory may look at for ``rows``, with an empty query."""
@@ -186,7 +203,8 @@ class Session:
             steps = torch.arange(length, device=self.positions.device)
             positions = self.positions[..., index, :] + steps
             mask = torch.cat([self.mask[index], self.mask.new_ones(len(rows), length)], dim=-1)
-            self.backbone.continue_(vectors, mask, positions, grown)
+            with self._apart():
+                self.backbone.continue_(vectors, mask, positions, grown)
             self.took_in(rows, vectors, positions)
             padding = max(0, length - min(self._padding[row] for row in rows))
             kv.graft(self.cache, grown, rows, padding)

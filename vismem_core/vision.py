@@ -80,7 +80,9 @@ class PatchIndex:
     mask: Tensor | None
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, states: VisionStates, block: int, where: PatchIndex) -> Tensor:
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, states: VisionStates, block: int, where: PatchIndex
+) -> Tensor:
     """Extra tokens attend to their row's patches in one block, and to each other; patches see none of it.
 
     Args:

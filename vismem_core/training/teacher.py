@@ -50,9 +50,7 @@ def bring_up(memory: Memory, batch: Batch, kinds: Sequence[Kind | None], points:
     with torch.no_grad(), session.listen():
         inputs = extended(batch.inputs, written, int(backbone.processor.tokenizer.pad_token_id))
         positions = backbone.positions(inputs)
-        output = backbone.model(
-            **inputs, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True
-        )
+        output = backbone.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True)
         session.start(
             inputs["input_ids"],
             inputs["attention_mask"],
