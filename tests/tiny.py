@@ -108,13 +108,34 @@ def qwen(tied: bool = True, seed: int = 0, spare: int = 0) -> tuple[Any, Any]:
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    with torch.no_grad():  # random networks of this size hardly look at their input: make every matrix count
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4.0)
+    _liven(model)
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     return model, processor
+
+
+def _liven(model: Any) -> None:
+    """Make a random model write varied text that depends on all it is given.
+
+    As initialised, networks of this size hardly look at their input, and with a tied head they repeat its last token.
+    So what the layers write outweighs the embeddings (which stay as they are, and are the head where it is tied), and
+    the final norm spreads the logits.
+    """
+    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter not in tables:
+                parameter.mul_(10.0)
+        model.get_decoder().norm.weight.mul_(16.0)
+
+
+def awake(memory: Any, seed: int = 1, noise: float = 0.2) -> Any:
+    """Move every trained tensor off its initial value (a fresh LoRA does nothing), and return ``memory``."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in memory.trained().values():
+            tensor += (noise * torch.randn(tensor.shape, generator=generator)).to(tensor)
+    return memory
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:

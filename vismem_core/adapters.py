@@ -23,7 +23,7 @@ class Adapter:
         targets: regular expression over full module names.
 
     Raises:
-        AttachError: if nothing matches, or a matching layer already carries a peft adapter.
+        AttachError: if the targets are no linear layers, or the model already carries a peft adapter.
     """
 
     def __init__(self, model: nn.Module, name: str, targets: str, rank: int, alpha: int, dropout: float) -> None:
@@ -36,27 +36,33 @@ class Adapter:
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
         try:
             inject_adapter_in_model(config, model, adapter_name=self.name)
-        except ValueError as error:
-            raise AttachError(f"no linear layer matches the LoRA targets {targets!r}") from error
+        except Exception as error:
+            self.layers = self._wrapped()
+            self.eject()
+            raise AttachError(f"the LoRA targets {targets!r} do not fit this model: {error}") from error
         finally:
             vars(model).pop("peft_config", None)
             if configs is not None:
                 model.peft_config = configs
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-        self.layers: dict[str, BaseTunerLayer] = {
-            path: module
-            for path, module in model.named_modules()
-            if isinstance(module, BaseTunerLayer) and self.name in module._get_available_adapters()
-        }
+        self.layers = self._wrapped()
         for weight in self.parameters().values():
             weight.data = weight.data.float()  # small updates survive whatever the base's precision
         self._switch(off=True)
         self.train(False)
 
+    def _wrapped(self) -> dict[str, BaseTunerLayer]:
+        return {
+            path: module
+            for path, module in self._model.named_modules()
+            if isinstance(module, BaseTunerLayer) and self.name in module._get_available_adapters()
+        }
+
     def _switch(self, *, off: bool) -> None:
         for layer in self.layers.values():
             layer._disable_adapters = off
+            layer._active_adapter = [self.name]  # peft made the adapter put in last the active one everywhere
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -78,7 +84,7 @@ class Adapter:
     def train(self, mode: bool) -> None:
         """Switch the adapter's own dropout; the base model's mode is left alone."""
         for layer in self.layers.values():
-            layer.lora_dropout[self.name].train(mode)  # type: ignore[union-attr, operator]
+            layer.lora_dropout[self.name].train(mode)  # type: ignore[attr-defined]
 
     def eject(self) -> None:
         """Put the original layers back, the very same objects."""

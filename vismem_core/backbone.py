@@ -50,14 +50,14 @@ class Backbone(ABC):
         return self.model.get_decoder()  # type: ignore[no-any-return]
 
     @property
-    def embeddings(self) -> nn.Module:
-        """The input embedding, with ``weight`` (V, d)."""
-        return self.model.get_input_embeddings()  # type: ignore[no-any-return]
+    def embeddings(self) -> Any:
+        """The input embedding, a module with ``weight`` (V, d)."""
+        return self.model.get_input_embeddings()
 
     @property
-    def head(self) -> nn.Module:
-        """The output head, (.., d) -> (.., V)."""
-        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
+    def head(self) -> Any:
+        """The output head, a module (.., d) -> (.., V) with ``weight`` (V, d)."""
+        return self.model.get_output_embeddings()
 
     @property
     def width(self) -> int:
@@ -87,7 +87,7 @@ class Backbone(ABC):
     @property
     def device(self) -> torch.device:
         """Where embeddings enter the language model."""
-        return self.embeddings.weight.device  # type: ignore[return-value]
+        return self.embeddings.weight.device  # type: ignore[no-any-return]
 
     @property
     @abstractmethod
@@ -97,7 +97,7 @@ class Backbone(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the embeddings that enter the language model."""
-        return self.embeddings.weight.dtype  # type: ignore[return-value]
+        return self.embeddings.weight.dtype  # type: ignore[no-any-return]
 
     @property
     @abstractmethod
@@ -106,7 +106,7 @@ class Backbone(ABC):
 
     def embedding_scale(self) -> float:
         """Root mean square of the embedding table's entries, from its first rows."""
-        return float(self.embeddings.weight[:4096].detach().float().pow(2).mean().sqrt())  # type: ignore[index]
+        return float(self.embeddings.weight[:4096].detach().float().pow(2).mean().sqrt())
 
     # Inputs
 
@@ -127,7 +127,7 @@ class Backbone(ABC):
         arguments: dict[str, Any] = {"images": [list(own) for own in images if own]} if any(images) else {}
         self.processor.tokenizer.padding_side = "left"
         batch = self.processor(text=texts, padding=True, return_tensors="pt", **arguments)
-        return batch.to(self.device)
+        return batch.to(self.device)  # type: ignore[no-any-return]
 
     def positions(self, inputs: dict[str, Any]) -> Tensor:
         """Position ids of a prompt as ``generate`` would make them, (.., B, L)."""

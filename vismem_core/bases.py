@@ -22,6 +22,8 @@ class Base:
     """A question about ``image``."""
     dataset: str | None = None
     """Registered name of the data it was made for."""
+    settings: Path | None = None
+    """A configuration file with training settings that suit it; ``--config`` and ``--set`` go over it."""
 
 
 def embedded(backbone: str | None = None) -> tuple[str, Base]:

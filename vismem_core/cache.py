@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import AttachError
 
@@ -31,7 +31,7 @@ def check(cache: object) -> DynamicCache:
             "call generate(use_cache=True) without cache_implementation"
         )
     for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer) or type(layer).__name__.startswith("Quantized"):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):  # subclasses hold more than keys and values
             raise AttachError(f"memory cannot grow cache layers of type {type(layer).__name__} row by row")
     if getattr(cache, "offloading", False):
         raise AttachError("memory cannot grow an offloaded cache: call generate without cache_implementation")

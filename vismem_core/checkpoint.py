@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .backbone import Backbone
+from .bases import embedded
 from .config import MemoryConfig, from_dict, to_dict
 from .errors import CheckpointError, VismemError
+from .plugins import registry
 
 if TYPE_CHECKING:
     from .memory import Memory
@@ -70,15 +72,16 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
-    """What a memory must know of its base: family, name, shape and a fingerprint of its weights."""
+    """What a memory must know of its base: family, name (None for the embedded one), shape, weights' fingerprint."""
     config = backbone.model.config
+    shipped = backbone.name in registry("bases").names() and str(embedded(backbone.name)[1].model)
     return {
         "backbone": backbone.name,
-        "name": config.name_or_path,
+        "name": None if config.name_or_path == shipped else config.name_or_path,
         "revision": getattr(config, "_commit_hash", None),
         "width": backbone.width,
         "vision_width": backbone.vision_width,
-        "vocabulary": int(backbone.embeddings.weight.shape[0]),  # type: ignore[index]
+        "vocabulary": int(backbone.embeddings.weight.shape[0]),
         "fingerprint": fingerprint(backbone),
     }
 
@@ -89,7 +92,7 @@ def fingerprint(backbone: Backbone) -> str:
     These are the norms, the biases and the first rows of the embedding table.
     """
     tensors = {name: tensor for name, tensor in backbone.model.named_parameters() if tensor.ndim == 1}
-    tensors["embeddings"] = backbone.embeddings.weight[:64]  # type: ignore[index]
+    tensors["embeddings"] = backbone.embeddings.weight[:64]
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.replace(".base_layer", "").encode())
@@ -188,7 +191,7 @@ def description(folder: Path) -> dict[str, Any]:
 
 
 def _compare(folder: Path, stored: Mapping[str, Any], found: Mapping[str, Any], *, any_base: bool) -> None:
-    name = stored.get("name") or "an unnamed base"
+    name = stored.get("name") or "the embedded base"
     for key, what in (
         ("backbone", "backbone"),
         ("width", "language model width"),

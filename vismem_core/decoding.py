@@ -65,9 +65,10 @@ class Decoder:
         running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         pad = generation_config._pad_token_tensor
         padded = model_kwargs.get("attention_mask") is not None
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
 
         output = model._prefill(input_ids, generation_config, model_kwargs)
-        self._start(input_ids, model_kwargs, output)
+        self._start(input_ids, model_kwargs, output, generation_config.num_return_sequences or 1)
         fed = [-1] * batch
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
@@ -78,7 +79,7 @@ class Decoder:
             scores = self._force(logits_processor(input_ids, logits), forced)
             record.add(output, scores, logits)
             tokens = _select(scores, generation_config.do_sample)
-            if pad is not None:
+            if ends:  # without an end token ``generate`` pads nothing either
                 tokens = torch.where(running, tokens, pad.to(tokens.device))
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             fed = self._note(tokens.tolist())
@@ -98,13 +99,13 @@ class Decoder:
 
     # One step
 
-    def _start(self, input_ids: Tensor, model_kwargs: dict[str, Any], output: Any) -> None:
+    def _start(self, input_ids: Tensor, model_kwargs: dict[str, Any], output: Any, copies: int) -> None:
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         if positions is None:
             full = torch.ones_like(input_ids) if mask is None else mask
             positions = (full.cumsum(-1) - 1).clamp(min=0)
         self.session.start(input_ids, mask, positions, output.past_key_values)
-        self.rows = [Row(seed=seed) for seed in _seeds(input_ids, mask)]
+        self.rows = [Row(seed=seed) for seed in _seeds(input_ids, mask, copies)]
 
     def _form(self, fed: list[int], position: int) -> dict[Kind, tuple[list[int], Tensor]]:
         """Form memory for the rows that were just fed an invocation token."""
@@ -146,6 +147,7 @@ class Decoder:
         """Leave forced rows a single choice, of log-probability 0."""
         if forced:
             rows, tokens = list(forced), list(forced.values())
+            scores = scores.clone()  # without a processor they are the raw logits, which the record keeps
             scores[rows] = NEVER
             scores[rows, tokens] = 0.0
         return scores
@@ -191,7 +193,8 @@ class Decoder:
         model_kwargs["attention_mask"] = _longer(session.mask, 1) if padded else None
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
-        return model(
+        wanted = {name: model_kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in model_kwargs}
+        output = model(
             inputs_embeds=torch.cat([latents, end], dim=1),
             attention_mask=model_kwargs["attention_mask"],
             position_ids=positions,
@@ -199,7 +202,12 @@ class Decoder:
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
+            **wanted,
         )
+        for name in ("attentions", "hidden_states"):  # one position per returned id, as everywhere else
+            if layers := getattr(output, name, None):
+                setattr(output, name, tuple(layer[..., -1:, :] for layer in layers))
+        return output
 
 
 class _Record:
@@ -246,6 +254,11 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
         raise AttachError("memory lives in the KV cache: call generate with use_cache=True")
     if config.prefill_chunk_size is not None:
         raise AttachError("memory needs the prompt in one piece: call generate without prefill_chunk_size")
+    if config.guidance_scale not in (None, 1):
+        raise AttachError("memory does not work with generate(guidance_scale=...): use memory.off() for this call")
+    past = model_kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length():
+        raise AttachError("memory cannot see what past_key_values already holds: pass the whole prompt without them")
 
 
 def _longer(mask: Tensor, tokens: int) -> Tensor:
@@ -258,14 +271,8 @@ def _select(scores: Tensor, sample: bool) -> Tensor:
     return scores.argmax(-1)
 
 
-def _seeds(input_ids: Tensor, mask: Tensor | None) -> list[int]:
-    """One number per row from its own prompt; the n-th copy of a prompt differs from the first."""
-    seeds, copies = [], defaultdict[int, int](int)
-    kept = (
-        input_ids if mask is None else [ids[own.bool()] for ids, own in zip(input_ids, mask[:, -input_ids.shape[1] :])]
-    )
-    for ids in kept:
-        seed = zlib.crc32(bytes(str(ids.tolist()), "ascii"))
-        seeds.append(seed + 0x100000000 * copies[seed])
-        copies[seed] += 1
-    return seeds
+def _seeds(input_ids: Tensor, mask: Tensor | None, copies: int) -> list[int]:
+    """One number per row from its own prompt and from which of its ``copies`` (``num_return_sequences``) it is."""
+    kept = list(input_ids) if mask is None else [ids[own.bool()] for ids, own in zip(input_ids, mask, strict=True)]
+    prompts = [zlib.crc32(str(ids.tolist()).encode("ascii")) for ids in kept]
+    return [prompt + 0x100000000 * (row % copies) for row, prompt in enumerate(prompts)]

@@ -78,7 +78,7 @@ def _read(memory: Memory, sample: Sample, written: list[int], places: tuple[Plac
     cuts = [0, *(place.position for place in places), len(written)]
     pieces = [
         tokenizer.decode(written[start:stop], skip_special_tokens=True)
-        for start, stop in zip(cuts, cuts[1:], strict=False)
+        for start, stop in zip(cuts[:-1], cuts[1:], strict=True)
     ]
     ends = memory.model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])

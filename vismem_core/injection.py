@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from .decoding import Decoder
 from .errors import AttachError
@@ -45,7 +47,9 @@ class InjectionHook:
         vars(model)[ATTRIBUTE] = memory
 
     def remove(self) -> None:
-        """Put everything back: the same objects, flags and vocabulary as before."""
+        """Put everything back: the same objects, flags and vocabulary as before. A second call does nothing."""
+        if vars(self.model).get(ATTRIBUTE) is not self.memory:
+            return
         for handle in self._handles:
             handle.remove()
         for parameter, flag in self._flags:
@@ -61,20 +65,37 @@ class InjectionHook:
         """``model.generate`` with memory; same arguments, same results."""
         memory = self.memory
         memory.trace = Trace()
-        self._check(args, kwargs)
-        if not self.enabled or not memory.active_trigger.active:
+        named = dict(zip(inspect.signature(self._generate).parameters, args)) | kwargs
+        ids = named.get("input_ids", named.get("inputs"))
+        told = ids is not None and not ids.is_floating_point() and bool(memory.tokens.contains(ids).any())
+        if told and not self.enabled:
+            raise AttachError("the prompt holds memory tokens, which the base model does not know: strip them")
+        # A prompt that holds memory tokens needs logits as wide as its ids, even if no more are to come.
+        if not self.enabled or not (memory.active_trigger.active or told):
             return self._generate(*args, **kwargs)
+        self._check(named)
         session = Session(memory.backbone, memory.needs())
-        decoder = Decoder(memory, session, memory.active_trigger, memory.trace, kwargs.get("streamer"))
+        decoder = Decoder(memory, session, memory.active_trigger, memory.trace, named.get("streamer"))
         with session.listen():
-            return self._generate(*args, **kwargs, custom_generate=decoder)
+            return self._generate(**self._stopping(named), custom_generate=decoder)
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        if not self.enabled:
-            if ids is not None and not ids.is_floating_point() and self.memory.tokens.contains(ids).any():
-                raise AttachError("the prompt holds memory tokens, which the base model does not know: strip them")
-            return
+    def _check(self, named: dict[str, Any]) -> None:
         for argument in ("assistant_model", "custom_generate", "prompt_lookup_num_tokens"):
-            if kwargs.get(argument) is not None:
+            if named.get(argument) is not None:
                 raise AttachError(f"memory does not work with generate({argument}=...): use memory.off() for this call")
+        if "paged" in (self._setting(named, "cache_implementation") or ""):
+            raise AttachError("memory does not work with continuous batching: use memory.off() for this call")
+
+    def _setting(self, named: dict[str, Any], name: str) -> Any:
+        """A setting of this call, from where ``generate`` would take it."""
+        given = named.get("generation_config")
+        own = named.get(name, getattr(given, name, None))
+        return getattr(self.model.generation_config, name, None) if own is None else own
+
+    def _stopping(self, named: dict[str, Any]) -> dict[str, Any]:
+        """``generate`` keeps the tokenizer from custom loops, so stop strings become a criterion here."""
+        tokenizer, strings = named.pop("tokenizer", None), self._setting(named, "stop_strings")
+        if tokenizer is None or strings is None:
+            return named
+        criteria = StoppingCriteriaList([*(named.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)])
+        return named | {"stop_strings": None, "stopping_criteria": criteria}

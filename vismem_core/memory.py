@@ -99,7 +99,7 @@ class Memory(nn.Module):
     def triggered(self, spec: str | Trigger) -> Iterator[None]:
         """Another trigger inside the context."""
         before = self.active_trigger
-        self.trigger = spec  # type: ignore[assignment]
+        self.trigger = spec
         try:
             yield
         finally:
@@ -203,4 +203,4 @@ def find_backbone(model: Any, name: str | None = None) -> type[Backbone]:
 
 
 def _rows(layer: nn.Module) -> int:
-    return int(layer.weight.shape[0])  # type: ignore[index, union-attr]
+    return int(layer.weight.shape[0])  # type: ignore[index]

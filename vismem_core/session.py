@@ -116,8 +116,7 @@ class Session:
         counts = torch.tensor([len(own) for own in tokens], device=self._embeds.device)
         self._visual = pad_sequence(tokens, batch_first=True).float()
         self._visual_mask = torch.arange(self._visual.shape[1], device=counts.device) < counts[:, None]
-        if self.vision.patches:
-            self.vision.assign([medium.sum(-1).tolist() for medium in media])
+        self.vision.assign([medium.sum(-1).tolist() for medium in media])
 
     def observe(self, ended: Sequence[int]) -> None:
         """Note the states of the token just fed; rows in ``ended`` were fed their end token and begin a segment."""

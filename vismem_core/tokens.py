@@ -132,6 +132,8 @@ def taught(backend: Tokenizer, first: int) -> Tokenizer:
     vocabulary = state["model"]["vocab"]
     if not isinstance(vocabulary, dict):
         raise AttachError(f"memory tokens cannot be added to a tokenizer of type {state['model']['type']}")
+    # Added tokens that the model does not list would be numbered anew from the vocabulary's end when it is read.
+    vocabulary.update((added["content"], added["id"]) for added in state["added_tokens"])
     for token, name in enumerate(names, start=size):
         vocabulary[name] = token
         if name in NAMES:

@@ -48,7 +48,9 @@ class VisionStates:
                 (``num_return_sequences``) share its images.
         """
         self.rows = [[] for _ in counts[0]]
-        copies = sum(map(sum, counts)) // sum(self.tokens) if self.tokens else 1
+        if not self.tokens:  # text only, or nothing was recorded
+            return
+        copies = sum(map(sum, counts)) // sum(self.tokens)
         queue = iter(range(len(self.tokens)))
         for row_tokens in counts:
             for first in range(0, len(row_tokens), copies):

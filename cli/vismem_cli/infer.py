@@ -39,6 +39,10 @@ def infer(
         str | None,
         typer.Option(metavar="RULE", help="Who invokes memory: policy, never, random:0.5, policy@short, ..."),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the question, the answer and its invocations (.png, .svg, .pdf)."),
+    ] = None,
     max_new_tokens: options.MaxNewTokens = 256,
     batch: options.Batch = 16,
     backbone: options.Backbone = None,
@@ -58,8 +62,8 @@ def infer(
     """
     if (data is None) != (output is None):
         raise typer.BadParameter("--data and --output go together", param_hint="--data / --output")
-    if data is not None and (image or prompt is not None):
-        raise typer.BadParameter("give either --data, or --image and --prompt", param_hint="--data")
+    if data is not None and (image or picture or prompt is not None):
+        raise typer.BadParameter("--image, --prompt and --picture are for one question", param_hint="--data")
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
     ask: dict[str, Any] = {"trigger": trigger, "max_new_tokens": max_new_tokens, "batch": batch}
     if data is not None and output is not None:
@@ -73,6 +77,10 @@ def infer(
         return
     sample = _sample(load, image or [], prompt)
     answer = _answer(load, sample, ask)
+    if picture is not None:
+        from vismem_core.picture import draw
+
+        draw(answer, sample, picture)
     if as_json:
         print_json(answer.to_dict())
     else:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vismem_core.bases import embedded
 from vismem_core.config import load
 from vismem_core.data import open_dataset
 
@@ -63,11 +64,12 @@ def train(
 
     Writes memory.safetensors, vismem.json, metrics.jsonl and report.json.
 
-    Of the settings --config counts least, then --set, then --stage, --objective and --seed.
+    Settings come from --config, then --set, then --stage, --objective and --seed, each over the ones before.
     """
     flags = {"stage": stage and stage.value, "objective": objective and objective.value, "seed": seed}
     overrides = [f"train.{key}={value}" for key, value in flags.items() if value is not None]
-    run = load(config, [*(settings or []), *overrides])
+    suited = embedded(backbone)[1].settings if model is None else None
+    run = load(config, [*(settings or []), *overrides], base=load(suited))
     source = data or default_data(backbone, model)
     rows: dict[str, Any] = {"on_bad": on_bad_sample.value, "allow_outside": allow_outside}
     samples = open_dataset(source, "train", **rows)

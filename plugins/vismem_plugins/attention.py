@@ -30,4 +30,5 @@ class Block(nn.Module):
         keys, values = pairs.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None, :])
         tokens = tokens + self.out(mixed.transpose(1, 2).flatten(2))
-        return tokens + self.mlp(self.norm_mlp(tokens))
+        out: Tensor = tokens + self.mlp(self.norm_mlp(tokens))
+        return out

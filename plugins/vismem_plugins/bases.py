@@ -10,6 +10,9 @@ from .mini import path
 SAMPLE = Path(__file__).parent / "samples" / "mosaic.jsonl"
 """`mosaic("heldout", size=3, types=["right"])[0]`, written as a file."""
 
+SETTINGS = Path(__file__).parent / "mini" / "train.yaml"
+"""What suits models of this size: high rates, few steps."""
+
 
 def mini_qwen2_5_vl() -> Base:
     """`mini` of the Qwen2.5-VL family."""
@@ -28,4 +31,5 @@ def _mini(family: str) -> Base:
         image=image,
         prompt=sample.prompt,
         dataset="mosaic",
+        settings=SETTINGS,
     )

@@ -40,7 +40,7 @@ def test_is_small(family: str) -> None:
     assert sum(file.stat().st_size for file in path(family).iterdir() if file.is_file()) < 4_000_000
 
 
-@pytest.mark.parametrize("type_", ["read", "left", "where"])
+@pytest.mark.parametrize("type_", ["read", "left", "above"])
 def test_sees(mini: tuple[Any, Any], type_: str) -> None:
     assert accuracy(mini, type_) > 0.75
     assert accuracy(mini, type_, blind=True) < 0.4

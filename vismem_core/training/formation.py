@@ -32,6 +32,13 @@ class Formation:
         trained = self.memory.trained()
         return [(name, tensor, 1.0) for name, tensor in trained.items() if not name.startswith("tokens.")]
 
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run must know beyond its parameters: nothing."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+
     def loss(self, batch: Batch, rng: Random) -> tuple[Tensor, dict[str, float]]:
         """Mean negative log-likelihood per token, and figures for the log."""
         memory = self.memory

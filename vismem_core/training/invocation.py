@@ -2,7 +2,8 @@
 
 At a point of the answer, the rest is scored three times: without memory, with short and with long. What each kind
 gains, less a cost, says how likely the policy should be to ask for it there. Only the four tokens' rows train; the
-end tokens' at a lower rate. The paper's own objective is GRPO with its two penalties (Eq. 8).
+end tokens' at a lower rate. What asking was worth in a state stays true while memory is frozen, so every step learns
+from all states that were tried. The paper's own objective is GRPO with its two penalties (Eq. 8).
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from .formation import invocation_point
 from .teacher import Forced, bring_up, likelihood
 
 
+REMEMBERED = 8192
+"""States whose worth is kept, the latest ones."""
+
+
 class InvocationStage:
     """Stage II."""
 
@@ -26,12 +31,23 @@ class InvocationStage:
 
     def __init__(self, memory: Memory, config: TrainConfig) -> None:
         self.memory, self.config, self.settings = memory, config, config.invocation
+        device = memory.backbone.device
+        self.tried = {"hidden": torch.empty(0, memory.backbone.width), "worth": torch.empty(0, 1 + len(KINDS))}
+        self.tried = {name: own.to(device) for name, own in self.tried.items()}
 
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         """What trains: name, tensor, learning rate relative to the stage's."""
         rates = {"tokens.invoke": 1.0, "tokens.head": 1.0, "tokens.close": self.config.end_rate}
         trained = self.memory.trained()
         return [(name, trained[name], rate) for name, rate in rates.items()]
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run must know beyond its parameters."""
+        return self.tried
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+        self.tried = {name: tensors[name].to(own.device) for name, own in self.tried.items()}
 
     def loss(self, batch: Batch, rng: Random) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the choice, plus the answers' under memory where it is worth asking."""
@@ -45,11 +61,14 @@ class InvocationStage:
         told = {kind: self._with_memory(batch, plain, kind, points) for kind in KINDS}
         gains = torch.stack([own.sum(1).detach() - alone for own in told.values()], dim=1) - self.config.cost
         worth = torch.cat([torch.zeros_like(alone)[:, None], gains], dim=1).softmax(-1)
-        choice = self._choice(plain.session.hidden[:, -1])
+        hidden = plain.session.hidden[:, -1].float()
+        for name, own in (("hidden", hidden), ("worth", worth)):
+            self.tried[name] = torch.cat([self.tried[name], own])[-REMEMBERED:]
+        choice = self._choice(self.tried["hidden"])
         lengths = torch.tensor([len(rest) for rest in plain.rests], device=worth.device)
         means = torch.stack([own.sum(1) / lengths for own in told.values()], dim=1)
-        loss = -(worth * choice).sum(1).mean() - (worth[:, 1:] * means).sum(1).mean()
-        chosen = choice.detach().exp().mean(0).tolist()
+        loss = -(self.tried["worth"] * choice).sum(1).mean() - (worth[:, 1:] * means).sum(1).mean()
+        chosen = choice[-len(batch) :].detach().exp().mean(0).tolist()
         wanted = worth.mean(0).tolist()
         figures = {f"asks_{kind}": chosen[1 + at] for at, kind in enumerate(KINDS)}
         figures |= {f"worth_{kind}": wanted[1 + at] for at, kind in enumerate(KINDS)}
@@ -68,6 +87,8 @@ class InvocationStage:
 
     def _choice(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (B, 3) of going on, asking for short, asking for long, where ``hidden`` (B, d) chooses."""
-        plain = self.memory.backbone.head(hidden).float().logsumexp(-1, keepdim=True)
+        backbone = self.memory.backbone
+        with torch.no_grad():
+            plain = backbone.head(hidden.to(backbone.dtype)).float().logsumexp(-1, keepdim=True)
         asks = self.memory.tokens.logits(hidden).to(plain.device)
         return torch.cat([plain, asks], dim=1).log_softmax(-1)

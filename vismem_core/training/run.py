@@ -42,6 +42,12 @@ class Stage(Protocol):
     def loss(self, batch: Batch, rng: Random) -> tuple[Tensor, dict[str, float]]:
         """A loss and figures for the log; all chance comes from ``rng`` and torch's default generator."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run must know beyond the parameters."""
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+
 
 def train(
     memory: Memory,
@@ -150,6 +156,7 @@ class Run:
         if self.done and self.done[0] == stage.name:
             first = self.done[1]
             state.restore(optimizer, self.done[2])
+            stage.restore(state.part(self.done[2], "stage."))
         sampler.position = first * settings.batch
         _cut(self.output / METRICS, stage.name, first)
         task = self.progress.add_task(stage.name, total=settings.steps, completed=first, note="")
@@ -166,9 +173,9 @@ class Run:
                 self.progress.update(task, advance=1, note=f"loss {loss.item():.3f}")
                 if (step + 1) % self.config.train.save_every == 0:
                     metrics.flush()
-                    state.save(self.output, memory, optimizer, stage.name, step + 1)
+                    state.save(self.output, memory, optimizer, stage.name, step + 1, stage.state())
         memory.eval()
-        state.save(self.output, memory, optimizer, stage.name, settings.steps)
+        state.save(self.output, memory, optimizer, stage.name, settings.steps, stage.state())
 
     @staticmethod
     def _update(
@@ -181,7 +188,7 @@ class Run:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["rate"]
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_([own for _, own, _ in parameters], clip).item()
         if not math.isfinite(norm):
             raise TrainingError("the loss or its gradient is not finite; lower the learning rate (--set train...lr)")

@@ -6,6 +6,7 @@ optimiser's moments and two numbers are the whole state.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,20 +21,28 @@ from ..memory import Memory
 FILE = "state.safetensors"
 
 
-def save(folder: Path, memory: Memory, optimizer: torch.optim.Optimizer | None, stage: str, step: int) -> None:
-    """Write the state after ``step`` steps of ``stage``; without an optimiser the stage begins anew."""
-    tensors = {f"memory.{name}": tensor.detach().cpu().contiguous() for name, tensor in memory.trained().items()}
-    if optimizer is not None:
-        names = {parameter: group["name"] for group in optimizer.param_groups for parameter in group["params"]}
-        for parameter, moments in optimizer.state.items():
-            for key, value in moments.items():
-                tensors[f"optimizer.{names[parameter]}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+def save(
+    folder: Path,
+    memory: Memory,
+    optimizer: torch.optim.Optimizer,
+    stage: str,
+    step: int,
+    extra: Mapping[str, Tensor],
+) -> None:
+    """Write the state after ``step`` steps of ``stage``, with what the stage itself wants kept (``extra``)."""
+    tensors = {f"memory.{name}": tensor for name, tensor in memory.trained().items()}
+    tensors |= {f"stage.{name}": tensor for name, tensor in extra.items()}
+    names = {parameter: group["name"] for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            tensors[f"optimizer.{names[parameter]}.{key}"] = torch.as_tensor(value)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = {"stage": stage, "step": str(step)}
     atomically(folder / FILE, lambda path: save_file(tensors, path, metadata=about))
 
 
 def load(folder: Path, memory: Memory) -> tuple[str, int, dict[str, Tensor]]:
-    """Fill ``memory``; give the stage, its steps done and the optimiser's tensors.
+    """Fill ``memory``; give the stage, its steps done and all tensors by the names that :func:`save` wrote.
 
     Raises:
         TrainingError: a damaged file.
@@ -45,8 +54,7 @@ def load(folder: Path, memory: Memory) -> tuple[str, int, dict[str, Tensor]]:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise TrainingError(f"{path}: cannot go on from it: {error}") from error
-    mine = {name.removeprefix("memory."): own for name, own in tensors.items() if name.startswith("memory.")}
-    fill(memory, mine, path)
+    fill(memory, part(tensors, "memory."), path)
     return about["stage"], int(about["step"]), tensors
 
 
@@ -54,9 +62,12 @@ def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> Non
     """Put the moments back that :func:`save` wrote."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            prefix = f"optimizer.{group['name']}."
-            moments = {name.removeprefix(prefix): own for name, own in tensors.items() if name.startswith(prefix)}
-            if moments:
+            if moments := part(tensors, f"optimizer.{group['name']}."):
                 optimizer.state[parameter] = {
                     key: own if own.ndim == 0 else own.to(parameter.device) for key, own in moments.items()
                 }
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): own for name, own in tensors.items() if name.startswith(prefix)}

@@ -2,8 +2,11 @@
 
 The questions stand one after the other behind the image, have the positions that each would have alone, and
 cannot see each other, so that a step is worth that many single prompts at a fraction of the cost.
+A share of the answers follows an aside, so that the model learns to read past what stands between a question
+and its answer.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -14,9 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vismem_plugins.mosaic import CELL, QUESTIONS, Grid, draw_grid, draw_photos
+from vismem_plugins.mosaic import CELL, CLASSES, QUESTIONS, Grid, draw_grid, draw_photos
 
 IGNORED = -100
+FOREIGN = -1
+"""In place of an id: a vector that is no word's."""
+ARGUMENT = re.compile(r"row \d column \d|\b(?:%s)\b" % "|".join(CLASSES))
+"""The part of a question that can be said elsewhere."""
 # How often a type is asked, relative to the others; "list" names every cell, and so is worth many.
 WEIGHTS = {
     "read": 2.0,
@@ -45,7 +52,7 @@ class Batch:
 
     size: int
     cells: Tensor  # (B * size**2, 28, 28) in -1..1
-    ids: Tensor  # (B, L)
+    ids: Tensor  # (B, L), with FOREIGN where no word stands
     labels: Tensor  # (B, L): the next token where it belongs to an answer, else IGNORED
     positions: Tensor  # (3 or 1, B, L)
     mask: Tensor  # (B, 1, L, L): True where a token may look
@@ -117,12 +124,12 @@ class Packer:
         self._pad: int = processor.tokenizer.pad_token_id
         self._rng, self._noise = Random(seed), np.random.default_rng(seed)
 
-    def __call__(self, size: int, count: int, questions: int, murmurs: float = 0.0) -> Batch:
-        """`count` mosaics of a size with `questions` questions each; a share of the answers follows a murmur."""
+    def __call__(self, size: int, count: int, questions: int, asides: float = 0.0) -> Batch:
+        """`count` mosaics of a size with `questions` questions each; a share of the answers follows an aside."""
         place = self._layouts[size]
         grids = [draw_grid(size, self._rng) for _ in range(count)]
         cells = np.concatenate([draw_photos(grid, "train", self._rng) for grid in grids])
-        rows = [self._row(place, ask(grid, questions, self._rng), murmurs) for grid in grids]
+        rows = [self._row(place, ask(grid, questions, self._rng), asides) for grid in grids]
         length = max(len(row[0]) for row in rows)
         ids, labels, steps, parts = (
             torch.tensor([row[i] + [fill] * (length - len(row[i])) for row in rows])
@@ -133,25 +140,36 @@ class Packer:
         mask = ((parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])).tril()[:, None]
         return Batch(size, torch.from_numpy(augment(cells, self._noise)), ids, labels, positions, mask)
 
-    def _murmur(self) -> list[int]:
-        """Words without meaning and a delimiter: a model that was trained on more than bare answers reads past them.
+    def _aside(self, prompt: list[str]) -> tuple[list[str], list[int]]:
+        """What may stand between a question and its answer: words or foreign vectors that mean nothing.
 
-        Large models do so by themselves. A small one that never saw anything between a question and its answer
-        loses the question over the first thing that stands there, memory included.
+        Half of the time a part of the question is moved into it and called "this" in the prompt. So the model learns
+        to read past what does not matter and to use what does, as a large model does with its own thoughts. One that
+        saw bare answers only loses the question over the first thing that comes between, memory included.
         """
-        words = self._rng.choices(self._text, k=self._rng.choice((1, 2, 4, 8, 12, 17, 20)))
-        return [*words, self._words[self._rng.choice((",", "."))]]
+        rng = self._rng
+        length = rng.choice((1, 2, 4, 8, 10, 13, 17, 19))
+        aside = [FOREIGN] * length if rng.random() < 0.6 else rng.choices(self._text, k=length)
+        if rng.random() < 0.5 and (part := ARGUMENT.search(" ".join(prompt))):
+            at = rng.randint(0, length)
+            aside[at:at] = [self._words[word] for word in part[0].split()]
+            prompt = ARGUMENT.sub("this", " ".join(prompt), count=1).split()
+        if rng.random() < 0.7:
+            aside.append(self._words[rng.choice((",", "."))])
+        return prompt, aside
 
     def _row(
-        self, place: Layout, asked: list[tuple[str, str]], murmurs: float
+        self, place: Layout, asked: list[tuple[str, str]], asides: float
     ) -> tuple[list[int], list[int], list[int], list[int]]:
         """One sequence: ids, labels, positions (0 in the prefix), and the question a token belongs to."""
         head = len(place.prefix)
         start = int(place.positions.max()) + 1
         ids, labels, steps, parts = list(place.prefix), [IGNORED] * head, [0] * head, [0] * head
         for part, (prompt, answer) in enumerate(asked, 1):
-            murmur = self._murmur() if self._rng.random() < murmurs else []
-            question = [*(self._words[word] for word in prompt.split()), *place.suffix, *murmur]
+            words, aside = prompt.split(), list[int]()
+            if self._rng.random() < asides:
+                words, aside = self._aside(words)
+            question = [*(self._words[word] for word in words), *place.suffix, *aside]
             said = [*(self._words[word] for word in answer.split()), self._end]
             ids += question + said
             labels += [IGNORED] * (len(question) - 1) + said + [IGNORED]

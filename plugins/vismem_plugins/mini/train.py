@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vismem_plugins.mosaic import GROUPS, mosaic
 
 from .build import FAMILIES, build
-from .packing import IGNORED, Batch, Packer, encode
+from .packing import FOREIGN, IGNORED, Batch, Packer, encode
 
 SIZES = (1, 2, 3)
 
@@ -38,13 +38,23 @@ def rate_at(progress: float, peak: float = 2e-3) -> float:
     return peak * min(1.0, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def foreign(ids: Tensor, table: Any, seen: Tensor) -> Tensor:
+    """Vectors that mean nothing where they stand, (*ids.shape, d): noise of the words' size, or tokens of any image."""
+    scale = table.weight.detach().pow(2).mean().sqrt() * torch.empty(*ids.shape, 1).uniform_(0.3, 3)
+    noise = scale * torch.randn(*ids.shape, seen.shape[-1])
+    borrowed = seen.detach()[torch.randint(len(seen), ids.shape)]
+    return torch.where(torch.rand(len(ids), 1, 1) < 0.6, noise, borrowed)
+
+
 def loss_of(model: Any, batch: Batch, pixels: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of the answers' tokens; `pixels` are the cells as the family takes them."""
     seen = model.model.get_image_features(**pixels).pooler_output
     seen = torch.cat([image.flatten(0, -2) for image in seen])  # (image tokens of the batch, d)
     is_image = (batch.ids == model.config.image_token_id)[..., None]
+    table = model.get_input_embeddings()
+    embeds = torch.where((batch.ids == FOREIGN)[..., None], foreign(batch.ids, table, seen), table(batch.ids.clamp(min=0)))
     hidden = model.get_decoder()(
-        inputs_embeds=model.get_input_embeddings()(batch.ids).masked_scatter(is_image, seen),
+        inputs_embeds=embeds.masked_scatter(is_image, seen),
         attention_mask={"full_attention": batch.mask},
         position_ids=batch.positions,
         use_cache=False,
@@ -70,7 +80,7 @@ def train(
     model.train()
     while progress < 1:
         optimizer.param_groups[0]["lr"] = rate_at(progress)
-        batch = pack(size_at(progress, rng), count, questions, murmurs=0.5 if progress > 0.3 else 0.0)
+        batch = pack(size_at(progress, rng), count, questions, asides=0.5 if progress > 0.2 else 0.0)
         loss = loss_of(model, batch, FAMILIES[family].pixels(batch.cells, batch.size))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

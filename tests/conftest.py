@@ -1,0 +1,16 @@
+"""Fixtures that many tests share."""
+
+import pytest
+from bases import Base, mini, tied, untied
+
+
+@pytest.fixture(params=[tied, untied], ids=lambda make: make.__name__)
+def base(request: pytest.FixtureRequest) -> Base:
+    """A tiny random model, with tied and with untied head."""
+    return request.param()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=[tied, untied, mini], ids=lambda make: make.__name__)
+def any_base(request: pytest.FixtureRequest) -> Base:
+    """The tiny ones and the trained one."""
+    return request.param()  # type: ignore[no-any-return]

@@ -1,0 +1,200 @@
+"""Promise 1: off or never invoked, the base model bit for bit; detached, the model as it was."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bases import QUESTIONS, Base, config, mini, tied
+from torch import nn
+
+import vismem_core as vismem
+from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
+from vismem_core.config import FormerConfig, MemoryConfig
+from vismem_core.errors import AttachError, ConfigError, VismemError
+from vismem_core.memory import Memory
+
+HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+
+
+def photograph(base: Base) -> dict[str, Any]:
+    """Everything about a model and its tokenizer that attaching could change."""
+    model, tokenizer = base.model, base.processor.tokenizer
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "parameters": {name: (id(own), own.requires_grad, own.dtype) for name, own in model.named_parameters()},
+        "weights": [own.clone() for own in model.state_dict().values()],
+        "keys": list(model.state_dict()),
+        "hooks": {(name, kind): len(getattr(own, kind)) for name, own in model.named_modules() for kind in HOOKS},
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "training": [module.training for module in model.modules()],
+        "backend": id(tokenizer._tokenizer),
+        "vocabulary": tokenizer.get_vocab(),
+        "length": len(tokenizer),
+        "generate": model.generate.__func__,
+    }
+
+
+def same(before: Any, after: Any) -> bool:
+    if isinstance(before, dict):
+        return before.keys() == after.keys() and all(same(before[key], after[key]) for key in before)
+    if isinstance(before, list) and before and isinstance(before[0], torch.Tensor):
+        return all(map(torch.equal, before, after))
+    return bool(before == after)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_p": 0.9, "temperature": 0.8}], ids=["greedy", "sample"])
+def test_off_and_never_are_the_base(any_base: Base, sampling: dict[str, Any]) -> None:
+    def answer(memory: Memory | None = None) -> Any:
+        torch.manual_seed(3)
+        return any_base.generate(*QUESTIONS, **sampling)
+
+    plain = answer()
+    memory = any_base.attach(config(trigger="anywhere:0.5", delimiters=(",",)))
+    assert not answer().answers.equal(plain.answers)  # memory does change the answers
+    assert len(memory.trace)
+    for context in (memory.off(), memory.triggered("never")):
+        with context:
+            quiet = answer()
+        assert len(memory.trace) == 0
+        assert quiet.sequences.equal(plain.sequences)
+        for name in ("logits", "scores"):
+            assert all(map(torch.equal, quiet[name], plain[name]))
+    memory.detach()
+    assert answer().sequences.equal(plain.sequences)
+
+
+@pytest.mark.parametrize("settings", [{"budget": 0}, {"trigger": "random:0"}, {"trigger": "schedule:99=long"}])
+def test_the_loop_itself_is_the_base(any_base: Base, settings: dict[str, Any]) -> None:
+    plain = any_base.generate(*QUESTIONS)
+    memory = any_base.attach(config(**({"trigger": "policy"} | settings)))
+    quiet = any_base.generate(*QUESTIONS)
+    assert len(memory.trace) == 0
+    assert quiet.sequences.equal(plain.sequences)
+    for before, after in zip(plain.logits, quiet.logits, strict=True):
+        assert after[:, : before.shape[1]].equal(before)
+        assert after[:, before.shape[1] :].eq(float("-inf")).all()
+
+
+def test_policy_that_never_samples_its_tokens(any_base: Base) -> None:
+    plain = any_base.generate(*QUESTIONS)
+    memory = any_base.attach(config(trigger="policy"))
+    with torch.no_grad():
+        memory.tokens.head.zero_()
+    quiet = any_base.generate(*QUESTIONS, suppress_tokens=[memory.tokens.first, memory.tokens.first + 1])
+    assert quiet.sequences.equal(plain.sequences)
+    for before, after in zip(plain.logits, quiet.logits, strict=True):
+        assert after[:, : before.shape[1]].equal(before)
+        assert after[:, before.shape[1] : before.shape[1] + 2].eq(0).any()
+
+
+@pytest.mark.parametrize("settings", [config(), config(context="recompute"), config("transformer")])
+def test_detached_as_it_was(any_base: Base, settings: MemoryConfig) -> None:
+    parameters = list(any_base.model.parameters())
+    parameters[0].requires_grad_(False)
+    before = photograph(any_base)
+    memory = any_base.attach(settings)
+    assert not any(own.requires_grad for own in parameters)
+    any_base.generate(QUESTIONS[0])
+    del any_base.model.model.rope_deltas  # what any call of the base's own ``generate`` leaves behind
+    any_base.model.model.rope_deltas = None
+    assert same(before["weights"], [own for name, own in any_base.model.state_dict().items() if "lora" not in name])
+    memory.detach()
+    after = photograph(any_base)
+    assert [part for part in before if not same(before[part], after[part])] == []
+    memory.detach()  # a second time does nothing
+    assert same(before, photograph(any_base))
+
+
+def test_hooks_live_as_long_as_a_call() -> None:
+    base = tied()
+    base.attach()
+    before = photograph(base)["hooks"]
+    base.generate(QUESTIONS[0])
+    with pytest.raises(AttachError):
+        base.generate(QUESTIONS[0], num_beams=2)
+    assert photograph(base)["hooks"] == before
+
+
+def test_a_generate_of_the_users_own_comes_back() -> None:
+    base = tied()
+    own = base.model.generate = lambda *args, **kwargs: type(base.model).generate(base.model, *args, **kwargs)
+    memory = base.attach()
+    assert base.model.generate is not own
+    memory.detach()
+    assert base.model.generate is own
+
+
+def test_attach_twice() -> None:
+    base = tied()
+    memory = base.attach()
+    before = photograph(base)
+    with pytest.raises(AttachError, match="attached already"):
+        base.attach()
+    assert same(before, photograph(base))
+    memory.detach()
+    base.attach().detach()
+
+
+class Misfit(Qwen2_5_VL):
+    """Targets a norm beside a linear layer: adapters fail half-way."""
+
+    lora_targets = Qwen2_5_VL.lora_targets | {"long": r"model\.language_model\.layers\.\d+\.(self_attn\.q_proj|\w+norm)"}
+
+
+class Nowhere(Qwen2_5_VL):
+    lora_targets = Qwen2_5_VL.lora_targets | {"long": "nothing"}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        (Misfit, config()),
+        (Nowhere, config()),
+        (Qwen2_5_VL, config("nobody")),
+        (Qwen2_5_VL, MemoryConfig(long=FormerConfig(name="nobody"))),
+        (Qwen2_5_VL, config(builder="nobody")),
+        (Qwen2_5_VL, config(trigger="nobody")),
+        (Qwen2_5_VL, config(delimiters=("☃",))),
+    ],
+)
+def test_a_failure_leaves_the_model_alone(family: type[Qwen2_5_VL], settings: MemoryConfig) -> None:
+    base = tied()
+    before = photograph(base)
+    with pytest.raises((VismemError, ConfigError)):
+        Memory(family(base.model, base.processor), settings)
+    assert same(before, photograph(base))
+
+
+def test_models_of_no_known_family() -> None:
+    base = tied()
+    base.model.config.model_type = "unheard_of"
+    with pytest.raises(AttachError, match="no backbone knows model type 'unheard_of'; known: "):
+        base.attach()
+    with pytest.raises(AttachError, match="backbone 'qwen2_5_vl' does not know model type 'unheard_of'"):
+        vismem.attach(base.model, base.processor, backbone="qwen2_5_vl")
+
+
+def test_tokenizers_without_a_fast_backend() -> None:
+    base = tied()
+    fast = base.processor.tokenizer
+    names = ("all_special_ids", "get_vocab", "convert_tokens_to_string")
+    slow = SimpleNamespace(**{name: getattr(fast, name) for name in names})
+    before = photograph(base)
+    with pytest.raises(AttachError, match="memory needs a fast tokenizer"):
+        vismem.attach(base.model, slow)
+    assert same(before, photograph(base))
+
+
+@pytest.mark.parametrize("make", [tied, mini])
+def test_off_restores_what_was_before(make: Any) -> None:
+    base = make()
+    memory = base.attach()
+    with pytest.raises(RuntimeError), memory.off(), memory.off():
+        raise RuntimeError
+    assert memory.hook.enabled
+    with pytest.raises(RuntimeError), memory.triggered("never"):
+        raise RuntimeError
+    assert memory.trigger == "anywhere:0.3"

@@ -1,0 +1,99 @@
+"""Latents of a ragged batch equal the formers' definitions, computed apart for each row (Eq. 5, 6)."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from bases import QUESTIONS, Base, config, mini, tied
+from reference import Sequence, long_latents, one_pass, plain_block, query, short_latents
+from torch import Tensor
+
+from vismem_core import Invocation, Memory
+from vismem_core.errors import PluginError
+
+
+def invocations(base: Base, memory: Memory, rows: list[int]) -> Iterator[tuple[int, Invocation, Sequence, int, int]]:
+    """Every invocation in the answers to some questions, its row read in one pass, and its segment's two ends."""
+    questions = [QUESTIONS[row] for row in rows]
+    output = base.generate(*questions)
+    for row, question in enumerate(questions):
+        sequence = one_pass(base, memory, question, output.answers[row].tolist(), row)
+        begin = sequence.places[0]
+        for invocation in memory.trace.row(row):
+            end = sequence.places[invocation.position]
+            yield rows[row], invocation, sequence, begin, end
+            begin = sequence.places[invocation.position + 1] + 1  # after the end token
+
+
+@pytest.mark.parametrize("rows", [[1], [2], [0, 1, 2, 3]], ids=["alone", "text", "ragged"])
+@pytest.mark.parametrize("context", ["cache", "recompute"])
+def test_lora(any_base: Base, context: str, rows: list[int]) -> None:
+    pristine = copy.deepcopy(any_base.model)
+    memory = any_base.attach(config(context=context, trigger="schedule:0=long,3=short,7=short,11=long"))
+    any_base.model.generation_config.eos_token_id = None
+    seen = set()
+    for row, invocation, sequence, begin, end in invocations(any_base, memory, rows):
+        seen.add(invocation.kind)
+        asked = query(memory, sequence, begin, end)
+        if invocation.kind == "long":
+            expected = long_latents(pristine, memory, sequence, asked, end, context)
+        else:
+            expected = short_latents(pristine, memory, any_base.inputs(QUESTIONS[row]), asked, context)
+        torch.testing.assert_close(invocation.latents, expected, atol=1e-4, rtol=1e-3)
+    assert seen == {"short", "long"}
+
+
+@pytest.mark.parametrize("kind", ["short", "long"])
+def test_loras_change_their_own_memory_alone(kind: str) -> None:
+    base = tied()
+    memory = base.attach(config(trigger="schedule:0=short,3=long"))
+    base.model.generation_config.eos_token_id = None
+
+    def latents() -> dict[str, Tensor]:
+        base.generate(QUESTIONS[0], max_new_tokens=8)
+        return {invocation.kind: invocation.latents for invocation in memory.trace.invocations}
+
+    before = latents()
+    with torch.no_grad():
+        for matrix in memory.former(kind).adapter_parameters().values():  # type: ignore[arg-type]
+            matrix.mul_(1.5)
+    after = latents()
+    assert not torch.allclose(before[kind], after[kind], atol=1e-3)
+    if kind == "long":
+        torch.testing.assert_close(before["short"], after["short"])
+
+
+def test_context_makes_a_difference() -> None:
+    found = []
+    for context in ("cache", "recompute"):
+        base = tied()
+        memory = base.attach(config(context=context, trigger="schedule:0=short,3=long"))
+        base.generate(QUESTIONS[0], max_new_tokens=8, eos_token_id=None)
+        found.append([invocation.latents for invocation in memory.trace.invocations])
+    assert all(not torch.allclose(*pair, atol=1e-2) for pair in zip(*found))
+
+
+@pytest.mark.parametrize("make", [tied, mini])
+@torch.no_grad()
+def test_transformer(make: Any) -> None:
+    base = make()
+    memory = base.attach(config("transformer", trigger="schedule:0=long,3=short,7=short,11=long"))
+    base.model.generation_config.eos_token_id = None
+    for _, invocation, sequence, begin, end in invocations(base, memory, [0, 1, 2, 3]):
+        former: Any = memory.former(invocation.kind)
+        states = sequence.embeds[:, : sequence.visual.shape[1]][sequence.visual]
+        if invocation.kind == "long":
+            states = torch.cat([states, sequence.hidden[0, begin : end + 1]])
+        states, asks = former.enter(states), former.ask(query(memory, sequence, begin, end)[0])
+        tokens = torch.cat([asks, former.initial + asks.mean(0)])
+        for block in former.blocks:
+            tokens = plain_block(block, tokens, torch.cat([states, tokens]))
+        expected = former.leave(tokens[-former.config.length :]) * former.gain
+        torch.testing.assert_close(invocation.latents, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_unknown_former_names_the_nearest() -> None:
+    with pytest.raises(PluginError, match="lora"):
+        tied().attach(config("lroa"))
