@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bases import Base, Question
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -39,10 +38,13 @@ class Sequence:
 
 
 @torch.no_grad()
-def one_pass(base: Base, memory: Memory, question: Question, answer: list[int], row: int) -> Sequence:
-    """The answer of ``row`` in the last ``generate`` call, read by the base model in one go."""
-    model = base.model
-    inputs = base.inputs(question)
+def one_pass(memory: Memory, inputs: Any, answer: list[int], row: int = 0) -> Sequence:
+    """The answer of ``row`` in the last ``generate`` call, read by the base model in one go.
+
+    Args:
+        inputs: that row's prompt alone.
+    """
+    model = memory.model
     embeds = embed(memory, inputs["input_ids"])
     visual = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     for medium, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
@@ -76,7 +78,7 @@ def prompt_positions(model: Any, inputs: Any) -> Tensor:
     """M-RoPE positions of a single prompt, (3, 1, L)."""
     if not any(f"{medium}_grid_thw" in inputs for medium in ("image", "video")):
         return torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1)
-    grids = {name: inputs[name] for name in inputs if name.endswith("_grid_thw") or name == "mm_token_type_ids"}
+    grids = {name: inputs[name] for name in inputs if "grid" in name or name == "mm_token_type_ids"}
     positions: Tensor = model.model.get_rope_index(inputs["input_ids"], **grids)[0]
     return positions
 
@@ -125,24 +127,22 @@ def long_latents(pristine: Any, memory: Memory, sequence: Sequence, asked: Tenso
 
 
 @torch.no_grad()
-def short_latents(
-    pristine: Any, memory: Memory, inputs: Any, asked: Tensor, context: str, medium: str = "image"
-) -> Tensor:
+def short_latents(pristine: Any, memory: Memory, inputs: Any, asked: Tensor, context: str) -> Tensor:
     """F_s by its definition: extra tokens beside all patches of the row, with a dense attention mask."""
     former: Any = memory.short
     asked = former.enter(asked)
     extra = torch.cat([asked, former.initial + asked.mean(1, keepdim=True)], dim=1)[0]
     adapted = merged(pristine, memory, "short").model.visual
     ground = pristine.model.visual if context == "cache" else adapted
-    name = {"image": "pixel_values", "video": "pixel_values_videos"}[medium]
-    grids = inputs[f"{medium}_grid_thw"] if name in inputs else torch.zeros(0, 3, dtype=torch.long)
-    patches = ground.patch_embed(inputs[name]) if name in inputs else extra[:0]
-    extra = encode(ground, adapted, patches, grids, extra)[1]
+    pixels = [inputs[name] for name in ("pixel_values", "pixel_values_videos") if name in inputs]
+    grids = [inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs]
+    patches = ground.patch_embed(torch.cat(pixels)) if pixels else extra[:0]
+    extra = encode(ground, adapted, patches, torch.cat(grids).tolist() if grids else [], extra)[1]
     tokens: Tensor = pristine.model.visual.merger(extra[-len(former.initial) :])
     return tokens * former.gain
 
 
-def encode(ground: Any, adapted: Any, patches: Tensor, grids: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+def encode(ground: Any, adapted: Any, patches: Tensor, grids: list[list[int]], extra: Tensor) -> tuple[Tensor, Tensor]:
     """Patches through ``ground``'s blocks and extra tokens through ``adapted``'s, in one dense attention.
 
     Patches look at their window (or their frame, in full blocks); extra tokens look at everything and turn nowhere.
@@ -167,13 +167,13 @@ def encode(ground: Any, adapted: Any, patches: Tensor, grids: Tensor, extra: Ten
     return patches, extra
 
 
-def layout(visual: Any, grids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def layout(visual: Any, grids: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Window, frame and rotation angles of every patch, from its coordinates alone."""
     merge, size = visual.spatial_merge_size, visual.window_size // visual.patch_size
     half = visual.config.hidden_size // visual.config.num_heads // 2
     rates = 10000.0 ** -(torch.arange(0, half, 2) / half)
     windows, frames, angles = [], [], []
-    for image, (depth, height, width) in enumerate(grids.tolist()):
+    for image, (depth, height, width) in enumerate(grids):
         for t in range(depth):
             for i in range(0, height, merge):  # patches come in merge x merge blocks
                 for j in range(0, width, merge):

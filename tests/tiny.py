@@ -67,24 +67,29 @@ def qwen_processor() -> Any:
     )
 
 
-def qwen(tied: bool = True, seed: int = 0, spare: int = 0) -> tuple[Any, Any]:
-    """A random Qwen2.5-VL (32 wide, 2 + 2 layers, windowed and full vision blocks) and its processor.
+def qwen(tied: bool = True, seed: int = 0, spare: int = 0, width: int = 32) -> tuple[Any, Any]:
+    """A random Qwen2.5-VL (2 + 2 layers, windowed and full vision blocks) and its processor.
 
     Args:
         spare: vocabulary rows beyond the tokenizer's, as published checkpoints have.
+        width: of both towers.
     """
     processor = qwen_processor()
     ids = {name: processor.tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(processor.tokenizer) + spare,
-            "hidden_size": 32,
+            "hidden_size": width,
             "intermediate_size": 64,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [width // 32, width // 32, width // 16],
+            },
             "tie_word_embeddings": tied,
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
@@ -92,10 +97,10 @@ def qwen(tied: bool = True, seed: int = 0, spare: int = 0) -> tuple[Any, Any]:
         },
         vision_config={
             "depth": 2,
-            "hidden_size": 32,
+            "hidden_size": width,
             "intermediate_size": 64,
             "num_heads": 4,
-            "out_hidden_size": 32,
+            "out_hidden_size": width,
             "patch_size": 4,
             "window_size": 16,
             "fullatt_block_indexes": [1],

@@ -39,7 +39,8 @@ class Adapter:
         except Exception as error:
             self.layers = self._wrapped()
             self.eject()
-            raise AttachError(f"the LoRA targets {targets!r} do not fit this model: {error}") from error
+            reason = " ".join(str(error).split())
+            raise AttachError(f"the LoRA targets {targets!r} do not fit this model: {reason}") from error
         finally:
             vars(model).pop("peft_config", None)
             if configs is not None:

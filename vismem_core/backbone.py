@@ -26,6 +26,9 @@ class Backbone(ABC):
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    packs: ClassVar[bool] = False
+    """Whether the language model's attention is plain ``sdpa`` and gets its keyword arguments from ``forward``, so
+    that latents can enter in the neighbours' pass (:mod:`vismem_core.packing`) instead of in one of their own."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor

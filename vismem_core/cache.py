@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ def fork(cache: DynamicCache) -> DynamicCache:
 def select(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
     """The given rows alone, copied; a plain fork where they are all rows in order."""
     branch = fork(cache)
-    if list(rows) != list(range(branch.layers[0].keys.shape[0])):
-        for layer in branch.layers:
+    if list(rows) != list(range(_layers(branch)[0].keys.shape[0])):
+        for layer in _layers(branch):
             index = torch.as_tensor(rows, device=layer.keys.device)
             layer.keys, layer.values = layer.keys[index], layer.values[index]
     return branch
@@ -69,7 +70,7 @@ def graft(cache: DynamicCache, grown: DynamicCache, rows: Sequence[int], padding
         grown: the cache of ``rows``, longer by the tokens they took in.
         padding: columns by which the whole batch grows; the rows' own left padding takes the rest.
     """
-    for layer, source in zip(cache.layers, grown.layers, strict=True):
+    for layer, source in zip(_layers(cache), _layers(grown), strict=True):
         index = torch.as_tensor(rows, device=layer.keys.device)
         width = min(layer.keys.shape[-2] + padding, source.keys.shape[-2])
         for name in ("keys", "values"):
@@ -90,3 +91,8 @@ def graft_mask(mask: Tensor, rows: Sequence[int], length: int, padding: int) -> 
     mask = torch.cat([mask.new_zeros(mask.shape[0], padding), mask], dim=-1)
     mask[index] = grown[:, -mask.shape[-1] :]
     return mask
+
+
+def _layers(cache: DynamicCache) -> list[Any]:
+    # What :func:`check` let through has keys and values in every layer; its type says less.
+    return list(cache.layers)

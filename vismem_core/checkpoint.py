@@ -6,8 +6,8 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +44,11 @@ def save(memory: Memory, folder: Path, about: Mapping[str, Any]) -> None:
         "memory": to_dict(memory.config),
         **about,
     }
-    # Each file replaces its predecessor in one step, the description last: it names the weights it belongs to.
-    atomically(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    written["weights"] = _digest(folder / WEIGHTS)
-    text = json.dumps(written, indent=2) + "\n"
-    atomically(folder / ABOUT, lambda path: path.write_text(text, encoding="utf-8"))
+    # Both are on disk before either replaces its predecessor; the description goes last and names its weights.
+    with _staged(folder / ABOUT) as description, _staged(folder / WEIGHTS) as weights:
+        save_file(tensors, weights)
+        written["weights"] = _digest(weights)
+        description.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -57,18 +57,23 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OSError: the disk is full or not writable; it names ``path``.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    with _staged(path) as place:
+        write(place)
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    place = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
-            write(Path(name))
+            yield place
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OSError(errno.EIO, str(error), str(path)) from error
-        with open(name, "rb") as written:
+        with open(place, "rb") as written:
             os.fsync(written.fileno())
-        os.replace(name, path)
+        os.replace(place, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        place.unlink(missing_ok=True)
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
@@ -87,16 +92,19 @@ def describe(backbone: Backbone) -> dict[str, Any]:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """The same for the same weights in any precision: a digest of what quantising leaves alone, rounded to bf16.
+    """A digest of what quantising leaves alone: norms, biases, the first rows of the embedding table.
 
-    These are the norms, the biases and the first rows of the embedding table.
+    Weights published in bf16 have the same one in any precision: fp32 and fp16 hold their values exactly, but for the
+    tiny ones that fp16 rounds, which count as zero.
     """
     tensors = {name: tensor for name, tensor in backbone.model.named_parameters() if tensor.ndim == 1}
     tensors["embeddings"] = backbone.embeddings.weight[:64]
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.replace(".base_layer", "").encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        rounded = tensor.detach().to("cpu", torch.bfloat16)
+        rounded = rounded.where(rounded.abs() >= 2.0**-16, 0)
+        digest.update(rounded.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -76,7 +76,7 @@ class StageConfig(Section):
     clip: Amount = 1.0
     """Largest gradient norm."""
     anywhere: Share = 0.0
-    """Share of the answers in which memory may be invoked between delimiters too."""
+    """Share of the answers in which memory is invoked at any position, not only where a thought ended."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,13 @@ class TrainConfig(Section):
     objective: str = "sft"
     seed: Count = 0
     formation: StageConfig = field(default_factory=StageConfig)
-    invocation: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-5, warmup=0.1))
+    invocation: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-5, warmup=0.1, anywhere=0.5))
     end_rate: Amount = 0.1
     """Learning rate of the end tokens' rows relative to the invocation tokens' rows."""
     cost: float = 0.1
-    """What an invocation must gain in the answer's log-likelihood (nats) before Stage II calls it worthwhile."""
+    """What an invocation must add to the score of an answer (0 to 1) before Stage II calls it worthwhile."""
+    temperature: float = 0.1
+    """Difference in score that makes one choice e times as likely as another, in Stage II's objective ``sft``."""
     save_every: Positive = 100
     """Steps between two states that ``--resume`` can go on from."""
     eval_samples: Positive = 100

@@ -172,6 +172,8 @@ class Decoder:
         session, together = self.session, next(iter(latents.values()), None)
         if together is not None and len(together[0]) == len(self.rows):
             return self._feed_together(model, input_ids, together[1], model_kwargs, padded), padded
+        if latents and self._packs(model_kwargs):
+            return self._feed_packed(model, input_ids, latents, model_kwargs), True
         if latents:
             session.insert(latents)
             padded = True
@@ -180,6 +182,35 @@ class Decoder:
             model_kwargs["position_ids"] = session.positions
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
         return model(**inputs, return_dict=True), padded
+
+    def _packs(self, model_kwargs: dict[str, Any]) -> bool:
+        backbone = self.session.backbone
+        attention = backbone.decoder.config._attn_implementation  # type: ignore[union-attr]
+        watched = model_kwargs.get("output_attentions") or model_kwargs.get("output_hidden_states")
+        return backbone.packs and attention == "sdpa" and not watched
+
+    def _feed_packed(
+        self, model: Any, input_ids: Tensor, latents: dict[Kind, tuple[list[int], Tensor]], model_kwargs: dict[str, Any]
+    ) -> Any:
+        session = self.session
+        last = session.backbone.embeddings(input_ids[:, -1])
+        packing, positions = session.pack(latents)
+        model_kwargs["attention_mask"] = packing.mask
+        if "position_ids" in model_kwargs:
+            model_kwargs["position_ids"] = session.positions
+        with packing.on(session.backbone.decoder, session.cache) as cache:
+            output = model(
+                inputs_embeds=torch.cat([last, *(vectors.flatten(0, 1) for _, vectors in latents.values())])[None],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=torch.arange(len(last), device=last.device),
+                return_dict=True,
+                packing=packing,
+            )
+        session.unpack()
+        output.logits, output.past_key_values = output.logits.transpose(0, 1), session.cache
+        return output
 
     def _feed_together(
         self, model: Any, input_ids: Tensor, latents: Tensor, model_kwargs: dict[str, Any], padded: bool
@@ -193,7 +224,9 @@ class Decoder:
         model_kwargs["attention_mask"] = _longer(session.mask, 1) if padded else None
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
-        wanted = {name: model_kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in model_kwargs}
+        wanted = {
+            name: model_kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in model_kwargs
+        }
         output = model(
             inputs_embeds=torch.cat([latents, end], dim=1),
             attention_mask=model_kwargs["attention_mask"],

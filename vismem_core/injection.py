@@ -97,5 +97,7 @@ class InjectionHook:
         tokenizer, strings = named.pop("tokenizer", None), self._setting(named, "stop_strings")
         if tokenizer is None or strings is None:
             return named
-        criteria = StoppingCriteriaList([*(named.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)])
+        criteria = StoppingCriteriaList(
+            [*(named.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)]
+        )
         return named | {"stop_strings": None, "stopping_criteria": criteria}

@@ -13,8 +13,10 @@ from transformers import DynamicCache
 
 from . import cache as kv
 from .backbone import Backbone
+from .config import Kind
 from .errors import AttachError
 from .former import MemoryContext, MemoryFormer, Needs
+from .packing import Packing
 from .query import QueryBuilder
 from .vision import VisionStates
 
@@ -189,11 +191,11 @@ class Session:
 
     # Inserting
 
-    def insert(self, latents: Mapping[int, tuple[Sequence[int], Tensor]]) -> None:
+    def insert(self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]]) -> None:
         """Let some rows take in latents on their own, while their neighbours wait.
 
         Args:
-            latents: any key -> (rows, (R, N, d)).
+            latents: kind -> (rows, (R, N, d)).
         """
         for rows, vectors in latents.values():
             length = vectors.shape[1]
@@ -205,14 +207,42 @@ class Session:
             with self._apart():
                 self.backbone.continue_(vectors, mask, positions, grown)
             self.took_in(rows, vectors, positions)
-            padding = max(0, length - min(self._padding[row] for row in rows))
-            kv.graft(self.cache, grown, rows, padding)
-            self.mask = kv.graft_mask(self.mask, rows, length, padding)
-            self._padding = [own + padding for own in self._padding]
-            for row in rows:
-                self._padding[row] -= length
-            self.positions = self.positions.clone()
-            self.positions[..., index, :] += length
+            kv.graft(self.cache, grown, rows, self._make_room(rows, length))
+
+    def pack(self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]]) -> tuple[Packing, Tensor]:
+        """Prepare a pass in which some rows take in latents and every row its next token.
+
+        Returns:
+            the packing, and the position ids (.., 1, M) of the packed tokens.
+        """
+        places = []
+        for rows, vectors in latents.values():
+            index = torch.as_tensor(rows, device=self.positions.device)
+            steps = torch.arange(vectors.shape[1], device=self.positions.device)
+            places.append(self.positions[..., index, :] + steps)
+            self.took_in(rows, vectors, places[-1])
+            self._make_room(rows, vectors.shape[1])
+        packed = torch.cat([self.positions.squeeze(-1), *(own.flatten(-2) for own in places)], dim=-1)
+        mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=-1)
+        groups = [(rows, vectors.shape[1]) for rows, vectors in latents.values()]
+        return Packing(mask, groups), packed[..., None, :]
+
+    def unpack(self) -> None:
+        """After a packed pass: what it noted of each row's last token, as after any other pass."""
+        rows = len(self.mask)
+        self.hidden = self.hidden[:, :rows].transpose(0, 1)
+        self._embeds = self._embeds[:, :rows].transpose(0, 1)
+
+    def _make_room(self, rows: Sequence[int], length: int) -> int:
+        """Note that ``rows`` grow by ``length`` tokens; the columns by which the whole batch grows for it."""
+        padding = max(0, length - min(self._padding[row] for row in rows))
+        self.mask = kv.graft_mask(self.mask, rows, length, padding)
+        self._padding = [own + padding for own in self._padding]
+        for row in rows:
+            self._padding[row] -= length
+        self.positions = self.positions.clone()
+        self.positions[..., torch.as_tensor(rows, device=self.positions.device), :] += length
+        return padding
 
     def took_in(self, rows: Sequence[int], vectors: Tensor, positions: Tensor) -> None:
         """Note latents that entered the cache, for ``context="recompute"``."""

@@ -20,6 +20,7 @@ class Qwen2_5_VL(Backbone):
 
     name = "qwen2_5_vl"
     model_types = ("qwen2_5_vl",)
+    packs = True
     lora_targets = {
         "short": r"model\.visual\.blocks\.\d+\.attn\.qkv",
         "long": r"model\.language_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)",
@@ -78,7 +79,8 @@ class Qwen2_5_VL(Backbone):
         for index, block in enumerate(self.visual.blocks):
             fused = block.attn.qkv(block.norm1(extra))
             fused = fused.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            mixed = attend(*fused.unbind(0), states, index, where)
+            queries, keys, values = fused.unbind(0)
+            mixed = attend(queries, keys, values, states, index, where)
             extra = extra + block.attn.proj(mixed)
             extra = extra + block.mlp(block.norm2(extra))
         return extra

@@ -24,11 +24,11 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """tokens (R, T, w), context (R, S, w), mask (R, S) with False at padding -> (R, T, w)."""
+        """tokens (R, T, w), context (R, S, w), mask (R, T or 1, S) with False at what is not seen -> (R, T, w)."""
         queries = self.query(self.norm(tokens)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         pairs = self.key_value(self.norm(context)).unflatten(-1, (2, self.heads, -1))
         keys, values = pairs.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None, :])
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None])
         tokens = tokens + self.out(mixed.transpose(1, 2).flatten(2))
         out: Tensor = tokens + self.mlp(self.norm_mlp(tokens))
         return out

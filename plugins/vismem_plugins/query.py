@@ -32,15 +32,16 @@ class EncoderQuery(QueryBuilder):
         self.leave = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, width), nn.RMSNorm(width))
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        states = self.enter(states)
-        query = self.initial.expand(len(states), -1, -1)
-        both = torch.cat([mask, mask.new_ones(query.shape[:2])], dim=1)
+        count, query = states.shape[1], self.initial.expand(len(states), -1, -1)
+        tokens = torch.cat([self.enter(states), query], dim=1)
+        everything = torch.cat([mask, mask.new_ones(query.shape[:2])], dim=1)[:, None]
         for depth, block in enumerate(self.blocks, start=1):
-            looked = block(query, torch.cat([states, query], dim=1), both)
             if self.contextual and depth < len(self.blocks):
-                states = block(states, states, mask)
-            query = looked
-        out: Tensor = self.leave(query)
+                tokens = block(tokens, tokens, _query_unseen(everything, count))
+            else:
+                looked = block(tokens[:, count:], tokens, everything)
+                tokens = torch.cat([tokens[:, :count], looked], dim=1)
+        out: Tensor = self.leave(tokens[:, count:])
         return out
 
 
@@ -48,3 +49,10 @@ class CrossQuery(EncoderQuery):
     """Only the queries attend; H enters every layer as it is. About a third of the encoder's cost."""
 
     contextual = False
+
+
+def _query_unseen(mask: Tensor, count: int) -> Tensor:
+    """The mask (R, 1, S) for each of S tokens, (R, S, S); the first ``count`` see no token after them."""
+    seen = mask.repeat(1, mask.shape[-1], 1)
+    seen[:, :count, count:] = False
+    return seen

@@ -22,7 +22,7 @@ def test_insertion_equals_one_pass(any_base: Base, spec: str, rows: list[int]) -
     output = any_base.generate(*questions)
     assert len(memory.trace) >= len(rows)
     for row, question in enumerate(questions):
-        expected = one_pass(any_base, memory, question, output.answers[row].tolist(), row)
+        expected = one_pass(memory, any_base.inputs(question), output.answers[row].tolist(), row)
         got = torch.stack([logits[row] for logits in output.logits])
         torch.testing.assert_close(got[:, : expected.logits.shape[1]], expected.logits, atol=1e-4, rtol=1e-4)
         offered = got[:, memory.tokens.first : memory.tokens.first + 2] > float("-inf")
@@ -37,7 +37,7 @@ def test_the_policys_own_logits(base: Base) -> None:
     assert len(memory.trace) >= len(QUESTIONS)
     for row, question in enumerate(QUESTIONS):
         answer = [token for token in output.answers[row].tolist() if token != base.processor.tokenizer.pad_token_id]
-        expected = one_pass(base, memory, question, answer, row)
+        expected = one_pass(memory, base.inputs(question), answer, row)
         got = torch.stack([logits[row, memory.tokens.first :] for logits in output.logits[: len(answer)]])
         offered = got[:, :2] > float("-inf")
         assert offered.any()

@@ -19,7 +19,7 @@ def invocations(base: Base, memory: Memory, rows: list[int]) -> Iterator[tuple[i
     questions = [QUESTIONS[row] for row in rows]
     output = base.generate(*questions)
     for row, question in enumerate(questions):
-        sequence = one_pass(base, memory, question, output.answers[row].tolist(), row)
+        sequence = one_pass(memory, base.inputs(question), output.answers[row].tolist(), row)
         begin = sequence.places[0]
         for invocation in memory.trace.row(row):
             end = sequence.places[invocation.position]

@@ -43,7 +43,7 @@ class Formation:
         """Mean negative log-likelihood per token, and figures for the log."""
         memory = self.memory
         kinds = [rng.choice(KINDS) for _ in batch.answers]
-        points = [self.point(answer, rng) for answer in batch.answers]
+        points = [invocation_point(answer, memory.delimiters, rng, self.settings.anywhere) for answer in batch.answers]
         forced = bring_up(memory, batch, kinds, points)
         losses: dict[Kind, Tensor] = {}
         for kind, rows in groups(kinds).items():
@@ -55,19 +55,14 @@ class Formation:
         total = torch.stack([shares[kind] * loss for kind, loss in losses.items()]).sum()
         return total, {f"loss_{kind}": loss.item() for kind, loss in losses.items()}
 
-    def point(self, answer: Sequence[int], rng: Random) -> int:
-        """Where memory is invoked: the start half of the time, otherwise any place with something left to say.
-
-        Places after a delimiter are preferred (``settings.anywhere`` is the share of the others).
-        """
-        return invocation_point(answer, self.memory.delimiters, rng, self.settings.anywhere)
-
 
 def invocation_point(answer: Sequence[int], delimiters: frozenset[int], rng: Random, anywhere: float) -> int:
-    """A position in ``answer`` (its end of turn included) before which memory may be invoked."""
-    places = range(1, len(answer) - 1)
-    if rng.random() >= anywhere:
-        places = [place for place in places if answer[place - 1] in delimiters]  # type: ignore[assignment]
-    if not places or rng.random() < 0.5:
-        return 0
-    return rng.choice(places)
+    """A position in ``answer`` (its end of turn included) before which memory may be invoked.
+
+    With probability ``anywhere`` any position; otherwise the start half of the time, and else a place where a
+    delimiter was written and something is left to say.
+    """
+    if rng.random() < anywhere:
+        return rng.randrange(len(answer))
+    places = [place for place in range(1, len(answer) - 1) if answer[place - 1] in delimiters]
+    return 0 if not places or rng.random() < 0.5 else rng.choice(places)

@@ -1,7 +1,8 @@
 """Stage II by likelihood: the four tokens' rows learn to ask for memory where it pays.
 
-At a point of the answer, the rest is scored three times: without memory, with short and with long. What each kind
-gains, less a cost, says how likely the policy should be to ask for it there. Only the four tokens' rows train; the
+At a point of the answer, the rest is scored three times: without memory, with short and with long. A score is the
+mean probability of the rest's tokens, from 0 to 1 as a reward is, less a cost for asking. The better a choice scores,
+the likelier the policy should be to make it there. Only the four tokens' rows train; the
 end tokens' at a lower rate. What asking was worth in a state stays true while memory is frozen, so every step learns
 from all states that were tried. The paper's own objective is GRPO with its two penalties (Eq. 8).
 """
@@ -18,7 +19,6 @@ from ..memory import Memory
 from .batches import Batch
 from .formation import invocation_point
 from .teacher import Forced, bring_up, likelihood
-
 
 REMEMBERED = 8192
 """States whose worth is kept, the latest ones."""
@@ -56,18 +56,19 @@ class InvocationStage:
             invocation_point(answer, self.memory.delimiters, rng, self.settings.anywhere) for answer in batch.answers
         ]
         plain = bring_up(self.memory, batch, [None] * len(batch), points)
+        lengths = torch.tensor([len(rest) for rest in plain.rests], device=self.memory.backbone.device)
         with torch.no_grad():
-            alone = likelihood(self.memory, plain, rows).sum(1)
-        told = {kind: self._with_memory(batch, plain, kind, points) for kind in KINDS}
-        gains = torch.stack([own.sum(1).detach() - alone for own in told.values()], dim=1) - self.config.cost
-        worth = torch.cat([torch.zeros_like(alone)[:, None], gains], dim=1).softmax(-1)
+            alone = likelihood(self.memory, plain, rows).sum(1) / lengths
+        told = [self._with_memory(batch, plain, kind, points).sum(1) / lengths for kind in KINDS]
+        scores = torch.stack([alone, *told], dim=1).detach().exp()
+        scores[:, 1:] -= self.config.cost
+        worth = (scores / self.config.temperature).softmax(-1)
         hidden = plain.session.hidden[:, -1].float()
         for name, own in (("hidden", hidden), ("worth", worth)):
             self.tried[name] = torch.cat([self.tried[name], own])[-REMEMBERED:]
         choice = self._choice(self.tried["hidden"])
-        lengths = torch.tensor([len(rest) for rest in plain.rests], device=worth.device)
-        means = torch.stack([own.sum(1) / lengths for own in told.values()], dim=1)
-        loss = -(self.tried["worth"] * choice).sum(1).mean() - (worth[:, 1:] * means).sum(1).mean()
+        answered = (worth[:, 1:] * torch.stack(told, dim=1)).sum(1).mean()
+        loss = -(self.tried["worth"] * choice).sum(1).mean() - answered
         chosen = choice[-len(batch) :].detach().exp().mean(0).tolist()
         wanted = worth.mean(0).tolist()
         figures = {f"asks_{kind}": chosen[1 + at] for at, kind in enumerate(KINDS)}

@@ -30,7 +30,7 @@ def save(
     extra: Mapping[str, Tensor],
 ) -> None:
     """Write the state after ``step`` steps of ``stage``, with what the stage itself wants kept (``extra``)."""
-    tensors = {f"memory.{name}": tensor for name, tensor in memory.trained().items()}
+    tensors: dict[str, Tensor] = {f"memory.{name}": tensor for name, tensor in memory.trained().items()}
     tensors |= {f"stage.{name}": tensor for name, tensor in extra.items()}
     names = {parameter: group["name"] for group in optimizer.param_groups for parameter in group["params"]}
     for parameter, moments in optimizer.state.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from vismem_core.adapters import Adapter
 from vismem_core.backbone import Backbone
@@ -109,7 +110,7 @@ class LanguageLora(_LoraFormer):
         positions = context.next_position + steps
         ones = context.attention_mask.new_ones(extra.shape[:2])
         mask = torch.cat([context.attention_mask, ones], dim=1)
-        cache = context.cache
+        cache: DynamicCache | None = context.cache
         if self.config.context == "recompute":
             assert context.history is not None and context.history_positions is not None
             extra = torch.cat([context.history, extra], dim=1)

@@ -40,6 +40,6 @@ class TransformerFormer(MemoryFormer):
         tokens = torch.cat([query, memory], dim=1)
         everything = torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1)
         for block in self.blocks:
-            tokens = block(tokens, torch.cat([states, tokens], dim=1), everything)
+            tokens = block(tokens, torch.cat([states, tokens], dim=1), everything[:, None])
         latents: Tensor = self.leave(tokens[:, -self.config.length :])
         return (latents * self.gain).to(self.precision)

@@ -96,7 +96,7 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
             "num_key_value_heads": 4,
             "max_position_embeddings": 2048,
             # The sections of height and width hold the slow frequencies, and here they tell 1 from 2.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 400.0, "mrope_section": [1, 3, 8]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 40.0, "mrope_section": [2, 4, 6]},
             "bos_token_id": None,
             "eos_token_id": vocabulary[EOS],
             "pad_token_id": vocabulary[PAD],

@@ -22,7 +22,7 @@ from vismem_plugins.mosaic import CELL, CLASSES, QUESTIONS, Grid, draw_grid, dra
 IGNORED = -100
 FOREIGN = -1
 """In place of an id: a vector that is no word's."""
-ARGUMENT = re.compile(r"row \d column \d|\b(?:%s)\b" % "|".join(CLASSES))
+ARGUMENT = re.compile(rf"row \d column \d|\b(?:{'|'.join(CLASSES)})\b")
 """The part of a question that can be said elsewhere."""
 # How often a type is asked, relative to the others; "list" names every cell, and so is worth many.
 WEIGHTS = {

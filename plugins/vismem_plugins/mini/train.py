@@ -52,7 +52,8 @@ def loss_of(model: Any, batch: Batch, pixels: dict[str, Tensor]) -> Tensor:
     seen = torch.cat([image.flatten(0, -2) for image in seen])  # (image tokens of the batch, d)
     is_image = (batch.ids == model.config.image_token_id)[..., None]
     table = model.get_input_embeddings()
-    embeds = torch.where((batch.ids == FOREIGN)[..., None], foreign(batch.ids, table, seen), table(batch.ids.clamp(min=0)))
+    strange = (batch.ids == FOREIGN)[..., None]
+    embeds = torch.where(strange, foreign(batch.ids, table, seen), table(batch.ids.clamp(min=0)))
     hidden = model.get_decoder()(
         inputs_embeds=embeds.masked_scatter(is_image, seen),
         attention_mask={"full_attention": batch.mask},
@@ -80,7 +81,7 @@ def train(
     model.train()
     while progress < 1:
         optimizer.param_groups[0]["lr"] = rate_at(progress)
-        batch = pack(size_at(progress, rng), count, questions, asides=0.5 if progress > 0.2 else 0.0)
+        batch = pack(size_at(progress, rng), count, questions, asides=0.4 if progress > 0.35 else 0.0)
         loss = loss_of(model, batch, FAMILIES[family].pixels(batch.cells, batch.size))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

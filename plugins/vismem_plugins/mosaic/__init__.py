@@ -81,6 +81,8 @@ class Mosaic(Sequence[Sample]):
     A sample depends on the split, the seed, the size, its type and its number alone.
     """
 
+    groups = GROUPS
+
     def __init__(self, split: str, size: int | None, types: Sequence[str], seed: int, numbers: range) -> None:
         self.split, self.size, self.types, self.seed, self._numbers = split, size, tuple(types), seed, numbers
 
@@ -94,8 +96,9 @@ class Mosaic(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> "Sample | Mosaic":
         if isinstance(index, slice):
             return Mosaic(self.split, self.size, self.types, self.seed, self._numbers[index])
-        number, type_ = divmod(self._numbers[index], len(self.types))
-        return self._make(self.types[type_], number)
+        turn, at = divmod(self._numbers[index], len(self.types))
+        type_ = self.types[at]
+        return self._make(type_, turn * self.types.count(type_) + self.types[:at].count(type_))
 
     def grid(self, type_: str, number: int) -> Grid:
         """The labels under a sample's picture."""
@@ -122,13 +125,14 @@ def mosaic(
     Args:
         split: "train" or "heldout"; they share no photo.
         size: cells along a side; None mixes 2 x 2 and 3 x 3.
-        types: the question types, taken in turn; all of `SEEN` and `NEW` by default.
+        types: the question types, taken in turn; one named twice is asked twice as often. By default all of `SEEN`
+            and `NEW`, for training twice as many of `NEW`: memory is for them, the others keep it harmless.
         seed: another seed gives other mosaics of the same photos.
 
     Raises:
         ValueError: an unknown split or type, or a size in which a type has no question.
     """
-    types = tuple(types) if types is not None else SEEN + NEW
+    types = tuple(types) if types is not None else SEEN + NEW * (2 if split == "train" else 1)
     if split not in PER_CLASS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(PER_CLASS)}")
     if not types or (unknown := [name for name in types if name not in QUESTIONS]):

@@ -1,0 +1,5 @@
+"""``python -m vismem_cli`` is ``vismem``."""
+
+from . import main
+
+main()

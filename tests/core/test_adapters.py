@@ -1,0 +1,128 @@
+"""LoRA adapters on a live model: off unless asked for, each by itself, gone without trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bases import QUESTIONS, Base, config, tied
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+
+from vismem_core.adapters import Adapter
+from vismem_core.errors import AttachError
+
+
+EYE, TONGUE = r"eye\.\d", r"tongue\.\d"
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.eye, self.tongue = (nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]) for _ in range(2))
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        seen = self.eye[1](self.eye[0](states))
+        return seen, self.tongue[1](self.tongue[0](states))
+
+
+def adapter(model: nn.Module, name: str, targets: str) -> Adapter:
+    made = Adapter(model, name, targets, rank=2, alpha=4, dropout=0.5)
+    with torch.no_grad():
+        for weight in made.parameters().values():
+            weight.normal_()
+    return made
+
+
+def by_hand(model: Towers, made: Adapter, path: str, states: Tensor) -> Tensor:
+    weights = made.parameters()
+    linear = model.get_submodule(path)
+    plain = nn.functional.linear(states, linear.weight, linear.bias)  # type: ignore[arg-type]
+    return plain + 2.0 * (states @ weights[f"{path}.lora_A"].T @ weights[f"{path}.lora_B"].T)
+
+
+@pytest.mark.parametrize("targets", [TONGUE, EYE], ids=["apart", "same layers"])
+def test_each_adapter_by_itself(targets: str) -> None:
+    """Two adapters, on layers of their own or on the same ones."""
+    model, states = Towers(), torch.randn(3, 4)
+    plain = model(states)
+    first, second = adapter(model, "first", EYE), adapter(model, "second", targets)
+    tower = targets[:-4]
+    for made, own in ((first, "eye"), (second, tower), (first, "eye")):
+        assert all(map(torch.equal, model(states), plain))
+        with made.on():
+            got = dict(zip(("eye", "tongue"), model(states)))
+        expected = by_hand(model, made, f"{own}.1", by_hand(model, made, f"{own}.0", states))
+        torch.testing.assert_close(got[own], expected)
+        other = "tongue" if own == "eye" else "eye"
+        assert got[other].equal(dict(zip(("eye", "tongue"), plain))[other])
+    with pytest.raises(RuntimeError), first.on():
+        raise RuntimeError
+    assert all(map(torch.equal, model(states), plain))
+
+
+def test_ejected_without_trace() -> None:
+    model = Towers()
+    model.eye[0].requires_grad_(False)
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    flags = {name: own.requires_grad for name, own in model.named_parameters()}
+    made = [adapter(model, "first", EYE), adapter(model, "second", TONGUE)]
+    assert {
+        name.replace(".base_layer", ""): own.requires_grad
+        for name, own in model.named_parameters()
+        if "lora_" not in name
+    } == flags
+    for own in made:
+        own.eject()
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+    assert {name: own.requires_grad for name, own in model.named_parameters()} == flags
+    assert "peft_config" not in vars(model)
+
+
+def test_dropout_belongs_to_the_adapter() -> None:
+    model, states = Towers().train(), torch.ones(64, 4)
+    made = adapter(model, "first", EYE)
+    with made.on():
+        assert model(states)[0].equal(model(states)[0])
+        made.train(True)
+        assert not model(states)[0].equal(model(states)[0])
+    assert model.eye[0].training
+    assert all(weight.dtype == torch.float32 for weight in made.parameters().values())
+
+
+@pytest.mark.parametrize("targets", ["nose", "eye", r"eye(\.0)?"])
+def test_targets_that_do_not_fit(targets: str) -> None:
+    model = Towers()
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    with pytest.raises(AttachError, match="do not fit this model") as error:
+        adapter(model, "first", targets)
+    assert "\n" not in str(error.value)
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+
+
+def test_loras_are_off_outside_of_formation(base: Base) -> None:
+    inputs = base.inputs(*QUESTIONS)
+    with torch.no_grad():
+        plain = base.model(**inputs).logits
+        base.attach(config(trigger="schedule:0=long,3=short"))
+        assert base.model(**inputs).logits.equal(plain)
+        base.generate(*QUESTIONS)
+        assert base.model(**inputs).logits.equal(plain)
+
+
+@pytest.mark.parametrize("how", ["inject", "add_adapter", "get_peft_model"])
+def test_adapters_of_the_users_own_are_refused(how: str) -> None:
+    base = tied()
+    settings = LoraConfig(r=2, target_modules=["q_proj"])
+    model: Any = base.model
+    if how == "inject":
+        inject_adapter_in_model(settings, model)
+    elif how == "add_adapter":
+        model.add_adapter(settings)
+    else:
+        base.model = get_peft_model(model, settings)
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    with pytest.raises(AttachError, match=r"already carries a peft adapter: merge it first"):
+        base.attach()
+    assert [(name, id(module)) for name, module in model.named_modules()] == before

@@ -1,0 +1,66 @@
+"""The README's commands and its Python run as they stand; training is only made shorter."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = "--set train.formation.steps=2 --set train.invocation.steps=2 --set train.eval_samples=2".split()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    return [
+        shlex.split(line, comments=True)
+        for block in blocks("sh")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip()
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that looks like the repository's root to a command."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("examples", "plugins"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def test_every_command_of_ours_runs(place: Path) -> None:
+    ours = [words for words in commands() if words[0] in ("vismem", "python")]
+    assert any(words[:2] == ["vismem", "train"] for words in ours)
+    for words in ours:
+        program = [sys.executable, "-m", "vismem_cli"] if words[0] == "vismem" else [sys.executable]
+        extra = SHORT if words[:2] == ["vismem", "train"] else ["--quick"] if "examples/benchmark.py" in words else []
+        ran = subprocess.run(
+            [*program, *words[1:], *extra], cwd=place, capture_output=True, text=True, env=os.environ, check=False
+        )
+        assert ran.returncode == 0, f"{shlex.join(words)}\n{ran.stderr[-2000:]}"
+
+
+def test_the_python_runs(place: Path) -> None:
+    (code,) = blocks("python")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for line in re.findall(r"# -> (.*)", code):
+        assert line.strip() in ran.stdout, f"the README promises {line!r}, the code printed:\n{ran.stdout}"
+
+
+def test_ci_installs_and_tests_as_the_readme_says() -> None:
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    others = [words for words in commands() if words[0] in ("pip", "pytest")]
+    assert [words[0] for words in others] == ["pip", "pytest"]
+    assert others[0] == ["pip", "install", "-e", ".[test,dev]"] and '-e ".[test,dev]"' in script
+    assert "\npytest\n" in script

@@ -1,0 +1,139 @@
+"""A run: what it writes, that it refuses to overwrite, and that a killed one resumes to the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import picture, qwen
+
+import vismem_core as vismem
+from vismem_core.config import Config, load
+from vismem_core.data import Sample
+from vismem_core.errors import ConfigError, TrainingError
+from vismem_core.training.run import train
+
+GROUPS = {"seen": ("colour",), "new": ("shape",)}
+SETTINGS = [
+    "train.formation={steps: 4, batch: 3, lr: 1e-3}",
+    "train.invocation={steps: 3, batch: 3, lr: 1e-2}",
+    "train.save_every=2",
+    "train.eval_samples=2",
+    "train.max_new_tokens=4",
+]
+
+
+def samples() -> list[Sample]:
+    return [
+        Sample(str(n), (picture(16, 16 + 8 * (n % 3), n),), "what is left ?", ("a bag , a boot .", "boot")[n % 2], kind)
+        for n, kind in enumerate(("colour", "shape") * 4)
+    ]
+
+
+def run(output: Path, overrides: list[str] | None = None, **options: Any) -> dict[str, Any]:
+    config: Config = load(None, [*SETTINGS, *(overrides or [])])
+    memory = vismem.attach(*qwen(), config=config.memory)
+    return train(memory, samples(), samples(), config, output, groups=GROUPS, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    run(output)
+    return output
+
+
+def test_a_run_writes_memory_metrics_and_report(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"memory.safetensors", "vismem.json", "metrics.jsonl", "config.json", "report.json"}
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [
+        *(("formation", step) for step in range(1, 5)),
+        *(("invocation", step) for step in range(1, 4)),
+    ]
+    report = json.loads((finished / "report.json").read_text())
+    assert set(report["heldout"]) == {"base", "memory", "blind", "short", "long", "blind_base"}
+    assert set(report["heldout"]["base"]) == {"shape"} and set(report["seen"]["memory"]) == {"colour"}
+    assert report["seconds"] > 0 and report["invocations_per_answer"] >= 0
+
+
+def test_a_directory_with_a_run_is_refused_and_a_finished_one_gives_its_report(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="--resume"):
+        run(finished)
+    assert run(finished, resume=True) == json.loads((finished / "report.json").read_text())
+    with pytest.raises(TrainingError, match="other settings"):
+        run(finished, ["train.formation.lr=2e-3"], resume=True)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(TrainingError, match="not empty"):
+        run(tmp_path)
+    with pytest.raises(ConfigError, match="not built in"):
+        run(tmp_path / "new", ["train.objective=best"])
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import vismem_core.training.run as runs
+from test_run import run
+update, count = runs.Run._update, 0
+def slow(*args):
+    global count
+    count += 1
+    if count > int(sys.argv[3]):
+        print("now", flush=True)
+        __import__("time").sleep(60)
+    return update(*args)
+runs.Run._update = staticmethod(slow)
+run(Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_a_killed_run_resumes_to_the_same_numbers(finished: Path, tmp_path: Path, steps: int) -> None:
+    output, here = tmp_path / "killed", Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(here), str(output), str(steps)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": path},
+        text=True,
+    )
+    assert child.stdout is not None and child.stdout.readline() == "now\n"
+    time.sleep(0.1)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (output / "report.json").exists()
+    run(output, resume=True)
+    assert (output / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    ours, whole = load_file(output / "memory.safetensors"), load_file(finished / "memory.safetensors")
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vismem_core.training import state
+
+    written = state.save
+    calls = []
+
+    def full(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", str(tmp_path))
+        written(*args)
+
+    monkeypatch.setattr(state, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path / "run")
+    monkeypatch.setattr(state, "save", written)
+    assert run(tmp_path / "run", resume=True)["samples"] == 4

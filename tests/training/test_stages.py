@@ -1,0 +1,143 @@
+"""Promise 6: a step changes what trains and nothing else; and Stage I's loss is the likelihood it says it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from bases import Base, config, mini, tied, untied
+from reference import long_latents, one_pass, query, short_latents
+
+from vismem_core import Invocation, Memory, Trace
+from vismem_core.config import Kind, StageConfig, TrainConfig
+from vismem_core.data import Sample
+from vismem_core.training import formation as stages
+from vismem_core.training.batches import Batch, make_batch
+from vismem_core.training.formation import Formation
+from vismem_core.training.invocation import InvocationStage
+
+SAMPLES = [
+    Sample("one", (tiny.picture(32, 32, 0),), "what is on the left ?", "a bag , a coat ."),
+    Sample("two", (tiny.picture(48, 32, 1), tiny.picture(16, 40, 2)), "and ?", "boot"),
+    Sample("none", (), "what is it ?", "a boot , what ?"),
+    Sample("more", (tiny.picture(24, 56, 3),), "is it a boot ?", "the coat , the bag , the boot ."),
+]
+
+
+def told(
+    memory: Memory, kinds: list[Kind], points: list[int], patch: pytest.MonkeyPatch
+) -> Callable[[Batch], torch.Tensor]:
+    """Stage I's loss with the kinds and points of a test's choice."""
+
+    def loss(batch: Batch) -> torch.Tensor:
+        rng, places, draws = Random(0), iter(points), iter(kinds)
+        rng.choice = lambda options: next(draws)  # type: ignore[method-assign, assignment]
+        patch.setattr(stages, "invocation_point", lambda *args: next(places))
+        return formation(memory).loss(batch, rng)[0]
+
+    return loss
+
+
+def formation(memory: Memory) -> Formation:
+    return Formation(memory, StageConfig(anywhere=0.5))
+
+
+def invocation(memory: Memory) -> InvocationStage:
+    return InvocationStage(memory, TrainConfig())
+
+
+@pytest.mark.parametrize("make", [tied, untied, mini])
+@pytest.mark.parametrize("start", [formation, invocation])
+@pytest.mark.parametrize("settings", [config(), config(context="recompute"), config("transformer", builder="cross")])
+def test_what_trains_changes_and_nothing_else(make: Any, start: Any, settings: Any) -> None:
+    base = make()
+    memory = base.attach(settings)
+    stage, batch = start(memory), make_batch(memory.backbone, SAMPLES)
+    trained = {name: tensor for name, tensor, _ in stage.parameters()}
+    before = {name: tensor.clone() for name, tensor in memory.trained().items()}
+    model = {name: tensor.clone() for name, tensor in base.model.state_dict().items() if "lora_" not in name}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0)
+    memory.train()
+    for step in range(3):  # a fresh LoRA's A has no gradient until B has moved; a batch may hold one kind alone
+        optimizer.zero_grad()
+        stage.loss(batch, Random(step))[0].backward()
+        optimizer.step()
+    after = memory.trained()
+    assert {name for name in after if not after[name].equal(before[name])} == set(trained)
+    assert all(own.isfinite().all() for own in after.values())
+    now = base.model.state_dict()
+    assert [name for name in model if not now[name].equal(model[name])] == []
+    assert not any(
+        own.requires_grad or own.grad is not None for name, own in base.model.named_parameters() if "lora_" not in name
+    )
+
+
+def test_every_trained_tensor_belongs_to_one_stage() -> None:
+    memory = tied().attach()
+    names = [{name for name, _, _ in stage.parameters()} for stage in (formation(memory), invocation(memory))]
+    assert names[0] | names[1] == set(memory.trained())
+    assert not names[0] & names[1]
+
+
+@pytest.mark.parametrize("make", [tied, untied, mini])
+@pytest.mark.parametrize("kind", ["short", "long"])
+@pytest.mark.parametrize("context", ["cache", "recompute"])
+def test_stage_one_is_the_answers_likelihood(
+    make: Any, kind: Kind, context: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pristine, base = make(), make()
+    memory = base.attach(config(context=context))
+    batch = make_batch(memory.backbone, SAMPLES)
+    points = [0, 1, 2, len(batch.answers[3]) - 1]
+    with torch.no_grad():
+        loss = told(memory, [kind] * 4, points, monkeypatch)(batch)
+    rows = zip(SAMPLES, batch.answers, points)
+    losses = [nll(pristine, base, memory, sample, answer, kind, point, context) for sample, answer, point in rows]
+    torch.testing.assert_close(loss, torch.cat(losses).mean(), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def nll(
+    pristine: Base, base: Base, memory: Memory, sample: Sample, answer: list[int], kind: Kind, point: int, context: str
+) -> torch.Tensor:
+    """Per token, of the answer from ``point`` on, memory being invoked there; one row, one pass, no cache."""
+    inputs = base.inputs((sample.prompt, sample.load_images()))
+    pair = [memory.tokens.invocation(kind), memory.tokens.end(kind)]
+    memory.trace = Trace()
+    sequence = one_pass(memory, inputs, [*answer[:point], pair[0]])
+    end = sequence.places[-1]
+    asked = query(memory, sequence, sequence.places[0], end)
+    if kind == "long":
+        latents = long_latents(pristine.model, memory, sequence, asked, end, context)
+    else:
+        latents = short_latents(pristine.model, memory, inputs, asked, context)
+    memory.trace = Trace([Invocation(0, kind, point, latents)])
+    whole = [*answer[:point], *pair, *answer[point:]]
+    logits = one_pass(memory, inputs, whole).logits[point + 2 :]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(answer[point:]), reduction="none")
+
+
+@pytest.mark.parametrize("context", ["cache", "recompute"])
+def test_gradients_are_those_of_the_loss(context: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along the gradient of each trained tensor, the loss rises as fast as finite differences say."""
+    memory = tied().attach(config(context=context))
+    batch = make_batch(memory.backbone, SAMPLES)
+    loss = told(memory, ["short", "long", "short", "long"], [0, 1, 2, 3], monkeypatch)
+    trained = formation(memory).parameters()
+    loss(batch).backward()
+    for name, tensor, _ in trained:
+        assert tensor.grad is not None, name
+        slope = tensor.grad.norm()
+        direction, step = tensor.grad / slope, 1e-3 * tensor.detach().norm()
+        values = []
+        with torch.no_grad():
+            for sign in (1, -2):
+                tensor += sign * step * direction
+                values.append(loss(batch).double())
+            tensor += step * direction
+        measured = (values[0] - values[1]) / (2 * step)
+        assert measured.item() == pytest.approx(slope.item(), rel=0.05, abs=5e-3), name
