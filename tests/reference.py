@@ -150,7 +150,7 @@ def encode(ground: Any, adapted: Any, patches: Tensor, grids: list[list[int]], e
     windows, frames, angles = layout(ground, grids)
     count, free = len(patches), len(extra)
     angles = torch.cat([angles, angles.new_zeros(free, angles.shape[1])])
-    for index, (block, other) in enumerate(zip(ground.blocks, adapted.blocks)):
+    for index, (block, other) in enumerate(zip(ground.blocks, adapted.blocks, strict=True)):
         groups = frames if index in ground.fullatt_block_indexes else windows
         mask = torch.ones(count + free, count + free, dtype=torch.bool)
         mask[:count, :count] = groups[:, None] == groups

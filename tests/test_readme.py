@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = "--set train.formation.steps=2 --set train.invocation.steps=2 --set train.eval_samples=2".split()
+SHORT = ["--set", "train.formation.steps=2", "--set", "train.invocation.steps=2", "--set", "train.eval_samples=2"]
 
 
 def blocks(language: str) -> list[str]:

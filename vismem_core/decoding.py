@@ -63,7 +63,7 @@ class Decoder:
         prompt, batch = input_ids.shape[1], input_ids.shape[0]
         limit = stopping_criteria.max_length or generation_config.max_length
         running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-        pad = generation_config._pad_token_tensor
+        pad: Any = generation_config._pad_token_tensor
         padded = model_kwargs.get("attention_mask") is not None
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
 
@@ -76,7 +76,7 @@ class Decoder:
             logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
             room = None if limit is None else limit - input_ids.shape[1]
             logits, forced = self._choices(logits, room, running.tolist())
-            scores = self._force(logits_processor(input_ids, logits), forced)
+            scores = self._force(logits_processor(input_ids, logits), forced)  # type: ignore[arg-type]
             record.add(output, scores, logits)
             tokens = _select(scores, generation_config.do_sample)
             if ends:  # without an end token ``generate`` pads nothing either
@@ -267,9 +267,9 @@ class _Record:
         if not self.wanted:
             return ids
         return GenerateDecoderOnlyOutput(
-            sequences=ids,
-            scores=self.scores,
-            logits=self.logits,
+            sequences=ids,  # type: ignore[arg-type]
+            scores=self.scores,  # type: ignore[arg-type]
+            logits=self.logits,  # type: ignore[arg-type]
             attentions=self.attentions,
             hidden_states=self.hidden,
             past_key_values=cache,

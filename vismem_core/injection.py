@@ -65,7 +65,7 @@ class InjectionHook:
         """``model.generate`` with memory; same arguments, same results."""
         memory = self.memory
         memory.trace = Trace()
-        named = dict(zip(inspect.signature(self._generate).parameters, args)) | kwargs
+        named = dict(zip(inspect.signature(self._generate).parameters, args, strict=False)) | kwargs
         ids = named.get("input_ids", named.get("inputs"))
         told = ids is not None and not ids.is_floating_point() and bool(memory.tokens.contains(ids).any())
         if told and not self.enabled:

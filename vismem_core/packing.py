@@ -34,10 +34,15 @@ class Packing:
     def deal(self, packed: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(M, ...) -> the last tokens (B, 1, ...), and each group's latents (R, N, ...)."""
         last, *latents = packed.split([len(self.mask), *(len(rows) * length for rows, length in self.groups)])
-        return last[:, None], [own.unflatten(0, (len(rows), -1)) for own, (rows, _) in zip(latents, self.groups)]
+        sizes = [(len(rows), length) for rows, length in self.groups]
+        return last[:, None], [own.unflatten(0, size) for own, size in zip(latents, sizes, strict=True)]
 
     def grow(self, whole: Tensor, packed: Tensor) -> Tensor:
-        """Keys or values of all rows (B, heads, W', w) and of the packed tokens (1, heads, M, w) -> (B, heads, W, w)."""
+        """Keys or values of all rows (B, heads, W', w) with those of the packed tokens (1, heads, M, w) added.
+
+        Returns:
+            (B, heads, W, w)
+        """
         last, latents = self.deal(packed[0].transpose(0, 1))
         padding = self.mask.shape[1] - whole.shape[-2] - 1
         whole = F.pad(whole, (0, 0, padding, 1))
@@ -62,7 +67,7 @@ class Packing:
 
     @contextmanager
     def on(self, decoder: nn.Module, cache: DynamicCache) -> Iterator[DynamicCache]:
-        """Inside the context ``decoder`` takes packed tokens; pass it the cache given here, which writes to ``cache``."""
+        """Let ``decoder`` take packed tokens, on the cache given inside the context; it writes to ``cache``."""
         config: Any = decoder.config
         before = config._attn_implementation
         config._attn_implementation = NAME
@@ -85,9 +90,9 @@ class _PackedCache(DynamicCache):
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packing: Packing, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, packing: Packing, **rest: Any
 ) -> tuple[Tensor, None]:
-    return packing.attend(module, query, key, value, scaling=kwargs["scaling"]), None
+    return packing.attend(module, query, key, value, scaling=rest["scaling"]), None
 
 
 AttentionInterface.register(NAME, _attention)

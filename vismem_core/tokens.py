@@ -99,8 +99,8 @@ class MemoryTokens(nn.Module):
 
 
 def _perturbed(row: Tensor) -> Tensor:
-    scale = 0.02 * row.norm() / row.numel() ** 0.5
-    return row + scale * torch.randn(len(KINDS), row.numel()).to(row)
+    noise = torch.randn(len(KINDS), row.numel()).to(row)
+    return row + noise * (0.02 * row.square().mean().sqrt())
 
 
 def delimiter_ids(tokenizer: Any, delimiters: Iterable[str]) -> list[int]:

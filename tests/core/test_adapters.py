@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vismem_core.adapters import Adapter
 from vismem_core.errors import AttachError
 
-
 EYE, TONGUE = r"eye\.\d", r"tongue\.\d"
 
 
@@ -52,11 +51,11 @@ def test_each_adapter_by_itself(targets: str) -> None:
     for made, own in ((first, "eye"), (second, tower), (first, "eye")):
         assert all(map(torch.equal, model(states), plain))
         with made.on():
-            got = dict(zip(("eye", "tongue"), model(states)))
+            got = dict(zip(("eye", "tongue"), model(states), strict=True))
         expected = by_hand(model, made, f"{own}.1", by_hand(model, made, f"{own}.0", states))
         torch.testing.assert_close(got[own], expected)
         other = "tongue" if own == "eye" else "eye"
-        assert got[other].equal(dict(zip(("eye", "tongue"), plain))[other])
+        assert got[other].equal(dict(zip(("eye", "tongue"), plain, strict=True))[other])
     with pytest.raises(RuntimeError), first.on():
         raise RuntimeError
     assert all(map(torch.equal, model(states), plain))

@@ -136,7 +136,7 @@ def test_caches_that_cannot_grow_by_rows(kind: str) -> None:
         cache.layers[1] = Odd()
     else:
         cache.offloading = True
-    with pytest.raises(AttachError, match="memory (needs a dynamic KV cache|cannot grow)"):
+    with pytest.raises(AttachError, match=r"memory (needs a dynamic KV cache|cannot grow)"):
         kv.check(cache)
 
 

@@ -31,7 +31,7 @@ NO_END: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0}
 def well_formed(memory: Memory, answer: list[int]) -> bool:
     """Each invocation token is followed by its end token, and no end token stands alone."""
     first = memory.tokens.first
-    pairs = list(zip(answer, [*answer[1:], -1]))
+    pairs = list(zip(answer, [*answer[1:], -1], strict=True))
     opened = all(after == token + 2 for token, after in pairs if token in (first, first + 1))
     count = sum(token in (first, first + 1) for token in answer)
     return opened and count == sum(token in (first + 2, first + 3) for token in answer)
@@ -60,7 +60,7 @@ def test_budget_and_distance(budget: int, distance: int) -> None:
     base.generate(*QUESTIONS, max_new_tokens=24, **NO_END)
     for row in range(len(QUESTIONS)):
         places = [own.position for own in memory.trace.row(row)]
-        assert places == [at for at in range(0, 22, 2 + distance)][:budget]
+        assert places == list(range(0, 22, 2 + distance))[:budget]
 
 
 def test_end_tokens_are_never_sampled(base: Base) -> None:
@@ -82,7 +82,7 @@ def test_end_of_turn_per_row(base: Base) -> None:
     cut = [next((at for at, token in enumerate(row) if token in ends), 19) + 1 for row in whole]
     assert len(set(cut)) > 1
     width = max(cut)
-    assert output.answers.tolist() == [row[:n] + [5] * (width - n) for row, n in zip(whole, cut)]
+    assert output.answers.tolist() == [row[:n] + [5] * (width - n) for row, n in zip(whole, cut, strict=True)]
     assert all(own.position < cut[own.row] for own in memory.trace.invocations)
 
 

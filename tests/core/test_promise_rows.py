@@ -18,19 +18,19 @@ ROWS = [*QUESTIONS, (QUESTIONS[0][0], [tiny.picture(32, 32, 7)])]
 FORMERS = [*product(["lora"], ["cache", "recompute"], ["encoder", "cross"]), ("transformer", "cache", "encoder")]
 
 
-def compare(base: Base, memory: Any, together: Any, **options: Any) -> None:
+def compare(base: Base, memory: Any, together: Any, atol: float = 1e-4) -> None:
     """Each row of ``together`` is what the row gives alone, up to its end token; then it is padding."""
     traces = [[(own.kind, own.position) for own in memory.trace.row(row)] for row in range(len(ROWS))]
     pad = base.model.generation_config.pad_token_id
     for row, question in enumerate(ROWS):
-        alone = base.generate(question, **options)
+        alone = base.generate(question)
         length = alone.answers.shape[1]
         assert together.answers[row, :length].tolist() == alone.answers[0].tolist()
         assert together.answers[row, length:].eq(pad).all()
         assert [(own.kind, own.position) for own in memory.trace.invocations] == traces[row]
         for name in ("logits", "scores"):
             batch = torch.stack([step[row] for step in together[name][:length]])
-            torch.testing.assert_close(batch, torch.cat(alone[name]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(batch, torch.cat(alone[name]), atol=atol, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "context", "builder"), FORMERS)
@@ -53,9 +53,9 @@ def test_the_policys_rows(make: Any, only: Kind | None) -> None:
     memory = base.attach(config(trigger=f"policy@{only}" if only else "policy", distance=2))
     with torch.no_grad():
         memory.tokens.head *= 8.0
-    together = base.generate(*ROWS, repetition_penalty=1.3)
+    together = base.generate(*ROWS)
     assert {own.kind for own in memory.trace.invocations} == ({only} if only else set(KINDS))
-    compare(base, memory, together, repetition_penalty=1.3)
+    compare(base, memory, together, atol=1e-3)  # the tokens' own logits are eight times as large
 
 
 def test_first_answers_of_equal_prompts_draw_alike() -> None:

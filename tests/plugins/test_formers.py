@@ -72,7 +72,7 @@ def test_context_makes_a_difference() -> None:
         memory = base.attach(config(context=context, trigger="schedule:0=short,3=long"))
         base.generate(QUESTIONS[0], max_new_tokens=8, eos_token_id=None)
         found.append([invocation.latents for invocation in memory.trace.invocations])
-    assert all(not torch.allclose(*pair, atol=1e-2) for pair in zip(*found))
+    assert all(not torch.allclose(*pair, atol=1e-2) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("make", [tied, mini])

@@ -113,10 +113,7 @@ def test_a_packed_batch_is_as_many_single_prompts(family: str) -> None:
         one = torch.tensor([prefix + ids[start : end + 1]])
         wanted = torch.tensor([[IGNORED] * (first + 1) + labels[start:end]])
         extra = {"mm_token_type_ids": (one == model.config.image_token_id).int()}
-        total += (
-            model(input_ids=one, **pixels, **extra, labels=wanted).loss.item()
-            * (wanted != IGNORED).sum().item()
-        )
+        total += model(input_ids=one, **pixels, **extra, labels=wanted).loss.item() * (wanted != IGNORED).sum().item()
         count += int((wanted != IGNORED).sum())
     assert loss_of(model, batch, pixels).item() == pytest.approx(total / count, rel=1e-4)
 

@@ -62,9 +62,7 @@ def test_answers_follow_from_the_labels(type_: str, size: int | None) -> None:
 def test_pictures_show_the_labels(split: str) -> None:
     """Every cell is, pixel for pixel, a photo of its class in its split."""
     of_photo = {
-        photo.tobytes(): name
-        for name, of_class in zip(CLASSES, photos(split), strict=True)
-        for photo in of_class
+        photo.tobytes(): name for name, of_class in zip(CLASSES, photos(split), strict=True) for photo in of_class
     }
     data = mosaic(split, types=["read"])
     for number in range(50):
@@ -72,9 +70,7 @@ def test_pictures_show_the_labels(split: str) -> None:
         grid = data.grid("read", number)
         pixels = np.asarray(image)
         assert pixels.shape == (28 * grid.size, 28 * grid.size, 3)
-        cells = [
-            cell for row in np.split(pixels[..., 0], grid.size) for cell in np.split(row, grid.size, axis=1)
-        ]
+        cells = [cell for row in np.split(pixels[..., 0], grid.size) for cell in np.split(row, grid.size, axis=1)]
         assert tuple(of_photo[cell.tobytes()] for cell in cells) == grid.labels
 
 

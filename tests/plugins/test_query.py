@@ -29,7 +29,7 @@ def test_by_hand(name: str) -> None:
     rows = [torch.randn(length, WIDTH) * scale for length, scale in ((7, 1.0), (1, 30.0), (12, 0.1))]
     states = torch.full((len(rows), 12, WIDTH), 50.0)  # what stands in the padding must not matter
     mask = torch.zeros(len(rows), 12, dtype=torch.bool)
-    for row, (own, left) in enumerate(zip(rows, (True, False, True))):
+    for row, (own, left) in enumerate(zip(rows, (True, False, True), strict=True)):
         here = slice(12 - len(own), None) if left else slice(0, len(own))
         states[row, here], mask[row, here] = own, True
     got = builder(states, mask)

@@ -95,7 +95,7 @@ def test_stage_one_is_the_answers_likelihood(
     points = [0, 1, 2, len(batch.answers[3]) - 1]
     with torch.no_grad():
         loss = told(memory, [kind] * 4, points, monkeypatch)(batch)
-    rows = zip(SAMPLES, batch.answers, points)
+    rows = zip(SAMPLES, batch.answers, points, strict=True)
     losses = [nll(pristine, base, memory, sample, answer, kind, point, context) for sample, answer, point in rows]
     torch.testing.assert_close(loss, torch.cat(losses).mean(), atol=1e-4, rtol=1e-4)
 

@@ -39,6 +39,9 @@ class Formation:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`state` gave."""
 
+    def finish(self) -> None:
+        """Nothing is left to do after the last step."""
+
     def loss(self, batch: Batch, rng: Random) -> tuple[Tensor, dict[str, float]]:
         """Mean negative log-likelihood per token, and figures for the log."""
         memory = self.memory

@@ -22,6 +22,8 @@ from .teacher import Forced, bring_up, likelihood
 
 REMEMBERED = 8192
 """States whose worth is kept, the latest ones."""
+TETHER = 1e-5
+"""How strongly the last fit holds the output rows where training had brought them."""
 
 
 class InvocationStage:
@@ -48,6 +50,25 @@ class InvocationStage:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`state` gave."""
         self.tried = {name: tensors[name].to(own.device) for name, own in self.tried.items()}
+
+    def finish(self) -> None:
+        """Fit the output rows to all that was tried.
+
+        Steps of the optimiser teach the rows what memory does to an answer, but turn the output rows slowly: hidden
+        states have a large common part. The states are few and the problem convex, so its end can be had exactly.
+        """
+        head = self.memory.tokens.head
+        began = head.detach().clone()
+        solver = torch.optim.LBFGS([head], max_iter=300, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            solver.zero_grad()
+            choice = self._choice(self.tried["hidden"])
+            loss = -(self.tried["worth"] * choice).sum(1).mean() + TETHER * (head - began).pow(2).sum()
+            loss.backward()
+            return loss
+
+        solver.step(closure)
 
     def loss(self, batch: Batch, rng: Random) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the choice, plus the answers' under memory where it is worth asking."""

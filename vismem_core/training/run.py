@@ -42,6 +42,9 @@ class Stage(Protocol):
     def loss(self, batch: Batch, rng: Random) -> tuple[Tensor, dict[str, float]]:
         """A loss and figures for the log; all chance comes from ``rng`` and torch's default generator."""
 
+    def finish(self) -> None:
+        """Called once after the last step."""
+
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must know beyond the parameters."""
 
@@ -175,6 +178,8 @@ class Run:
                     metrics.flush()
                     state.save(self.output, memory, optimizer, stage.name, step + 1, stage.state())
         memory.eval()
+        if first < settings.steps:
+            stage.finish()
         state.save(self.output, memory, optimizer, stage.name, settings.steps, stage.state())
 
     @staticmethod
