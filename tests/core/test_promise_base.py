@@ -80,6 +80,22 @@ def test_the_loop_itself_is_the_base(any_base: Base, settings: dict[str, Any]) -
         assert after[:, before.shape[1] :].eq(float("-inf")).all()
 
 
+@pytest.mark.parametrize("end", [None, 286])
+def test_rows_that_stopped_are_padded_as_the_base_does(end: int | None) -> None:
+    base = tied()
+    width = base.inputs(*QUESTIONS)["input_ids"].shape[1]
+
+    def one_by_one(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([input_ids.shape[1] >= width + 3 + row for row in range(len(input_ids))])
+
+    options = {"stopping_criteria": [one_by_one], "eos_token_id": end, "pad_token_id": 3}
+    plain = base.generate(*QUESTIONS, **options).answers
+    assert plain.shape[1] < 16
+    assert plain.eq(3).any() == (end is not None)
+    base.attach(config(budget=0))
+    assert base.generate(*QUESTIONS, **options).answers.equal(plain)
+
+
 def test_policy_that_never_samples_its_tokens(any_base: Base) -> None:
     plain = any_base.generate(*QUESTIONS)
     memory = any_base.attach(config(trigger="policy"))

@@ -10,6 +10,7 @@ import torch
 from bases import QUESTIONS, Base, config, mini, tied, untied
 from reference import one_pass, query, short_latents
 
+from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
 from vismem_core.config import KINDS, Kind
 
 ROWS = [*QUESTIONS, (QUESTIONS[0][0], [tiny.picture(32, 32, 7)])]
@@ -47,8 +48,9 @@ def test_rows_alone_and_together(base: Base, name: str, context: str, builder: s
 
 
 @pytest.mark.parametrize("make", [tied, mini])
-@pytest.mark.parametrize("only", [None, *KINDS])
-def test_the_policys_rows(make: Any, only: Kind | None) -> None:
+@pytest.mark.parametrize(("only", "packs"), [(None, True), (None, False), *((kind, True) for kind in KINDS)])
+def test_the_policys_rows(make: Any, only: Kind | None, packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Qwen2_5_VL, "packs", packs)
     base = make()
     memory = base.attach(config(trigger=f"policy@{only}" if only else "policy", distance=2))
     with torch.no_grad():

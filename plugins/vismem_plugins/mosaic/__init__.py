@@ -126,13 +126,13 @@ def mosaic(
         split: "train" or "heldout"; they share no photo.
         size: cells along a side; None mixes 2 x 2 and 3 x 3.
         types: the question types, taken in turn; one named twice is asked twice as often. By default all of `SEEN`
-            and `NEW`, for training twice as many of `NEW`: memory is for them, the others keep it harmless.
+            and `NEW`.
         seed: another seed gives other mosaics of the same photos.
 
     Raises:
         ValueError: an unknown split or type, or a size in which a type has no question.
     """
-    types = tuple(types) if types is not None else SEEN + NEW * (2 if split == "train" else 1)
+    types = tuple(types) if types is not None else SEEN + NEW
     if split not in PER_CLASS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(PER_CLASS)}")
     if not types or (unknown := [name for name in types if name not in QUESTIONS]):
