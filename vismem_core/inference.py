@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _read(memory: Memory, sample: Sample, written: list[int], places: tuple[Plac
     cuts = [0, *(place.position for place in places), len(written)]
     pieces = [
         tokenizer.decode(written[start:stop], skip_special_tokens=True)
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True)
+        for start, stop in pairwise(cuts)
     ]
     ends = memory.model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])

@@ -63,7 +63,7 @@ def infer(
     if (data is None) != (output is None):
         raise typer.BadParameter("--data and --output go together", param_hint="--data / --output")
     if data is not None and (image or picture or prompt is not None):
-        raise typer.BadParameter("--image, --prompt and --picture are for one question", param_hint="--data")
+        raise typer.BadParameter("give either --data, or --image, --prompt and --picture", param_hint="--data")
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
     ask: dict[str, Any] = {"trigger": trigger, "max_new_tokens": max_new_tokens, "batch": batch}
     if data is not None and output is not None:

@@ -57,9 +57,7 @@ CHAT = (
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word or punctuation mark, lower-cased; decoding joins them with spaces."""
-    words = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token=UNKNOWN)
-    )
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token=UNKNOWN))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(

@@ -103,9 +103,7 @@ def answers(model: Any, processor: Any, images: Sequence[Sequence[Any]], prompts
     return said
 
 
-def evaluate(
-    model: Any, processor: Any, count: int = 200, size: int | None = None
-) -> dict[str, dict[str, float]]:
+def evaluate(model: Any, processor: Any, count: int = 200, size: int | None = None) -> dict[str, dict[str, float]]:
     """Held-out accuracy of every type, and that of its questions over the next sample's image ("blind")."""
     table: dict[str, dict[str, float]] = {}
     for name in (name for group in GROUPS.values() for name in group):
@@ -130,14 +128,10 @@ def show(table: dict[str, dict[str, float]]) -> Table:
 
 def main() -> None:
     """Trains, saves in bfloat16, loads that again, measures it, and writes the table to `base.json` beside it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="qwen2_5_vl", choices=FAMILIES)
     parser.add_argument("--output", type=Path, required=True, help="the directory to write")
-    parser.add_argument(
-        "--minutes", type=float, default=20.0, help="by the clock; the schedule is a share of it"
-    )
+    parser.add_argument("--minutes", type=float, default=20.0, help="by the clock; the schedule is a share of it")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, processor = build(args.family, args.seed)

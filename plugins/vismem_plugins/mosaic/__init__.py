@@ -64,9 +64,7 @@ def photos(split: str) -> NDArray[np.uint8]:
 def draw_photos(grid: Grid, split: str, rng: Random) -> NDArray[np.uint8]:
     """A photo of each cell's class, (G * G, 28, 28)."""
     count = PER_CLASS[split]
-    return photos(split)[
-        [CLASSES.index(name) for name in grid.labels], [rng.randrange(count) for _ in grid.labels]
-    ]
+    return photos(split)[[CLASSES.index(name) for name in grid.labels], [rng.randrange(count) for _ in grid.labels]]
 
 
 def assemble(cells: NDArray[np.uint8], size: int) -> Image.Image:
@@ -136,9 +134,7 @@ def mosaic(
     if split not in PER_CLASS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(PER_CLASS)}")
     if not types or (unknown := [name for name in types if name not in QUESTIONS]):
-        raise ValueError(
-            f"unknown question types {unknown if types else types}; there are {', '.join(QUESTIONS)}"
-        )
+        raise ValueError(f"unknown question types {unknown if types else types}; there are {', '.join(QUESTIONS)}")
     if size is not None and not 2 <= size <= 9:
         raise ValueError(f"a mosaic has 2 to 9 cells along a side, not {size}")
     return Mosaic(split, size, types, seed, range(LENGTH[split] * len(types)))

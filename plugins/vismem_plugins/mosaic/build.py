@@ -39,9 +39,7 @@ def build(source: Path = SOURCE, seed: int = 0) -> None:
         images = read_idx(source / f"{file}-images-idx3-ubyte.gz")
         labels = read_idx(source / f"{file}-labels-idx1-ubyte.gz")
         chosen[split] = {
-            name: sorted(
-                rng.choice(np.flatnonzero(labels == LABELS[name]), PER_CLASS[split], replace=False).tolist()
-            )
+            name: sorted(rng.choice(np.flatnonzero(labels == LABELS[name]), PER_CLASS[split], replace=False).tolist())
             for name in CLASSES
         }
         photos = images[np.concatenate(list(chosen[split].values()))]  # (N, 28, 28)

@@ -118,9 +118,7 @@ def _beside(relation: str, down: int, right: int) -> Question:
         if not grid.holds(row + down, column + right):
             return None
         answer = grid.at(row + down, column + right)
-        return (
-            None if answer == grid.at(row, column) else (f"what is {relation} {_name(row, column)} ?", answer)
-        )
+        return None if answer == grid.at(row, column) else (f"what is {relation} {_name(row, column)} ?", answer)
 
     return question
 
