@@ -77,10 +77,7 @@ def _answer(memory: Memory, samples: Sequence[Sample], max_new_tokens: int) -> I
 def _read(memory: Memory, sample: Sample, written: list[int], places: tuple[Place, ...]) -> Answer:
     tokenizer = memory.backbone.processor.tokenizer
     cuts = [0, *(place.position for place in places), len(written)]
-    pieces = [
-        tokenizer.decode(written[start:stop], skip_special_tokens=True)
-        for start, stop in pairwise(cuts)
-    ]
+    pieces = [tokenizer.decode(written[start:stop], skip_special_tokens=True) for start, stop in pairwise(cuts)]
     ends = memory.model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])
     length = next((at + 1 for at, token in enumerate(written) if token in stops), len(written))
