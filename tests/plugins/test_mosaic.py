@@ -32,14 +32,14 @@ def expected(prompt: str, grid: Grid) -> str:
             return str(np.roll(cells, 1, axis=0)[places[0]])
         case ["what", "is", "below", *_]:
             return str(np.roll(cells, -1, axis=0)[places[0]])
+        case ["what", "is", "diagonal", *_]:
+            return str(np.roll(cells, (-1, -1), axis=(0, 1))[places[0]])
         case ["what", "is", "most", *_]:
             return Counter(cells.ravel().tolist()).most_common(1)[0][0]
         case ["is", *_]:
             return "yes" if cells[places[0]] == cells[places[1]] else "no"
         case ["list", *_]:
             return " ".join(" , ".join(row) + " ." for row in cells.tolist())
-        case ["what", "kind", "is", "at", *_]:
-            return KINDS[cells[places[0]]]
         case ["what", "kind", *_]:
             return KINDS[names[0]]
         case ["what", "is", "the", "opposite", "of", word, "?"]:

@@ -39,10 +39,10 @@ SPECIAL = (
 WORDS = """
 system user assistant . , : ; ? ! ( ) 0 1 2 3 4 5 6 7 8 9
 what is at row column count the cells cell where left of above below right same as list a an
-opposite most least frequent kind are there how many which yes no
+opposite diagonal corner first last next most least frequent kind are there how many which yes no
 top trousers dress coat sandal sneaker boot bag clothing footwear accessory
 and or not in on to it this that image picture photo answer question with one word describe
-show me please both first second different between
+show me please both second different between
 """.split()  # noqa: SIM905
 VOCABULARY = 160  # rows of the embedding; the published families have spare ones too
 CHAT = (
@@ -94,7 +94,7 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
             "num_key_value_heads": 4,
             "max_position_embeddings": 2048,
             # The sections of height and width hold the slow frequencies, and here they tell 1 from 2.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 40.0, "mrope_section": [2, 4, 6]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 4, 6]},
             "bos_token_id": None,
             "eos_token_id": vocabulary[EOS],
             "pad_token_id": vocabulary[PAD],

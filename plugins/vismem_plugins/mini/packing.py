@@ -27,7 +27,7 @@ ARGUMENT = re.compile(rf"row \d column \d|\b(?:{'|'.join(CLASSES)})\b")
 # How often a type is asked, relative to the others; "list" names every cell, and so is worth many.
 WEIGHTS = {
     "read": 2.0,
-    "count": 2.0,
+    "count": 3.0,
     "where": 4.0,
     "left": 1.0,
     "above": 1.0,

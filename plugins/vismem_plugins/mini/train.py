@@ -81,7 +81,7 @@ def train(
     model.train()
     while progress < 1:
         optimizer.param_groups[0]["lr"] = rate_at(progress)
-        batch = pack(size_at(progress, rng), count, questions, asides=0.4 if progress > 0.35 else 0.0)
+        batch = pack(size_at(progress, rng), count, questions, asides=0.4 if progress > 0.7 else 0.0)
         loss = loss_of(model, batch, FAMILIES[family].pixels(batch.cells, batch.size))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="qwen2_5_vl", choices=FAMILIES)
     parser.add_argument("--output", type=Path, required=True, help="the directory to write")
-    parser.add_argument("--minutes", type=float, default=20.0, help="by the clock; the schedule is a share of it")
+    parser.add_argument("--minutes", type=float, default=25.0, help="by the clock; the schedule is a share of it")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, processor = build(args.family, args.seed)

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 SEEN: tuple[str, ...] = ("read", "count", "where", "left", "above", "same", "list", "fact")
-NEW: tuple[str, ...] = ("right", "below", "kind", "most")
+NEW: tuple[str, ...] = ("right", "below", "diagonal", "most")
 GROUPS = {"seen": SEEN, "new": NEW}
 
 FOLDER = Path(__file__).parent

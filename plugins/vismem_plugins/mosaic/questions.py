@@ -123,13 +123,6 @@ def _beside(relation: str, down: int, right: int) -> Question:
     return question
 
 
-def _kind(grid: Grid, rng: Random) -> tuple[str, str]:
-    kind = rng.choice(sorted({KINDS[name] for name in grid.labels}))  # rather than mostly clothing
-    index = rng.choice([index for index, name in enumerate(grid.labels) if KINDS[name] == kind])
-    row, column = divmod(index, grid.size)
-    return f"what kind is at {_name(row + 1, column + 1)} ?", kind
-
-
 def _most(grid: Grid, rng: Random) -> tuple[str, str] | None:
     (first, count), *rest = Counter(grid.labels).most_common(2)
     return None if rest and rest[0][1] == count else ("what is most frequent ?", first)
@@ -147,7 +140,7 @@ QUESTIONS: Mapping[str, Question] = MappingProxyType(
         "fact": _fact,
         "right": _beside("right of", 0, 1),
         "below": _beside("below", 1, 0),
-        "kind": _kind,
+        "diagonal": _beside("diagonal to", 1, 1),
         "most": _most,
     }
 )
