@@ -157,7 +157,7 @@ def attached(trigger: str | Trigger, builder: str = "encoder", context: str = "c
     @contextmanager
     def variant(bench: Bench) -> Iterator[Memory]:
         config = MemoryConfig(
-            query=QueryConfig(builder=builder, width=bench.model.get_input_embeddings().embedding_dim),
+            query=QueryConfig(builder=builder),
             short=FormerConfig(length=8, context=context),
             long=FormerConfig(length=16, context=context),
             distance=1,

@@ -56,11 +56,24 @@ def select(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
     return branch
 
 
-def expand(cache: DynamicCache, copies: int) -> DynamicCache:
-    """Each row repeated ``copies`` times in a row, as one prompt's cache for its group of trajectories."""
+def upto(cache: DynamicCache, mask: Tensor, rows: Sequence[int], stops: Sequence[int]) -> tuple[DynamicCache, Tensor]:
+    """The first ``stops`` columns of some rows, right-aligned again, and their mask: the cache as it once was.
+
+    Args:
+        mask: (B, W) over ``cache``.
+        rows: of the batch; one may be named several times.
+        stops: columns that each of them keeps.
+    """
+    width, index = max(stops), torch.as_tensor(rows, device=mask.device)
+    shift = torch.as_tensor([width - stop for stop in stops], device=mask.device)[:, None]
+    columns = torch.arange(width, device=mask.device) - shift  # (R, width), negative left of a shorter row
     branch = fork(cache)
-    branch.batch_repeat_interleave(copies)
-    return branch
+    for layer in _layers(branch):
+        own, places = index.to(layer.keys.device)[:, None], columns.clamp(min=0).to(layer.keys.device)
+        layer.keys, layer.values = (
+            whole.transpose(1, 2)[own, places].transpose(1, 2) for whole in (layer.keys, layer.values)
+        )
+    return branch, mask[index].gather(1, columns.clamp(min=0)) * (columns >= 0)
 
 
 def graft(cache: DynamicCache, grown: DynamicCache, rows: Sequence[int], padding: int) -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .memory import Memory
 
 NEVER = float("-inf")
+Latents = dict[Kind, tuple[list[int], Tensor]]
+"""Rows and the vectors (R, N, d) they take in, by kind."""
 
 
 class Decoder:
@@ -46,6 +48,7 @@ class Decoder:
         self.tokens, self.streamer = memory.tokens, streamer
         self.rows: list[Row] = []
         self.due: dict[int, Kind] = {}
+        self.order: list[int] = []  # number in the result of each row that is being decoded
 
     @torch.no_grad()
     def __call__(
@@ -60,16 +63,15 @@ class Decoder:
         """Decode until every row has stopped; the same arguments and results as transformers' sampling loop."""
         _check(generation_config, model_kwargs)
         record = _Record(generation_config)
-        prompt, batch = input_ids.shape[1], input_ids.shape[0]
+        prompt = input_ids.shape[1]
         limit = stopping_criteria.max_length or generation_config.max_length
-        running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         pad: Any = generation_config._pad_token_tensor
         padded = model_kwargs.get("attention_mask") is not None
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
 
-        output = model._prefill(input_ids, generation_config, model_kwargs)
-        self._start(input_ids, model_kwargs, output, generation_config.num_return_sequences or 1)
-        fed = [-1] * batch
+        output = self._begin(model, input_ids, generation_config, model_kwargs)
+        self.order, fed = list(range(len(input_ids))), [-1] * len(input_ids)
+        running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
             latents = self._form(fed, input_ids.shape[1] - prompt - 1)
@@ -78,7 +80,7 @@ class Decoder:
             logits, forced = self._choices(logits, room, running.tolist())
             scores = self._force(logits_processor(input_ids, logits), forced)  # type: ignore[arg-type]
             record.add(output, scores, logits)
-            tokens = _select(scores, generation_config.do_sample)
+            tokens = self._select(scores, generation_config.do_sample)
             if ends:  # without an end token ``generate`` pads nothing either
                 tokens = torch.where(running, tokens, pad.to(tokens.device))
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
@@ -90,12 +92,33 @@ class Decoder:
             del output
             if not running.any():
                 break
+            input_ids, running, fed, latents = self._retire(input_ids, running, fed, latents, model_kwargs)
             output, padded = self._feed(model, input_ids, latents, model_kwargs, padded)
             self.session.observe([row for row, token in enumerate(fed) if token >= self.tokens.first + len(KINDS)])
             self.session.advance()
         if self.streamer is not None:
             self.streamer.end()
         return record.result(input_ids, model_kwargs.get("past_key_values"))
+
+    # What rollouts do otherwise
+
+    def _begin(self, model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
+        """Read the prompts; what the first tokens are chosen from."""
+        output = model._prefill(input_ids, config, model_kwargs)
+        self._start(input_ids, model_kwargs, output, config.num_return_sequences or 1)
+        return output
+
+    def _select(self, scores: Tensor, sample: bool) -> Tensor:
+        """Each row's next token."""
+        if sample:
+            return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+        return scores.argmax(-1)
+
+    def _retire(
+        self, input_ids: Tensor, running: Tensor, fed: list[int], latents: Latents, model_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, list[int], Latents]:
+        """Before the next pass: what of the batch goes on (all of it, as ``generate`` does)."""
+        return input_ids, running, fed, latents
 
     # One step
 
@@ -107,7 +130,7 @@ class Decoder:
         self.session.start(input_ids, mask, positions, output.past_key_values)
         self.rows = [Row(seed=seed) for seed in _seeds(input_ids, mask, copies)]
 
-    def _form(self, fed: list[int], position: int) -> dict[Kind, tuple[list[int], Tensor]]:
+    def _form(self, fed: list[int], position: int) -> Latents:
         """Form memory for the rows that were just fed an invocation token."""
         rows: dict[Kind, list[int]] = defaultdict(list)
         for row, token in enumerate(fed):
@@ -118,7 +141,9 @@ class Decoder:
         for kind, own in rows.items():
             vectors = self.session.form(own, self.memory.builder, self.memory.former(kind))
             latents[kind] = (own, vectors)
-            self.trace.invocations += [Invocation(row, kind, position, vectors[at]) for at, row in enumerate(own)]
+            self.trace.invocations += [
+                Invocation(self.order[row], kind, position, vectors[at]) for at, row in enumerate(own)
+            ]
         return latents
 
     def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
@@ -164,7 +189,7 @@ class Decoder:
         self,
         model: Any,
         input_ids: Tensor,
-        latents: dict[Kind, tuple[list[int], Tensor]],
+        latents: Latents,
         model_kwargs: dict[str, Any],
         padded: bool,
     ) -> tuple[Any, bool]:
@@ -189,9 +214,7 @@ class Decoder:
         watched = model_kwargs.get("output_attentions") or model_kwargs.get("output_hidden_states")
         return backbone.packs and attention == "sdpa" and not watched
 
-    def _feed_packed(
-        self, model: Any, input_ids: Tensor, latents: dict[Kind, tuple[list[int], Tensor]], model_kwargs: dict[str, Any]
-    ) -> Any:
+    def _feed_packed(self, model: Any, input_ids: Tensor, latents: Latents, model_kwargs: dict[str, Any]) -> Any:
         session = self.session
         last = session.backbone.embeddings(input_ids[:, -1])
         packing, positions = session.pack(latents)
@@ -296,12 +319,6 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
 
 def _longer(mask: Tensor, tokens: int) -> Tensor:
     return torch.cat([mask, mask.new_ones(len(mask), tokens)], dim=-1)
-
-
-def _select(scores: Tensor, sample: bool) -> Tensor:
-    if sample:
-        return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-    return scores.argmax(-1)
 
 
 def _seeds(input_ids: Tensor, mask: Tensor | None, copies: int) -> list[int]:

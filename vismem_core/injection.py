@@ -76,8 +76,12 @@ class InjectionHook:
         self._check(named)
         session = Session(memory.backbone, memory.needs())
         decoder = Decoder(memory, session, memory.active_trigger, memory.trace, named.get("streamer"))
-        with session.listen():
-            return self._generate(**self._stopping(named), custom_generate=decoder)
+        return self.decode(decoder, **self._stopping(named))
+
+    def decode(self, decoder: Decoder, **arguments: Any) -> Any:
+        """The base's ``generate`` with another decoding loop, whose session listens from the prefill on."""
+        with decoder.session.listen():
+            return self._generate(**arguments, custom_generate=decoder)
 
     def _check(self, named: dict[str, Any]) -> None:
         for argument in ("assistant_model", "custom_generate", "prompt_lookup_num_tokens"):

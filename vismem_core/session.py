@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,8 +44,9 @@ class Session:
         self._embeds: Tensor
         self._visual: Tensor
         self._visual_mask: Tensor
+        self._source: list[int]  # each row's row of the visual tokens, which copies of a prompt share
         self._recording = ExitStack()
-        self._forming = False
+        self._started = self._forming = False
         self._written: list[Tensor] = []
         self._segment: list[int] = []
         self._padding: list[int] = []
@@ -69,7 +72,7 @@ class Session:
             stack.callback(decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(decoder.register_forward_hook(leave).remove)
             stack.enter_context(self._recording)
-            if needs.vision_cache or needs.vision_inputs:
+            if not self._started and (needs.vision_cache or needs.vision_inputs):
                 recording = self.backbone.record(self.vision, keep=needs.vision_cache, inputs=needs.vision_inputs)
                 self._recording.enter_context(recording)
             yield
@@ -91,6 +94,7 @@ class Session:
             written: how many tokens at each row's end belong to its answer already (none by default).
         """
         self._recording.close()
+        self._started = True
         batch, length = input_ids.shape
         if self.hidden.shape[1] != length:
             raise AttachError("memory needs the prompt's input_ids: it cannot tell images from text in inputs_embeds")
@@ -117,6 +121,7 @@ class Session:
         tokens = [self._embeds[row, seen[row].to(self._embeds.device)] for row in range(len(input_ids))]
         counts = torch.tensor([len(own) for own in tokens], device=self._embeds.device)
         self._visual = pad_sequence(tokens, batch_first=True).float()
+        self._source = list(range(len(input_ids)))
         self._visual_mask = torch.arange(self._visual.shape[1], device=counts.device) < counts[:, None]
         self.vision.assign([medium.sum(-1).tolist() for medium in media])
 
@@ -133,6 +138,31 @@ class Session:
         """The cache of every row grew by ``tokens`` real tokens."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), tokens)], dim=-1)
         self.positions = self.positions + tokens
+
+    # Rows
+
+    def branch(self, rows: Sequence[int]) -> Session:
+        """A session of the given rows in that order, one perhaps several times, as a prompt for its group.
+
+        This one stays as it is. Nothing is heard by the new one until it is what :meth:`listen` was called on.
+        """
+        branch = copy.copy(self)
+        branch._recording = ExitStack()
+        branch.take(rows)
+        return branch
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with the given rows alone."""
+        index = torch.as_tensor(rows, device=self.mask.device)
+        self.cache = kv.select(self.cache, rows)
+        self.mask, self.positions = self.mask[index], self.positions[..., index, :]
+        self.hidden = self.hidden[index.to(self.hidden.device), -1:]
+        self._written = [states[index.to(states.device)] for states in self._written]
+        self._source = [self._source[row] for row in rows]
+        self._segment = [self._segment[row] for row in rows]
+        self._padding = [self._padding[row] for row in rows]
+        self._history = [list(self._history[row]) for row in rows] if self._history else []
+        self.vision = replace(self.vision, rows=[self.vision.rows[row] for row in rows])
 
     # Forming
 
@@ -157,7 +187,7 @@ class Session:
         """What memory may look at for ``rows``, with an empty query."""
         index = torch.as_tensor(rows, device=self.mask.device)
         states, mask = self._states(rows)
-        history, history_positions = self._padded_history(rows) if self.needs.history else (None, None)
+        history, history_positions = self.history(rows) if self.needs.history else (None, None)
         return MemoryContext(
             states=states,
             mask=mask,
@@ -173,18 +203,32 @@ class Session:
         )
 
     def _states(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        index = torch.as_tensor(rows, device=self._visual.device)
+        index = torch.as_tensor(rows)
+        visual, seen = self.visual(rows)
         first = min(self._segment[row] for row in rows)
         written = torch.stack([states[index.to(states.device)] for states in self._written[first:]], dim=1)
         begin = torch.tensor([self._segment[row] - first for row in rows], device=written.device)
         fresh = torch.arange(written.shape[1], device=written.device) >= begin[:, None]
-        states = torch.cat([self._visual[index], written.to(self._visual)], dim=1)
-        return states, torch.cat([self._visual_mask[index], fresh.to(index.device)], dim=1)
+        return torch.cat([visual, written.to(visual)], dim=1), torch.cat([seen, fresh.to(seen.device)], dim=1)
 
-    def _padded_history(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        embeds = [torch.cat([piece[0] for piece in self._history[row]]) for row in rows]
-        places = [torch.cat([piece[1] for piece in self._history[row]], dim=-1) for row in rows]
-        width = self.mask.shape[1]
+    def visual(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Projected visual tokens of ``rows`` in fp32, (R, y, d), and their mask (R, y)."""
+        source = torch.as_tensor([self._source[row] for row in rows], device=self._visual.device)
+        return self._visual[source], self._visual_mask[source]
+
+    def history(
+        self, rows: Sequence[int], told: Sequence[tuple[Tensor, Tensor]] = (), width: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """All that ``rows`` fed to the language model: embeddings (R, W, d) and positions (.., R, W), right-aligned.
+
+        Args:
+            told: what each row fed besides: (L, d) and (.., L).
+            width: W, by default the cache's.
+        """
+        pieces = [[*self._history[row], *told[at : at + 1]] for at, row in enumerate(rows)]
+        embeds = [torch.cat([piece[0] for piece in own]) for own in pieces]
+        places = [torch.cat([piece[1] for piece in own], dim=-1) for own in pieces]
+        width = width or self.mask.shape[1]
         history = torch.stack([torch.nn.functional.pad(own, (0, 0, width - len(own), 0)) for own in embeds])
         positions = [torch.nn.functional.pad(own, (width - own.shape[-1], 0)) for own in places]
         return history, torch.stack(positions, dim=-2)

@@ -24,7 +24,7 @@ class EncoderQuery(QueryBuilder):
 
     def __init__(self, width: int, config: QueryConfig) -> None:
         super().__init__(width, config)
-        inner = config.width or min(width, 1024)
+        inner = config.width or min(width, 256)
         inner -= inner % config.heads
         self.enter = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, inner))
         self.initial = nn.Parameter(torch.randn(config.length, inner) * inner**-0.5)

@@ -50,15 +50,6 @@ def test_select_and_fork_leave_the_cache_alone(rows: list[int]) -> None:
     assert [layer.get_seq_length() for layer in cache.layers] == [4, 4]
 
 
-def test_expand() -> None:
-    cache = filled(8)
-    before = content(cache)
-    branch = kv.expand(cache, 2)
-    rows = [0, 0, 1, 1, 2, 2]
-    assert same(content(branch), [(keys[rows], values[rows]) for keys, values in before])
-    assert same(content(cache), before)
-
-
 SIZES = [
     (width, length, room)
     for width, length in product([2, 4, WINDOW - 1, WINDOW, 11], [1, 3, 9])

@@ -1,0 +1,241 @@
+"""Rollouts: a group of trajectories per prompt, sampled with memory by the loop that inference uses.
+
+Each prompt is encoded once and its cache copied to its group. A trajectory's chances come from its own seed, so it can
+be sampled again alone, and with the other memory at its invocations the same chances meet it (``swapped``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..config import KINDS, Kind
+from ..decoding import NEVER, Decoder, Latents
+from ..memory import Memory
+from ..session import Session
+from ..trace import Trace
+from ..trigger import Row
+from .batches import end_of_turn
+
+Deal = Kind | Literal["none"]
+
+
+@dataclass
+class Trajectory:
+    """One sampled answer; the lists have one entry per id.
+
+    Attributes:
+        prompt: number of its prompt in the batch.
+        ids: the answer with its memory tokens, up to and with the end of the turn.
+        logprobs: of each id under the policy at the sampling temperature; 0 where there was no choice.
+        chosen: whether the policy had a choice.
+        offered: which invocation tokens it could have chosen, in the order of ``KINDS``.
+        entropy: of the policy, in nats.
+        latents: (N, d) that followed the invocation token at that index.
+    """
+
+    prompt: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)
+    offered: list[list[bool]] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    latents: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def invocations(self) -> list[int]:
+        """Indices of the invocation tokens, in order."""
+        return sorted(self.latents)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """B prompts that were read once; every rollout and replay goes on from a branch of ``session``."""
+
+    session: Session
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How trajectories are drawn; temperature 0 takes the likeliest token."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+
+
+class _Rollout(Decoder):
+    def __init__(
+        self,
+        memory: Memory,
+        session: Session,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        deals: Sequence[tuple[int, Deal] | None],
+        swapped: bool,
+    ) -> None:
+        super().__init__(memory, session, memory.active_trigger, Trace())
+        self.sampling, self.seeds, self.swapped = sampling, seeds, swapped
+        self.deals = dict(enumerate(deals))
+        self.trajectories: list[Trajectory] = []
+        self._forced: dict[int, int] = {}
+        self._running: list[bool] = []
+        draws = [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        self._chances = torch.stack(draws)  # (trajectories, steps)
+
+    def __call__(self, model: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, *args: Any, **rest: Any):  # type: ignore[no-untyped-def]
+        # What the base's generation config asks for besides (a repetition penalty, say) is not in the replay.
+        return super().__call__(model, input_ids, LogitsProcessorList(), *args, **rest)
+
+    def _begin(self, model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
+        self.rows = [Row(seed=seed) for seed in self.seeds]
+        logits = self.session.backbone.head(self.session.hidden[:, -1:])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=self.session.cache)
+
+    def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
+        extended, self._forced = super()._choices(logits, room, running)
+        self._running = running
+        return extended, self._forced
+
+    def _select(self, scores: Tensor, sample: bool) -> Tensor:
+        temperature = self.sampling.temperature
+        logprobs = (scores / (temperature or 1.0)).log_softmax(-1)
+        columns = slice(self.tokens.first, self.tokens.first + len(KINDS))
+        offered = (scores[:, columns] > NEVER).tolist()
+        allowed, dealt = logprobs, self._deal(offered)
+        if "none" in dealt.values():
+            allowed = logprobs.clone()
+            allowed[[row for row, deal in dealt.items() if deal == "none"], columns] = NEVER
+        chances = self._chances[self.order, self.rows[0].step].to(scores.device)
+        tokens = draw(allowed, chances, self.sampling.top_p) if temperature else allowed.argmax(-1)
+        for row, deal in dealt.items():
+            if deal != "none":
+                tokens[row] = self.tokens.invocation(deal)
+        self._keep(tokens, logprobs, offered)
+        return self._swap(tokens) if self.swapped else tokens
+
+    def _deal(self, offered: list[list[bool]]) -> dict[int, Deal]:
+        """What rows are dealt now: at the n-th place where a thought ended and every kind was offered."""
+        dealt: dict[int, Deal] = {}
+        for row, number in enumerate(self.order):
+            own = self.deals.get(number)
+            if own is None or row in self._forced or not (all(offered[row]) and self.rows[row].boundary):
+                continue
+            wait, deal = own
+            self.deals[number] = None if wait == 0 else (wait - 1, deal)
+            if wait == 0:
+                dealt[row] = deal
+        return dealt
+
+    def _swap(self, tokens: Tensor) -> Tensor:
+        at = tokens - self.tokens.first
+        return torch.where((at == 0) | (at == 1), self.tokens.first + 1 - at, tokens)
+
+    def _keep(self, tokens: Tensor, logprobs: Tensor, offered: list[list[bool]]) -> None:
+        own = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
+        entropy = torch.special.entr(logprobs.exp()).sum(-1).tolist()
+        written = (self._swap(tokens) if self.swapped else tokens).tolist()
+        for row, number in enumerate(self.order):
+            if not self._running[row]:
+                continue
+            trajectory, free = self.trajectories[number], row not in self._forced
+            trajectory.ids.append(written[row])
+            trajectory.logprobs.append(own[row] if free else 0.0)
+            trajectory.chosen.append(free)
+            trajectory.offered.append(offered[row] if free else [False] * len(KINDS))
+            trajectory.entropy.append(entropy[row] if free else 0.0)
+
+    def _retire(
+        self, input_ids: Tensor, running: Tensor, fed: list[int], latents: Latents, model_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, list[int], Latents]:
+        """Finished rows leave as soon as half of the batch is finished: what is left costs half as much."""
+        alive = running.nonzero().flatten().tolist()
+        if 2 * len(alive) > len(fed):
+            return input_ids, running, fed, latents
+        place = {row: at for at, row in enumerate(alive)}
+        self.session.take(alive)
+        self.rows, self.order = [self.rows[row] for row in alive], [self.order[row] for row in alive]
+        for name, value in model_kwargs.items():
+            if isinstance(value, Tensor) and len(value) == len(fed):
+                model_kwargs[name] = value[alive]
+        model_kwargs["past_key_values"] = self.session.cache
+        kept: Latents = {}
+        for kind, (rows, vectors) in latents.items():
+            if own := [at for at, row in enumerate(rows) if row in place]:
+                kept[kind] = ([place[rows[at]] for at in own], vectors[own])
+        return input_ids[alive], running[alive], [fed[row] for row in alive], kept
+
+
+def read_prompts(memory: Memory, inputs: Any) -> Prompts:
+    """Encode B prompts (``Backbone.inputs``), images and text, without gradients."""
+    backbone, session = memory.backbone, Session(memory.backbone, memory.needs())
+    with torch.no_grad(), session.listen():
+        positions = backbone.positions(inputs)
+        output = backbone.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True)
+        session.start(inputs["input_ids"], inputs["attention_mask"], positions, output.past_key_values)
+    return Prompts(session, inputs["input_ids"], inputs["attention_mask"], positions)
+
+
+def rollouts(
+    memory: Memory,
+    prompts: Prompts,
+    copies: Sequence[int],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    *,
+    deals: Sequence[tuple[int, Deal] | None] = (),
+    swapped: bool = False,
+) -> list[Trajectory]:
+    """Sample R trajectories in one batch, under the memory's trigger.
+
+    Args:
+        copies: the number of its prompt, for each trajectory.
+        seeds: one per trajectory; the same seed draws the same chances.
+        deals: per trajectory (wait, choice): after ``wait`` places where a thought ended and the policy could have
+            invoked, it is made to choose a kind or ``none``; that counts as the policy's own choice.
+        swapped: every invocation that the policy chooses is one of the other kind (tau_rev of Eq. 8).
+    """
+    decoder = _Rollout(memory, prompts.session.branch(copies), sampling, seeds, deals, swapped)
+    decoder.trajectories = [Trajectory(prompt) for prompt in copies]
+    index = torch.as_tensor(copies, device=prompts.ids.device)
+    settings = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        eos_token_id=memory.model.generation_config.eos_token_id or end_of_turn(memory.backbone),
+        pad_token_id=memory.backbone.processor.tokenizer.pad_token_id,
+    )
+    with torch.no_grad():
+        memory.hook.decode(
+            decoder,
+            input_ids=prompts.ids[index],
+            attention_mask=prompts.mask[index],
+            position_ids=prompts.positions[..., index, :],
+            generation_config=settings,
+        )
+    for invocation in decoder.trace.invocations:
+        decoder.trajectories[invocation.row].latents[invocation.position] = invocation.latents
+    return decoder.trajectories
+
+
+def draw(logprobs: Tensor, chances: Tensor, top_p: float = 1.0) -> Tensor:
+    """Tokens (R,) at the given quantiles of each row's distribution (R, V), the likeliest tokens first.
+
+    Args:
+        chances: (R,), from 0 to 1.
+        top_p: the share of the distribution that is kept, made of its likeliest tokens.
+    """
+    shares, ids = logprobs.exp().sort(dim=-1, descending=True)
+    reached = shares.double().cumsum(-1)
+    kept = reached - shares < top_p
+    last = kept.sum(-1, keepdim=True) - 1
+    at = (reached < chances[:, None] * reached.gather(1, last)).sum(-1, keepdim=True)
+    return ids.gather(1, at.minimum(last)).squeeze(1)
