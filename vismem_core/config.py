@@ -26,7 +26,7 @@ class QueryConfig(Section):
     layers: Positive = 2
     heads: Positive = 4
     width: Count = 0
-    """Inner width; 0 takes the language model's width d, at most 1024."""
+    """Inner width; 0 takes the language model's width d, at most 256: the paper says light, and no number."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,69 @@ class StageConfig(Section):
 
 
 @dataclass(frozen=True)
+class PolicyStageConfig(StageConfig):
+    """One training stage by GRPO; a batch is so many prompts, each with its group."""
+
+    beta: Amount = 0.015
+    """What the KL to the stage's starting values weighs at first; it adapts."""
+    target_kl: Amount = 0.03
+    """KL per token that beta steers towards."""
+
+
+@dataclass(frozen=True)
+class GrpoConfig(Section):
+    """Two-stage GRPO (Sec. 3.4, Table 4)."""
+
+    formation: PolicyStageConfig = field(default_factory=PolicyStageConfig)
+    invocation: PolicyStageConfig = field(
+        default_factory=lambda: PolicyStageConfig(lr=1e-5, warmup=0.1, beta=0.030, target_kl=0.05)
+    )
+    rewards: tuple[str, ...] = ("exact",)
+    """Specs ``[WEIGHT*]NAME[:ARGUMENT]``; their weighted mean is S."""
+    group: Positive = 16
+    """G, trajectories per prompt."""
+    temperature: Amount = 1.0
+    top_p: Share = 1.0
+    max_new_tokens: Positive = 256
+    """Longest trajectory."""
+    clip: Share = 0.2
+    aggregate: Literal["sequence", "token"] = "sequence"
+    """What the loss is a mean over: trajectories of their tokens' means (the paper), or all tokens alike."""
+    scaled: bool = True
+    """Divide advantages by the group's standard deviation (the paper)."""
+    density: Share = 1.0
+    """Stage I: chance that memory is invoked where a thought ended."""
+    between: Share = 0.1
+    """Stage I: the same chance at any other token, once the curriculum gets there."""
+    between_from: Share = 0.5
+    """Stage I: share of the steps after which memory is invoked between delimiters too."""
+    alpha: Amount = 0.3
+    """Stage II: weight of p_type + p_neg (Eq. 8)."""
+    explore: Share = 0.75
+    """Stage II: share of each group whose first choice is dealt evenly between none, short and long. 0 is the
+    paper's form, in which an invocation that the policy never samples is never learnt."""
+    whiten: bool = True
+    """Stage II: train the invocation tokens' output rows in coordinates in which hidden states have unit covariance.
+    Raw rows (the paper) mostly learn the states' common mean, which asks for the same memory everywhere."""
+    slots: Positive = 16384
+    """Positions, padding included, in one replay pass: a larger batch is replayed in parts."""
+    checkpointing: bool = False
+    """Replay computes the layers again in the backward pass instead of keeping their insides."""
+
+
+@dataclass(frozen=True)
 class TrainConfig(Section):
     """A training run."""
 
     stage: Literal["formation", "invocation", "all"] = "all"
-    objective: str = "sft"
+    objective: Literal["sft", "grpo", "sft+grpo"] = "sft"
+    """Cross-entropy, two-stage GRPO, or GRPO after Stage I by cross-entropy as a warm start."""
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
     seed: Count = 0
     formation: StageConfig = field(default_factory=StageConfig)
     invocation: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-5, warmup=0.1, anywhere=0.5))
+    trackers: tuple[str, ...] = ()
+    """Where figures go besides ``metrics.jsonl``: ``tensorboard``, ``wandb``, ``trackio``, by way of accelerate."""
     end_rate: Amount = 0.1
     """Learning rate of the end tokens' rows relative to the invocation tokens' rows."""
     cost: float = 0.1

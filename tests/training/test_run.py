@@ -75,7 +75,7 @@ def test_a_directory_with_a_run_is_refused_and_a_finished_one_gives_its_report(f
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(TrainingError, match="not empty"):
         run(tmp_path)
-    with pytest.raises(ConfigError, match="not built in"):
+    with pytest.raises(ConfigError, match="expected one of sft, grpo"):
         run(tmp_path / "new", ["train.objective=best"])
 
 
@@ -93,7 +93,7 @@ def slow(*args):
         print("now", flush=True)
         __import__("time").sleep(60)
     return update(*args)
-runs.Run._update = staticmethod(slow)
+runs.Run._update = slow
 run(Path(sys.argv[2]))
 """
 

@@ -36,8 +36,9 @@ def told(
     def loss(batch: Batch) -> torch.Tensor:
         rng, places, draws = Random(0), iter(points), iter(kinds)
         rng.choice = lambda options: next(draws)  # type: ignore[method-assign, assignment]
+        patch.setattr(stages, "Random", lambda key: rng)
         patch.setattr(stages, "invocation_point", lambda *args: next(places))
-        return formation(memory).loss(batch, rng)[0]
+        return formation(memory).loss(batch, "")[0]
 
     return loss
 
@@ -61,11 +62,11 @@ def test_what_trains_changes_and_nothing_else(make: Any, start: Any, settings: A
     before = {name: tensor.clone() for name, tensor in memory.trained().items()}
     model = {name: tensor.clone() for name, tensor in base.model.state_dict().items() if "lora_" not in name}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0)
-    memory.train()
     for step in range(3):  # a fresh LoRA's A has no gradient until B has moved; a batch may hold one kind alone
         optimizer.zero_grad()
-        stage.loss(batch, Random(step))[0].backward()
+        stage.accumulate(batch, str(step), step / 3)
         optimizer.step()
+        stage.stepped()
     after = memory.trained()
     assert {name for name in after if not after[name].equal(before[name])} == set(trained)
     assert all(own.isfinite().all() for own in after.values())

@@ -13,19 +13,19 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from ..config import KINDS, Kind, StageConfig
+from ..config import KINDS, StageConfig
 from ..memory import Memory
 from .batches import Batch
+from .processes import Processes
 from .teacher import bring_up, groups, likelihood
 
 
 class Formation:
     """Stage I."""
 
-    name = "formation"
-
-    def __init__(self, memory: Memory, settings: StageConfig) -> None:
+    def __init__(self, memory: Memory, settings: StageConfig, processes: Processes | None = None) -> None:
         self.memory, self.settings = memory, settings
+        self.processes = processes or Processes()
 
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         """What trains: name, tensor, learning rate relative to the stage's."""
@@ -42,21 +42,40 @@ class Formation:
     def finish(self) -> None:
         """Nothing is left to do after the last step."""
 
-    def loss(self, batch: Batch, rng: Random) -> tuple[Tensor, dict[str, float]]:
-        """Mean negative log-likelihood per token, and figures for the log."""
-        memory = self.memory
-        kinds = [rng.choice(KINDS) for _ in batch.answers]
-        points = [invocation_point(answer, memory.delimiters, rng, self.settings.anywhere) for answer in batch.answers]
+    def stepped(self) -> None:
+        """Nothing has to follow a step of the optimiser."""
+
+    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
+        """Gradients of the loss, and figures for the log."""
+        self.memory.train()
+        loss, figures = self.loss(batch, key)
+        loss.backward()
+        return figures
+
+    def loss(self, batch: Batch, key: str) -> tuple[Tensor, dict[str, float]]:
+        """This process's part of the mean negative log-likelihood per token."""
+        memory, processes = self.memory, self.processes
+        chances = [Random(f"{key}/{sample.id}") for sample in batch.samples]
+        kinds = [rng.choice(KINDS) for rng in chances]
+        points = [
+            invocation_point(answer, memory.delimiters, rng, self.settings.anywhere)
+            for answer, rng in zip(batch.answers, chances, strict=True)
+        ]
         forced = bring_up(memory, batch, kinds, points)
-        losses: dict[Kind, Tensor] = {}
+        own = torch.zeros(len(KINDS), 2)  # log-likelihood and tokens, by kind
+        everyone = processes.total(torch.tensor(float(sum(map(len, forced.rests))))).item()
+        losses = []
         for kind, rows in groups(kinds).items():
             latents = forced.session.form(rows, memory.builder, memory.former(kind))
             end = memory.tokens.vectors(torch.full((len(rows), 1), memory.tokens.end(kind)), latents)
-            told = likelihood(memory, forced, rows, torch.cat([latents, end], dim=1))
-            losses[kind] = -told.sum() / sum(len(forced.rests[row]) for row in rows)
-        shares = {kind: kinds.count(kind) / len(kinds) for kind in losses}
-        total = torch.stack([shares[kind] * loss for kind, loss in losses.items()]).sum()
-        return total, {f"loss_{kind}": loss.item() for kind, loss in losses.items()}
+            told = likelihood(memory, forced, rows, torch.cat([latents, end], dim=1)).sum()
+            losses.append(-told / everyone)
+            own[KINDS.index(kind)] = torch.tensor([told.item(), float(sum(len(forced.rests[row]) for row in rows))])
+        own = processes.total(own)
+        figures = {"loss": -own[:, 0].sum().item() / everyone}
+        counts = zip(KINDS, own.tolist(), strict=True)
+        figures |= {f"loss_{kind}": -told / count for kind, (told, count) in counts if count}
+        return torch.stack(losses).sum(), figures
 
 
 def invocation_point(answer: Sequence[int], delimiters: frozenset[int], rng: Random, anywhere: float) -> int:

@@ -18,6 +18,7 @@ from ..config import KINDS, Kind, TrainConfig
 from ..memory import Memory
 from .batches import Batch
 from .formation import invocation_point
+from .processes import Processes
 from .teacher import Forced, bring_up, likelihood
 
 REMEMBERED = 8192
@@ -29,10 +30,9 @@ TETHER = 1e-5
 class InvocationStage:
     """Stage II."""
 
-    name = "invocation"
-
-    def __init__(self, memory: Memory, config: TrainConfig) -> None:
+    def __init__(self, memory: Memory, config: TrainConfig, processes: Processes | None = None) -> None:
         self.memory, self.config, self.settings = memory, config, config.invocation
+        self.processes = processes or Processes()
         device = memory.backbone.device
         self.tried = {"hidden": torch.empty(0, memory.backbone.width), "worth": torch.empty(0, 1 + len(KINDS))}
         self.tried = {name: own.to(device) for name, own in self.tried.items()}
@@ -70,31 +70,43 @@ class InvocationStage:
 
         solver.step(closure)
 
-    def loss(self, batch: Batch, rng: Random) -> tuple[Tensor, dict[str, float]]:
+    def stepped(self) -> None:
+        """Nothing has to follow a step of the optimiser."""
+
+    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
+        """Gradients of the loss, and figures for the log."""
+        self.memory.train()
+        loss, figures = self.loss(batch, key)
+        loss.backward()
+        return figures
+
+    def loss(self, batch: Batch, key: str) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the choice, plus the answers' under memory where it is worth asking."""
-        rows = list(range(len(batch)))
+        memory, processes, rows = self.memory, self.processes, list(range(len(batch)))
         points = [
-            invocation_point(answer, self.memory.delimiters, rng, self.settings.anywhere) for answer in batch.answers
+            invocation_point(answer, memory.delimiters, Random(f"{key}/{sample.id}"), self.settings.anywhere)
+            for answer, sample in zip(batch.answers, batch.samples, strict=True)
         ]
-        plain = bring_up(self.memory, batch, [None] * len(batch), points)
-        lengths = torch.tensor([len(rest) for rest in plain.rests], device=self.memory.backbone.device)
+        plain = bring_up(memory, batch, [None] * len(batch), points)
+        lengths = torch.tensor([len(rest) for rest in plain.rests], device=memory.backbone.device)
         with torch.no_grad():
-            alone = likelihood(self.memory, plain, rows).sum(1) / lengths
+            alone = likelihood(memory, plain, rows).sum(1) / lengths
         told = [self._with_memory(batch, plain, kind, points).sum(1) / lengths for kind in KINDS]
         scores = torch.stack([alone, *told], dim=1).detach().exp()
         scores[:, 1:] -= self.config.cost
         worth = (scores / self.config.temperature).softmax(-1)
         hidden = plain.session.hidden[:, -1].float()
         for name, own in (("hidden", hidden), ("worth", worth)):
-            self.tried[name] = torch.cat([self.tried[name], own])[-REMEMBERED:]
+            self.tried[name] = torch.cat([self.tried[name], processes.joined(own)])[-REMEMBERED:]
         choice = self._choice(self.tried["hidden"])
         answered = (worth[:, 1:] * torch.stack(told, dim=1)).sum(1).mean()
-        loss = -(self.tried["worth"] * choice).sum(1).mean() - answered
-        chosen = choice[-len(batch) :].detach().exp().mean(0).tolist()
-        wanted = worth.mean(0).tolist()
-        figures = {f"asks_{kind}": chosen[1 + at] for at, kind in enumerate(KINDS)}
-        figures |= {f"worth_{kind}": wanted[1 + at] for at, kind in enumerate(KINDS)}
-        return loss, figures
+        loss = (-(self.tried["worth"] * choice).sum(1).mean() - answered) / processes.count
+        wanted = worth.mean(0)
+        chosen = choice[-len(batch) * processes.count :].detach().exp().mean(0)
+        means = processes.total(torch.stack([loss.detach(), *wanted[1:]])) / torch.tensor([1.0, *[processes.count] * 2])
+        figures = {"loss": means[0].item()}
+        figures |= {f"asks_{kind}": chosen[1 + at].item() for at, kind in enumerate(KINDS)}
+        return loss, figures | {f"worth_{kind}": means[1 + at].item() for at, kind in enumerate(KINDS)}
 
     def _with_memory(self, batch: Batch, plain: Forced, kind: Kind, points: list[int]) -> Tensor:
         """Log-likelihoods (B, T) after memory of ``kind``, with gradients to the tokens' input rows."""

@@ -5,42 +5,58 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..config import Config, StageConfig, to_dict
+from ..config import Config, StageConfig, TrainConfig, to_dict
 from ..data import Sample
-from ..errors import ConfigError, TrainingError
+from ..errors import TrainingError
 from ..evaluation import evaluate
 from ..memory import Memory
 from . import state
 from .batches import Batch, Sampler, make_batch
+from .display import Display
 from .formation import Formation
+from .formation_grpo import FormationGrpo
 from .invocation import InvocationStage
+from .invocation_grpo import InvocationGrpo
+from .metrics import Metrics
+from .processes import Processes
+from .trackers import Trackers
 
 METRICS, REPORT, SETTINGS = "metrics.jsonl", "report.json", "config.json"
-OBJECTIVES = ("sft",)
+TRIES = 10
+"""Steps in a row that may be skipped because their gradient is not finite."""
 
 
 class Stage(Protocol):
     """What a stage gives to the loop; an objective is a class of this form."""
 
-    name: str
-    settings: StageConfig
+    @property
+    def settings(self) -> StageConfig:
+        """Its steps, batch, rate and limits."""
 
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         """What trains: name, tensor, learning rate relative to the stage's."""
 
-    def loss(self, batch: Batch, rng: Random) -> tuple[Tensor, dict[str, float]]:
-        """A loss and figures for the log; all chance comes from ``rng`` and torch's default generator."""
+    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
+        """Add up the gradients of one step; figures for the log, ``loss`` among them.
+
+        Args:
+            batch: this process's part of the step's batch.
+            key: all chance comes from it, the samples' ids and torch's default generator.
+            progress: from 0 to 1.
+        """
+
+    def stepped(self) -> None:
+        """Called after every step of the optimiser."""
 
     def finish(self) -> None:
         """Called once after the last step."""
@@ -82,12 +98,16 @@ def train(
     if run.open(resume):
         report: dict[str, Any] = json.loads((output / REPORT).read_text(encoding="utf-8"))
         return report
-    with run.progress:
-        for stage in run.stages():
-            run.train(stage, train_data)
-        checkpoint.save(memory, output, {"training": to_dict(config.train)})
-        report = run.measure(heldout, groups)
-    report["seconds"] = round(run.seconds_before + time.monotonic() - began, 1)
+    with run.display, run.trackers:
+        for name in run.stages():
+            run.train(name, train_data)
+        if run.processes.first:
+            checkpoint.save(memory, output, {"training": to_dict(config.train)})
+            report = run.measure(heldout, groups)
+    run.processes.wait()
+    if not run.processes.first:
+        return {}
+    report["seconds"] = round(time.monotonic() - began, 1)
     checkpoint.atomically(output / REPORT, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
     (output / state.FILE).unlink(missing_ok=True)
     return report
@@ -98,28 +118,24 @@ class Run:
 
     def __init__(self, memory: Memory, config: Config, output: Path, console: Console) -> None:
         self.memory, self.config, self.output = memory, config, output
+        self.processes = Processes()
         self.done: tuple[str, int, dict[str, Tensor]] | None = None
-        self.seconds_before = 0.0
-        self.progress = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
+        self.display = Display(console, shown=self.processes.first)
+        self.trackers = Trackers(config.train.trackers, output, to_dict(config))
 
     def open(self, resume: bool) -> bool:
         """Make or enter the directory; True if its run is finished already."""
-        self._known_objective()
         settings = to_dict(self.config)
         path = self.output / SETTINGS
-        if not path.exists():
+        fresh = not path.exists()
+        self.processes.wait()  # until all have looked
+        if fresh:
             if self.output.exists() and any(self.output.iterdir()):
                 raise TrainingError(f"{self.output}: not empty, and no run of vismem; choose another --output")
-            self.output.mkdir(parents=True, exist_ok=True)
-            checkpoint.atomically(path, lambda place: place.write_text(json.dumps(settings, indent=2) + "\n"))
+            self.processes.wait()
+            if self.processes.first:
+                self.output.mkdir(parents=True, exist_ok=True)
+                checkpoint.atomically(path, lambda place: place.write_text(json.dumps(settings, indent=2) + "\n"))
             return False
         if not resume:
             raise TrainingError(f"{self.output}: holds a run; --resume it, or choose another --output")
@@ -131,83 +147,81 @@ class Run:
             self.done = state.load(self.output, self.memory)
         return False
 
-    def _known_objective(self) -> None:
-        if self.config.train.objective not in OBJECTIVES:
-            known = ", ".join(OBJECTIVES)
-            raise ConfigError(f"objective {self.config.train.objective!r} is not built in; known: {known}")
-
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[str]:
         """The stages that are still to be run."""
-        wanted: list[Stage] = []
-        if self.config.train.stage in ("formation", "all"):
-            wanted.append(Formation(self.memory, self.config.train.formation))
-        if self.config.train.stage in ("invocation", "all"):
-            wanted.append(InvocationStage(self.memory, self.config.train))
-        if self.done:
-            names = [stage.name for stage in wanted]
-            return wanted[names.index(self.done[0]) :]
-        return wanted
+        train = self.config.train
+        wanted = [name for name in OBJECTIVES[train.objective] if train.stage in (STAGES[name][0], "all")]
+        return wanted[wanted.index(self.done[0]) :] if self.done else wanted
 
-    def train(self, stage: Stage, data: Sequence[Sample]) -> None:
+    def train(self, name: str, data: Sequence[Sample]) -> None:
         """Run one stage to its end."""
-        settings, memory = stage.settings, self.memory
-        parameters = stage.parameters()
+        memory, seed = self.memory, self.config.train.seed
+        stage = STAGES[name][1](memory, self.config.train, self.processes)
+        settings, parameters = stage.settings, stage.parameters()
         groups = [{"params": [own], "name": name, "rate": rate} for name, own, rate in parameters]
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
-        sampler = Sampler(len(data), settings.batch, self.config.train.seed)
-        first = 0
-        if self.done and self.done[0] == stage.name:
+        sampler = Sampler(len(data), settings.batch * self.processes.count, seed)
+        first = skipped = 0
+        if self.done and self.done[0] == name:
             first = self.done[1]
             state.restore(optimizer, self.done[2])
             stage.restore(state.part(self.done[2], "stage."))
-        sampler.position = first * settings.batch
-        _cut(self.output / METRICS, stage.name, first)
-        task = self.progress.add_task(stage.name, total=settings.steps, completed=first, note="")
-        memory.train()
-        with _only(memory, parameters), (self.output / METRICS).open("a", encoding="utf-8") as metrics:
+        sampler.position = first * sampler.batch
+        metrics = Metrics(self.output / METRICS, list(STAGES), name, first, self.processes.first)
+        self.display.begin(name, settings.steps, first)
+        with _only(memory, parameters), metrics:
             for step in range(first, settings.steps):
-                seed = f"{self.config.train.seed}/{stage.name}/{step}"
-                torch.manual_seed(Random(seed).getrandbits(63))
-                batch = make_batch(memory.backbone, [data[at] for at in sampler.draw()])
-                loss, figures = stage.loss(batch, Random(seed))
-                norm = self._update(optimizer, parameters, loss, _rate(step, settings), settings.clip)
-                row = {"stage": stage.name, "step": step + 1, "loss": loss.item(), **figures, "norm": norm}
-                metrics.write(json.dumps({key: _short(value) for key, value in row.items()}) + "\n")
-                self.progress.update(task, advance=1, note=f"loss {loss.item():.3f}")
+                key = f"{seed}/{name}/{step}"
+                torch.manual_seed(Random(key).getrandbits(63))
+                drawn = sorted((data[at] for at in sampler.draw()), key=lambda own: -len(own.answer or ""))
+                batch = make_batch(memory.backbone, self.processes.part(drawn))
+                memory.zero_grad()
+                optimizer.zero_grad()
+                figures = stage.accumulate(batch, key, step / settings.steps)
+                norm = self._update(optimizer, parameters, _rate(step, settings), settings.clip)
+                stage.stepped()
+                skipped = 0 if math.isfinite(norm) else skipped + 1
+                if skipped == TRIES:
+                    raise TrainingError(
+                        f"{name}: the gradient was not finite in {TRIES} steps in a row, the last one number "
+                        f"{step + 1}; lower the learning rate (--set train...lr)"
+                    )
+                row = {"stage": name, "step": step + 1, **figures, "norm": norm, "skipped": bool(skipped)}
+                metrics.add(row)
+                self.trackers.log(row)
+                self.display.step(row)
                 if (step + 1) % self.config.train.save_every == 0:
                     metrics.flush()
-                    state.save(self.output, memory, optimizer, stage.name, step + 1, stage.state())
-        memory.eval()
-        if first < settings.steps:
-            stage.finish()
-        state.save(self.output, memory, optimizer, stage.name, settings.steps, stage.state())
+                    self._save(optimizer, stage, name, step + 1)
+            memory.eval()
+            if first < settings.steps:
+                stage.finish()
+        self._save(optimizer, stage, name, settings.steps)
 
-    @staticmethod
+    def _save(self, optimizer: torch.optim.Optimizer, stage: Stage, name: str, steps: int) -> None:
+        if self.processes.first:
+            state.save(self.output, self.memory, optimizer, name, steps, stage.state())
+
     def _update(
+        self,
         optimizer: torch.optim.Optimizer,
         parameters: Sequence[tuple[str, nn.Parameter, float]],
-        loss: Tensor,
         rate: float,
         clip: float,
     ) -> float:
+        """A step of the optimiser, unless the gradient is not finite; the gradient's norm."""
         for group in optimizer.param_groups:
             group["lr"] = rate * group["rate"]
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_([own for _, own, _ in parameters], clip).item()
-        if not math.isfinite(norm):
-            raise TrainingError("the loss or its gradient is not finite; lower the learning rate (--set train...lr)")
-        optimizer.step()
+        trained = [own for _, own, _ in parameters]
+        self.processes.add_gradients(trained)
+        norm = nn.utils.clip_grad_norm_(trained, clip).item()
+        if math.isfinite(norm):
+            optimizer.step()
         return norm
 
     def measure(self, heldout: Sequence[Sample], groups: Mapping[str, Sequence[str]] | None) -> dict[str, Any]:
         """Held-out accuracy under all conditions."""
         settings = self.config.train
-        task = self.progress.add_task("measuring", total=None, note="")
-
-        def show(condition: str, done: int, count: int) -> None:
-            self.progress.update(task, completed=done, total=count, note=condition)
-
         return evaluate(
             self.memory,
             heldout,
@@ -215,7 +229,7 @@ class Run:
             per_type=settings.eval_samples,
             batch=settings.eval_batch,
             max_new_tokens=settings.max_new_tokens,
-            progress=show,
+            progress=self.display.measuring,
         )
 
 
@@ -244,21 +258,20 @@ def _rate(step: int, settings: StageConfig) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _cut(path: Path, stage: str, steps: int) -> None:
-    """Drop the rows of steps that an interrupted run took after its last saved state."""
-    if not path.exists():
-        return
-    kept, order = [], ("formation", "invocation")
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if (order.index(row["stage"]), row["step"]) > (order.index(stage), steps):
-            break
-        kept.append(line + "\n")
-    checkpoint.atomically(path, lambda place: place.write_text("".join(kept), encoding="utf-8"))
+def _formation(memory: Memory, config: TrainConfig, processes: Processes) -> Stage:
+    return Formation(memory, config.formation, processes)
 
 
-def _short(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+STAGES: dict[str, tuple[str, Callable[[Memory, TrainConfig, Processes], Stage]]] = {
+    "formation": ("formation", _formation),
+    "invocation": ("invocation", InvocationStage),
+    "warm_start": ("formation", _formation),
+    "formation_grpo": ("formation", FormationGrpo),
+    "invocation_grpo": ("invocation", InvocationGrpo),
+}
+"""Name in the log -> which of the two stages it belongs to, and what makes it; in the order they run."""
+OBJECTIVES = {
+    "sft": ("formation", "invocation"),
+    "grpo": ("formation_grpo", "invocation_grpo"),
+    "sft+grpo": ("warm_start", "formation_grpo", "invocation_grpo"),
+}

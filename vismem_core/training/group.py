@@ -1,0 +1,224 @@
+"""What both stages of GRPO share: sampling groups, scoring them, and learning from how they differ (Eq. 12-15)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from ..config import KINDS, PolicyStageConfig, TrainConfig
+from ..data import Sample
+from ..memory import Memory
+from ..reward import Written, parse, score
+from . import grpo
+from .batches import Batch
+from .processes import Processes
+from .replay import Replay, micro_batches
+from .rollout import Prompts, Sampling, Trajectory, read_prompts, rollouts
+
+
+@dataclass
+class Group:
+    """P prompts with G trajectories each, and what they earned.
+
+    Attributes:
+        rewards: what the advantages are made of, (P, G).
+        figures: means over all trajectories, for the log.
+    """
+
+    trajectories: list[Trajectory]
+    rewards: Tensor
+    figures: dict[str, float]
+
+
+class GroupStage(ABC):
+    """One stage of GRPO. Adapters' dropout stays off, so that the replay is the rollout.
+
+    The reference of the KL term is this stage's starting values on the same base: they are put in place for one pass
+    without gradients, so there never is a second model.
+    """
+
+    forms: bool
+    """Whether the replay forms memory anew, with gradients."""
+
+    def __init__(
+        self, memory: Memory, config: TrainConfig, settings: PolicyStageConfig, processes: Processes | None = None
+    ) -> None:
+        self.memory, self.config, self.settings = memory, config, settings
+        self.grpo, self.processes = config.grpo, processes or Processes()
+        self.reward = parse(self.grpo.rewards)
+        self.kl = grpo.AdaptiveKL(settings.beta, settings.target_kl)
+        self.sampling = Sampling(self.grpo.temperature, self.grpo.top_p, self.grpo.max_new_tokens)
+        self.base_scores: dict[str, float] = {}
+        self.reference = {name: tensor.detach().clone() for name, tensor in self.trained().items()}
+
+    @abstractmethod
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The memory's tensors that this stage changes, by name."""
+
+    @abstractmethod
+    def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
+        """Roll out and score one group per prompt."""
+
+    @abstractmethod
+    def counted(self, trajectory: Trajectory) -> list[bool]:
+        """Which ids the loss counts."""
+
+    # What the training loop asks for
+
+    def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
+        """What trains: name, tensor, learning rate relative to the stage's."""
+        return [(name, tensor, 1.0) for name, tensor in self.trained().items()]
+
+    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
+        """Roll out, score, replay; gradients of one step."""
+        self.memory.eval()
+        with self.memory.triggered("policy"):
+            prompts = read_prompts(self.memory, batch.inputs)
+        group = self.sample(prompts, batch, key, progress)
+        means = self.processes.total(torch.tensor(list(group.figures.values()))) / self.processes.count
+        return {**dict(zip(group.figures, means.tolist(), strict=True)), **self.learn(prompts, group)}
+
+    def stepped(self) -> None:  # noqa: B027
+        """Nothing has to follow a step of the optimiser."""
+
+    def finish(self) -> None:  # noqa: B027
+        """Nothing is left to do after the last step."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run must know beyond its parameters."""
+        return {
+            "beta": torch.tensor(self.kl.beta),
+            **{f"reference.{name}": own for name, own in self.reference.items()},
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+        self.kl.beta = tensors["beta"].item()
+        self.reference = {name: tensors[f"reference.{name}"].to(own.device) for name, own in self.reference.items()}
+
+    # Learning
+
+    def learn(self, prompts: Prompts, group: Group) -> dict[str, float]:
+        """Gradients of the clipped objective and its KL term over all trajectories, in parts that fit."""
+        told, settings = group.trajectories, self.grpo
+        gain = grpo.advantages(group.rewards, scaled=settings.scaled).flatten()
+        counted = _padded([self.counted(own) for own in told], False)
+        weight = self._weights(counted)
+        active = counted.any(1).nonzero().flatten().tolist()
+        sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
+        for rows in micro_batches(told, active, settings.slots):
+            replay = Replay(
+                self.memory, prompts, [told[row] for row in rows], settings.temperature, settings.checkpointing
+            )
+            with torch.no_grad(), self.as_reference():
+                reference = replay.logprobs(form=self.forms)
+            logprobs = replay.logprobs(form=self.forms)
+            self.replayed(replay)
+            own = torch.tensor(rows)
+            width = logprobs.shape[1]
+            counts, weights = (whole[own, :width].to(logprobs.device) for whole in (counted, weight))
+            old = _padded([told[row].logprobs for row in rows], 0.0).to(logprobs.device)
+            objective = grpo.clipped(logprobs, old, gain[own].to(logprobs.device), settings.clip)
+            divergence = grpo.k3(logprobs, reference)
+            loss = -(weights * (objective - self.kl.beta * divergence)).sum()
+            loss.backward()
+            sums["loss"] += loss.item()
+            sums["kl"] += divergence[counts].sum().item()
+            sums["clipped"] += ((logprobs - old).exp() - 1).abs()[counts].gt(settings.clip).sum().item()
+        return self._figures(sums, group, counted)
+
+    def replayed(self, replay: Replay) -> None:  # noqa: B027
+        """A replay with gradients is done; nothing is kept of it here."""
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """This stage's starting values in place of the trained ones."""
+        trained = self.trained()
+        before = {name: tensor.data for name, tensor in trained.items()}
+        for name, tensor in trained.items():
+            tensor.data = self.reference[name]
+        try:
+            yield
+        finally:
+            for name, tensor in trained.items():
+                tensor.data = before[name]
+
+    def _weights(self, counted: Tensor) -> Tensor:
+        """As :func:`grpo.weights` over the trajectories of all processes."""
+        mode = self.grpo.aggregate
+        own = counted.sum() if mode == "token" else counted.any(1).sum()
+        everyone = self.processes.total(own.float()).item()
+        return grpo.weights(counted, mode) * (own.item() / max(everyone, 1.0))
+
+    def _figures(self, sums: dict[str, float], group: Group, counted: Tensor) -> dict[str, float]:
+        told = group.trajectories
+        entropy = sum(sum(own.entropy) for own in told)
+        free = sum(sum(own.chosen) for own in told)
+        parts = [*sums.values(), counted.sum().item(), entropy, free, grpo.silent(group.rewards).sum().item()]
+        parts += [len(group.rewards), len(told), sum(len(own.ids) for own in told)]
+        parts += [sum(own.ids.count(self.memory.tokens.invocation(kind)) for own in told) for kind in KINDS]
+        loss, kl, clipped, tokens, entropy, free, silent, prompts, rows, ids, short, long = self.processes.total(
+            torch.tensor(parts, dtype=torch.float64)
+        ).tolist()
+        self.kl.update(kl / max(tokens, 1))
+        return {
+            "loss": loss,
+            "kl": kl / max(tokens, 1),
+            "beta": self.kl.beta,
+            "clipped": clipped / max(tokens, 1),
+            "entropy": entropy / max(free, 1),
+            "silent": silent / prompts,
+            "short": short / rows,
+            "long": long / rows,
+            "tokens": ids,
+        }
+
+    # Scoring
+
+    def seeds(self, batch: Batch, key: str) -> list[int]:
+        """One for each trajectory, from the step and the sample alone."""
+        return [
+            Random(f"{key}/{sample.id}/{number}").getrandbits(48)
+            for sample in batch.samples
+            for number in range(self.grpo.group)
+        ]
+
+    def copies(self, batch: Batch) -> list[int]:
+        """The prompt of each trajectory."""
+        return [prompt for prompt in range(len(batch)) for _ in range(self.grpo.group)]
+
+    def scores(self, trajectories: Sequence[Trajectory], batch: Batch) -> Tensor:
+        """S of whole groups, (P, G)."""
+        return torch.tensor(self.score(trajectories, batch)).view(len(batch), -1)
+
+    def score(self, trajectories: Sequence[Trajectory], batch: Batch) -> list[float]:
+        """S of each trajectory."""
+        samples: list[Sample] = [batch.samples[own.prompt] for own in trajectories]
+        return score(self.reward, [self.written(own) for own in trajectories], samples)
+
+    def written(self, trajectory: Trajectory) -> Written:
+        """What a reward may see of a trajectory."""
+        text = self.memory.backbone.processor.tokenizer.decode(trajectory.ids, skip_special_tokens=True)
+        return Written(text.strip(), tuple(trajectory.ids))
+
+    def base(self, prompts: Prompts, batch: Batch) -> Tensor:
+        """S(tau_base) of each prompt's greedy answer without memory, (P,); the base does not change, so once each."""
+        new = [at for at, sample in enumerate(batch.samples) if sample.id not in self.base_scores]
+        if new:
+            with self.memory.triggered("never"):
+                greedy = Sampling(0.0, 1.0, self.sampling.max_new_tokens)
+                told = rollouts(self.memory, prompts, new, [0] * len(new), greedy)
+            for at, own in zip(new, self.score(told, batch), strict=True):
+                self.base_scores[batch.samples[at].id] = own
+        return torch.tensor([self.base_scores[sample.id] for sample in batch.samples])
+
+
+def _padded(rows: Sequence[Sequence[bool]] | Sequence[Sequence[float]], fill: bool | float) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])

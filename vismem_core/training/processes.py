@@ -1,0 +1,65 @@
+"""Several processes as one: accelerate is the engine, and all a stage needs of it is here.
+
+Every process holds the whole memory and a part of each batch. Sums run over all of them, so that a step on two
+processes is the step of one process on both parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
+from torch import Tensor, nn
+
+Item = TypeVar("Item")
+
+
+class Processes:
+    """The processes that train together; one, unless ``accelerate launch`` started more."""
+
+    def __init__(self) -> None:
+        self._state = PartialState()
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return int(self._state.num_processes)
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes files and shows progress."""
+        return bool(self._state.is_main_process)
+
+    def part(self, items: Sequence[Item]) -> list[Item]:
+        """This process's part of a batch; neighbours go to different processes."""
+        return list(items[self._state.process_index :: self.count])
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.count == 1:
+            return value
+        everyone: Tensor = reduce(value.to(self._state.device), "sum")
+        return everyone.to(value.device)
+
+    def joined(self, value: Tensor) -> Tensor:
+        """The rows of all processes, which hold equally many, in the order of :meth:`part`."""
+        if self.count == 1:
+            return value
+        everyone: Tensor = gather(value.to(self._state.device).contiguous())
+        in_order: Tensor = everyone.unflatten(0, (self.count, -1)).transpose(0, 1).flatten(0, 1)
+        return in_order.to(value.device)
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Each gradient becomes the sum of all processes'."""
+        if self.count == 1:
+            return
+        for parameter in parameters:
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.total(grad)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self._state.wait_for_everyone()
