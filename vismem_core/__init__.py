@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .injection import InjectionHook
     from .memory import Memory, attach
     from .query import QueryBuilder
+    from .reward import Reward, Written
     from .tokens import MemoryTokens
     from .trace import Invocation, Trace
     from .trigger import Trigger
@@ -31,6 +32,7 @@ _HOMES = {
     "injection": ("InjectionHook",),
     "memory": ("Memory", "attach"),
     "query": ("QueryBuilder",),
+    "reward": ("Reward", "Written"),
     "tokens": ("MemoryTokens",),
     "trace": ("Invocation", "Trace"),
     "trigger": ("Trigger",),
@@ -48,9 +50,11 @@ __all__ = [
     "MemoryFormer",
     "MemoryTokens",
     "QueryBuilder",
+    "Reward",
     "Trace",
     "Trigger",
     "VismemError",
+    "Written",
     "attach",
 ]
 

@@ -34,6 +34,10 @@ class TrainingError(VismemError):
     """Training that cannot go on, such as an output directory that holds another run."""
 
 
+class RewardError(VismemError):
+    """A reward that failed or gave no number from 0 to 1; the message names the reward and the sample."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint naming the nearest known word, or all of them: ``"did you mean 'lora'?"``."""
     words = sorted(known)

@@ -75,6 +75,11 @@ def register_metrics(register: Register) -> None:
 
 
 @hookspec
+def register_rewards(register: Register) -> None:
+    """What reinforcement optimises: callables ``(argument: str) -> vismem_core.reward.Reward``."""
+
+
+@hookspec
 def register_bases(register: Register) -> None:
     """Embedded models: callables ``() -> vismem_core.bases.Base``, registered under the name of their backbone."""
 

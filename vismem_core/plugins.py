@@ -23,7 +23,7 @@ from typing import Any
 import pluggy
 
 from vismem_core import hookspecs
-from vismem_core.errors import PluginError, nearest
+from vismem_core.errors import PluginError, VismemError, nearest
 
 KINDS = tuple(name.removeprefix("register_") for name in vars(hookspecs) if name.startswith("register_"))
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -48,15 +48,11 @@ class Entry:
         Raises:
             PluginError: it cannot be imported; the message gives the reason.
         """
-        module, _, attribute = self.target.partition(":")
         try:
-            value = import_module(module)
-            for part in attribute.split("."):
-                value = getattr(value, part)
+            return resolve(self.target)
         except Exception as error:  # whatever a plugin does wrong
             where = f"{noun(self.kind)} {self.name!r} of {self.distribution} {self.version}"
             raise PluginError(f"{where} does not load: {self.target}: {reason(error)}") from error
-        return value
 
 
 @dataclass(frozen=True)
@@ -195,6 +191,15 @@ def origin(point: EntryPoint) -> tuple[str, str]:
     return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
 
 
+def resolve(target: str) -> Any:
+    """What ``package.module:attribute`` names; raises whatever importing it raises."""
+    module, _, attribute = target.partition(":")
+    value: Any = import_module(module)
+    for part in attribute.split("."):
+        value = getattr(value, part)
+    return value
+
+
 def noun(kind: str) -> str:
     """``"query_builders"`` -> ``"query builder"``."""
     return kind.removesuffix("s").replace("_", " ")
@@ -203,4 +208,4 @@ def noun(kind: str) -> str:
 def reason(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, VismemError) else f"{type(error).__name__}: {text}"

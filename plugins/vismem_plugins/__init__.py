@@ -38,5 +38,18 @@ def register_metrics(register: Register) -> None:
 
 
 @hookimpl
+def register_rewards(register: Register) -> None:
+    rewards = "vismem_plugins.rewards"
+    register("exact", f"{rewards}.text:exact", description="the reference, whatever its case and spacing")
+    register("substring", f"{rewards}.text:substring", description="the reference, anywhere in the answer")
+    register("f1", f"{rewards}.text:f1", description="words shared with the reference, as SQuAD counts them")
+    register("choice", f"{rewards}.choice:choice", description="the right option, by its letter or its text")
+    register("number", f"{rewards}.number:number", description="number:TOLERANCE, the answer's last number")
+    register("math", f"{rewards}.mathematics:math", description="an equal expression, as math-verify finds")
+    register("call", f"{rewards}.call:call", description="call:package.module:function, a reward of your own")
+    register("judge", f"{rewards}.judge:judge", description="judge:URL[#MODEL], the grade a language model gives")
+
+
+@hookimpl
 def register_bases(register: Register) -> None:
     register("qwen2_5_vl", "vismem_plugins.bases:mini_qwen2_5_vl", description="mini, trained on mosaic")
