@@ -11,6 +11,7 @@ import tiny
 import torch
 from bases import Base, config, mini, tied, untied
 from reference import long_latents, one_pass, query, short_latents
+from samples import SAMPLES
 
 from vismem_core import Invocation, Memory, Trace
 from vismem_core.config import Kind, StageConfig, TrainConfig
@@ -19,14 +20,6 @@ from vismem_core.training import formation as stages
 from vismem_core.training.batches import Batch, make_batch
 from vismem_core.training.formation import Formation
 from vismem_core.training.invocation import InvocationStage
-
-SAMPLES = [
-    Sample("one", (tiny.picture(32, 32, 0),), "what is on the left ?", "a bag , a coat ."),
-    Sample("two", (tiny.picture(48, 32, 1), tiny.picture(16, 40, 2)), "and ?", "boot"),
-    Sample("none", (), "what is it ?", "a boot , what ?"),
-    Sample("more", (tiny.picture(24, 56, 3),), "is it a boot ?", "the coat , the bag , the boot ."),
-]
-
 
 def told(
     memory: Memory, kinds: list[Kind], points: list[int], patch: pytest.MonkeyPatch

@@ -1,0 +1,152 @@
+"""Rollouts: what the policy really said of each id, and that a trajectory does not depend on its neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bases import QUESTIONS, Base, config, tied
+from reference import one_pass
+
+from vismem_core import Memory, Trace
+from vismem_core.trace import Invocation
+from vismem_core.training.rollout import Prompts, Sampling, Trajectory, draw, read_prompts, rollouts
+
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=20)
+COPIES = [prompt for prompt in range(len(QUESTIONS)) for _ in range(3)]
+
+
+@pytest.fixture
+def base() -> Base:
+    return tied()
+
+
+def eager(base: Base, trigger: str = "policy", **options: object) -> Memory:
+    """Memory whose policy often asks for it."""
+    memory = base.attach(config(trigger=trigger, **options))
+    with torch.no_grad():
+        memory.tokens.head *= 4.0
+    return memory
+
+
+def prompts(memory: Memory, base: Base) -> Prompts:
+    return read_prompts(memory, base.inputs(*QUESTIONS))
+
+
+def test_quantiles() -> None:
+    shares = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    at = {chance: draw(shares, torch.tensor([chance])).item() for chance in (0.0, 0.49, 0.51, 0.79, 0.81, 0.999999)}
+    assert list(at.values()) == [1, 1, 2, 2, 0, 0]
+    # The likeliest two make .8: chances are spread over them alone.
+    assert [draw(shares, torch.tensor([chance]), 0.6).item() for chance in (0.6, 0.65, 0.99)] == [1, 2, 2]
+    assert draw(shares, torch.tensor([0.99]), 1e-6).item() == 1
+
+
+@pytest.mark.parametrize("trigger", ["policy", "anywhere:0.3", "never"])
+def test_a_trajectory_can_be_sampled_alone(base: Base, trigger: str) -> None:
+    """Whatever its neighbours, and although finished rows leave the batch early."""
+    memory = eager(base, trigger)
+    read = prompts(memory, base)
+    together = rollouts(memory, read, COPIES, list(range(12)), SAMPLING)
+    assert len({len(own.ids) for own in together}) > 1  # some finish before others
+    for number in (0, 4, 7, 11):
+        (alone,) = rollouts(memory, read, [COPIES[number]], [number], SAMPLING)
+        assert alone.ids == together[number].ids
+        assert alone.logprobs == pytest.approx(together[number].logprobs, abs=1e-4)
+        assert alone.latents.keys() == together[number].latents.keys()
+
+
+def test_another_seed_is_another_trajectory(base: Base) -> None:
+    memory = eager(base)
+    told = rollouts(memory, prompts(memory, base), [0] * 8, list(range(8)), SAMPLING)
+    assert len({tuple(own.ids) for own in told}) > 4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_are_those_of_one_plain_pass(base: Base, temperature: float) -> None:
+    memory = eager(base)
+    told = rollouts(memory, prompts(memory, base), COPIES, list(range(12)), replace(SAMPLING, temperature=temperature))
+    first = memory.tokens.first
+    assert sum(len(own.latents) for own in told) > 4
+    for own in told:
+        memory.trace = Trace([Invocation(0, "short", at, vectors) for at, vectors in own.latents.items()])
+        plain = one_pass(memory, base.inputs(QUESTIONS[own.prompt]), own.ids)
+        for at, token in enumerate(own.ids):
+            asks = plain.asks[at].masked_fill(~torch.tensor(own.offered[at]), float("-inf"))
+            everything = torch.cat([plain.logits[at, :first], asks]) / temperature
+            if own.chosen[at]:
+                choice = token if token < first else plain.logits[at, :first].numel() + token - first
+                expected = everything.log_softmax(-1)
+                assert own.logprobs[at] == pytest.approx(expected[choice].item(), abs=1e-4)
+                entropy = -(expected.exp() * expected).nan_to_num(0.0).sum().item()
+                assert own.entropy[at] == pytest.approx(entropy, abs=1e-3)
+            else:
+                assert own.logprobs[at] == 0.0 and token >= first + 2  # nothing but an end token is forced here
+
+
+def test_greedy_without_memory_is_generate(base: Base) -> None:
+    memory = eager(base, "never")
+    told = rollouts(memory, prompts(memory, base), [0, 1, 2, 3], [0] * 4, replace(SAMPLING, temperature=0.0))
+    memory.detach()
+    for own, question in zip(told, QUESTIONS, strict=True):
+        expected = base.generate(question, max_new_tokens=20).answers[0].tolist()
+        assert own.ids == expected
+
+
+def test_the_other_kind_meets_the_same_chances(base: Base) -> None:
+    memory = eager(base)
+    read = prompts(memory, base)
+    told = rollouts(memory, read, COPIES, list(range(12)), SAMPLING)
+    other = rollouts(memory, read, COPIES, list(range(12)), SAMPLING, swapped=True)
+    kinds = memory.tokens.kind
+    compared = 0
+    for own, turned in zip(told, other, strict=True):
+        if not own.latents:
+            assert turned.ids == own.ids
+            continue
+        first = own.invocations[0]
+        assert turned.ids[:first] == own.ids[:first]
+        assert {kinds(own.ids[first]), kinds(turned.ids[first])} == {"short", "long"}
+        assert turned.ids[first + 1] == own.ids[first + 1] ^ 1 or turned.ids[first + 1] != own.ids[first + 1]
+        compared += 1
+    assert compared > 4
+
+
+def test_dealt_choices_are_made_and_count(base: Base) -> None:
+    """At the first place where a thought ended; their log-probabilities are the policy's own."""
+    memory = base.attach(config(trigger="policy"))
+    with torch.no_grad():
+        memory.tokens.head.zero_()
+    read = prompts(memory, base)
+    deals = [(0, "short"), (0, "long"), (0, "none"), None] * 4
+    told = rollouts(memory, read, sorted([0, 1, 2, 3] * 4), list(range(16)), SAMPLING, deals=deals)  # type: ignore[arg-type]
+    for own, deal in zip(told, deals, strict=True):
+        kind = memory.tokens.kind(own.ids[0])
+        if deal is not None:
+            assert (kind or "none") == deal[1]
+        assert own.chosen[0] and own.logprobs[0] < 0.0
+
+
+def test_a_dealt_choice_may_wait(base: Base) -> None:
+    memory = eager(base, distance=1)
+    memory.delimiters = frozenset(range(300))  # a thought ends everywhere
+    read = prompts(memory, base)
+    (own,) = rollouts(memory, read, [0], [3], SAMPLING, deals=[(2, "none")])
+    (free,) = rollouts(memory, read, [0], [3], SAMPLING)
+    asked = [at for at, offered in enumerate(own.offered) if all(offered)]
+    assert own.ids[: asked[2]] == free.ids[: asked[2]]
+    assert memory.tokens.kind(own.ids[asked[2]]) is None
+
+
+def length(told: list[Trajectory]) -> list[int]:
+    return [len(own.ids) for own in told]
+
+
+def test_no_trajectory_is_longer_than_asked(base: Base) -> None:
+    memory = eager(base)
+    told = rollouts(memory, prompts(memory, base), COPIES, list(range(12)), replace(SAMPLING, max_new_tokens=7))
+    assert max(length(told)) == 7
+    for own in told:
+        assert len(own.ids) == len(own.logprobs) == len(own.chosen) == len(own.offered) == len(own.entropy)
+        assert all(memory.tokens.kind(own.ids[at]) for at in own.latents)
