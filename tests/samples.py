@@ -23,13 +23,13 @@ def even(answers: Sequence[Written], samples: Sequence[Sample]) -> list[float]:
 
 
 def right_arm(answers: Sequence[Written], samples: Sequence[Sample]) -> list[float]:
-    """1 for an answer that invokes first, and as a kind, what its sample's answer names; 300 + are memory tokens."""
-    return [float(any(arm(token) == sample.answer for token in own.ids)) for own, sample in zip(answers, samples)]  # noqa: B905
+    """1 for an answer whose first invocation is of the kind that its sample names, .5 for one without any."""
+    scores = []
+    for own, sample in zip(answers, samples, strict=True):
+        asked = next((kind for token in own.ids if (kind := ARMS.get(token))), None)
+        scores.append(0.5 if asked is None else float(asked == sample.answer))
+    return scores
 
 
-def arm(token: int) -> str:
-    """The kind that an id of the tiny model invokes."""
-    return {FIRST: "short", FIRST + 1: "long"}.get(token, "")
-
-
-FIRST = 0  # set by the test, which knows the model
+ARMS: dict[int, str] = {}
+"""Ids of the invocation tokens, set by the test that knows the model."""

@@ -84,7 +84,7 @@ class PolicyStageConfig(StageConfig):
     """One training stage by GRPO; a batch is so many prompts, each with its group."""
 
     beta: Amount = 0.015
-    """What the KL to the stage's starting values weighs at first; it adapts."""
+    """What the KL to the stage's starting values weighs at first; it adapts. 0 leaves the KL out."""
     target_kl: Amount = 0.03
     """KL per token that beta steers towards."""
 

@@ -82,3 +82,6 @@ def test_beta_follows_the_divergence() -> None:
     for _ in range(1000):
         kl.update(0.0)
     assert kl.beta == 1e-4
+    off = grpo.AdaptiveKL(0.0, target=0.1)
+    off.update(1.0)
+    assert off.beta == 0

@@ -14,12 +14,14 @@ from reference import long_latents, one_pass, query, short_latents
 from samples import SAMPLES
 
 from vismem_core import Invocation, Memory, Trace
-from vismem_core.config import Kind, StageConfig, TrainConfig
+from vismem_core.config import GrpoConfig, Kind, StageConfig, TrainConfig
 from vismem_core.data import Sample
 from vismem_core.training import formation as stages
 from vismem_core.training.batches import Batch, make_batch
 from vismem_core.training.formation import Formation
+from vismem_core.training.formation_grpo import FormationGrpo
 from vismem_core.training.invocation import InvocationStage
+from vismem_core.training.invocation_grpo import InvocationGrpo
 
 def told(
     memory: Memory, kinds: list[Kind], points: list[int], patch: pytest.MonkeyPatch
@@ -44,13 +46,28 @@ def invocation(memory: Memory) -> InvocationStage:
     return InvocationStage(memory, TrainConfig())
 
 
+GRPO = TrainConfig(grpo=GrpoConfig(rewards=("call:samples:even",), group=4, max_new_tokens=10))
+
+
+def formation_grpo(memory: Memory) -> FormationGrpo:
+    return FormationGrpo(memory, GRPO)
+
+
+def invocation_grpo(memory: Memory) -> InvocationGrpo:
+    return InvocationGrpo(memory, GRPO)
+
+
+STAGES = [formation, invocation, formation_grpo, invocation_grpo]
+
+
 @pytest.mark.parametrize("make", [tied, untied, mini])
-@pytest.mark.parametrize("start", [formation, invocation])
+@pytest.mark.parametrize("start", STAGES)
 @pytest.mark.parametrize("settings", [config(), config(context="recompute"), config("transformer", builder="cross")])
 def test_what_trains_changes_and_nothing_else(make: Any, start: Any, settings: Any) -> None:
     base = make()
     memory = base.attach(settings)
     stage, batch = start(memory), make_batch(memory.backbone, SAMPLES)
+    memory.trigger = "policy"
     trained = {name: tensor for name, tensor, _ in stage.parameters()}
     before = {name: tensor.clone() for name, tensor in memory.trained().items()}
     model = {name: tensor.clone() for name, tensor in base.model.state_dict().items() if "lora_" not in name}
@@ -72,9 +89,10 @@ def test_what_trains_changes_and_nothing_else(make: Any, start: Any, settings: A
 
 def test_every_trained_tensor_belongs_to_one_stage() -> None:
     memory = tied().attach()
-    names = [{name for name, _, _ in stage.parameters()} for stage in (formation(memory), invocation(memory))]
-    assert names[0] | names[1] == set(memory.trained())
-    assert not names[0] & names[1]
+    first, second, *grpo = ({name for name, _, _ in start(memory).parameters()} for start in STAGES)
+    assert first | second == set(memory.trained())
+    assert not first & second
+    assert grpo == [first, second]
 
 
 @pytest.mark.parametrize("make", [tied, untied, mini])

@@ -116,8 +116,7 @@ class GroupStage(ABC):
             replay = Replay(
                 self.memory, prompts, [told[row] for row in rows], settings.temperature, settings.checkpointing
             )
-            with torch.no_grad(), self.as_reference():
-                reference = replay.logprobs(form=self.forms)
+            reference = self._reference_logprobs(replay)
             logprobs = replay.logprobs(form=self.forms)
             self.replayed(replay)
             own = torch.tensor(rows)
@@ -125,13 +124,19 @@ class GroupStage(ABC):
             counts, weights = (whole[own, :width].to(logprobs.device) for whole in (counted, weight))
             old = _padded([told[row].logprobs for row in rows], 0.0).to(logprobs.device)
             objective = grpo.clipped(logprobs, old, gain[own].to(logprobs.device), settings.clip)
-            divergence = grpo.k3(logprobs, reference)
+            divergence = grpo.k3(logprobs, logprobs.detach() if reference is None else reference)
             loss = -(weights * (objective - self.kl.beta * divergence)).sum()
             loss.backward()
             sums["loss"] += loss.item()
             sums["kl"] += divergence[counts].sum().item()
             sums["clipped"] += ((logprobs - old).exp() - 1).abs()[counts].gt(settings.clip).sum().item()
         return self._figures(sums, group, counted)
+
+    def _reference_logprobs(self, replay: Replay) -> Tensor | None:
+        if self.kl.beta == 0:
+            return None
+        with torch.no_grad(), self.as_reference():
+            return replay.logprobs(form=self.forms)
 
     def replayed(self, replay: Replay) -> None:  # noqa: B027
         """A replay with gradients is done; nothing is kept of it here."""

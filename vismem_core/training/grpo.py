@@ -97,8 +97,10 @@ class AdaptiveKL:
         """A step's mean KL per id: beyond 1.5 times the target beta grows, below 1/1.5 of it beta shrinks, by a tenth.
 
         The rule of PPO's adaptive penalty (Schulman et al. 2017, Sec. 4) with a factor for every step instead of
-        one for every policy; beta stays within 1e-4 to 10.
+        one for every policy; beta stays within 1e-4 to 10, and 0 if it was 0.
         """
+        if self.beta == 0:
+            return
         if kl > 1.5 * self.target:
             self.beta *= 1.1
         elif kl < self.target / 1.5:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -118,16 +119,21 @@ class Replay:
         recorded = self._recorded()
         if not recorded:
             return []
-        with torch.no_grad():
-            embeds, mask = self._embeds(recorded), torch.cat([self.prompts.mask, self.mask], dim=1)
-            grown = kv.fork(self.prompts.cache)
-            hidden = self.backbone.continue_(embeds, mask, self.positions, grown)
+        embeds, hidden, grown = self._past
         formed = []
         for kind, places, _ in recorded:
             context = self._context(places, embeds, hidden, grown)
             context.query = self.memory.builder(context.states, context.mask)
             formed.append((kind, places, self.memory.former(kind)(context)))
         return formed
+
+    @cached_property
+    def _past(self) -> tuple[Tensor, Tensor, DynamicCache]:
+        """The answers as they were written: what was fed, the states after it, and the cache; without gradients."""
+        with torch.no_grad():
+            embeds, mask = self._embeds(self._recorded()), torch.cat([self.prompts.mask, self.mask], dim=1)
+            grown = kv.fork(self.prompts.cache)
+            return embeds, self.backbone.continue_(embeds, mask, self.positions, grown), grown
 
     def _context(
         self, places: Sequence[tuple[int, int]], embeds: Tensor, hidden: Tensor, grown: DynamicCache
@@ -194,11 +200,12 @@ class Replay:
 
 
 def micro_batches(trajectories: Sequence[Trajectory], rows: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Rows of similar length together, as many as have ``budget`` slots with their padding (at least one)."""
+    """Rows together, none shorter than half of another, as many as have ``budget`` slots with their padding."""
     lengths = {row: _slots(trajectories[row])[-1] for row in rows}
     batch: list[int] = []
     for row in sorted(rows, key=lambda own: -lengths[own]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+        longest = lengths[batch[0]] if batch else 0
+        if batch and ((len(batch) + 1) * longest > budget or 2 * lengths[row] < longest):
             yield batch
             batch = []
         batch.append(row)

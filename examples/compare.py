@@ -1,0 +1,70 @@
+"""Several runs side by side: means over question types from `report.json`, curves from `metrics.jsonl`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+CONDITIONS = ("base", "memory", "blind_base", "blind", "short", "long")
+GROUPS = {"heldout": "new", "seen": "seen"}
+
+
+def rows(run: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """For each group of question types: its accuracies, and how often answers to them invoke memory."""
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    for key, group in GROUPS.items():
+        if report[key]["base"]:
+            asked = mean(sum(report["invocations"][name].values()) for name in report[key]["base"])
+            means = {name: mean(report[key][name].values()) for name in CONDITIONS}
+            yield group, {**means, "invocations": asked}
+
+
+def table(runs: list[Path]) -> Table:
+    """A line for each run and group."""
+    view = Table("run", "types", *CONDITIONS, "invocations")
+    for run in runs:
+        for group, values in rows(run):
+            view.add_row(run.name, group, *(f"{value:.3f}" for value in values.values()))
+    return view
+
+
+def curves(runs: list[Path], figures: list[str], path: Path, window: int) -> None:
+    """One plot for each figure over the steps of all stages, each point the mean of the last ``window`` steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plot, axes = pyplot.subplots(1, len(figures), figsize=(4 * len(figures), 3), squeeze=False)
+    for run in runs:
+        lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
+        for place, figure in zip(axes[0], figures, strict=True):
+            known = [(step, line[figure]) for step, line in enumerate(lines, 1) if figure in line]
+            steps = [step for step, _ in known]
+            values = [mean(value for _, value in known[max(0, at - window + 1) : at + 1]) for at in range(len(known))]
+            place.plot(steps, values, label=run.name)
+            place.set(xlabel="step", title=figure)
+    axes[0][0].legend()
+    plot.tight_layout()
+    plot.savefig(path)
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="Directories that `vismem train` wrote.")],
+    plot: Annotated[Path | None, typer.Option(help="A picture of curves to write.")] = None,
+    figures: Annotated[str, typer.Option(help="What is plotted, by its names in metrics.jsonl.")] = "loss",
+    window: Annotated[int, typer.Option(help="Steps a point is the mean of.", min=1)] = 20,
+) -> None:
+    """Example: python examples/compare.py runs/a runs/b --plot curves.png --figures reward,kl,short,long"""
+    Console().print(table(runs))
+    if plot:
+        curves(runs, figures.split(","), plot, window)
+
+
+if __name__ == "__main__":
+    typer.run(main)

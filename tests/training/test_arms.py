@@ -1,0 +1,92 @@
+"""Two arms: for each question one kind of memory is right. Stage II learns which, from scores alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import samples
+import tiny
+import torch
+from bases import config, tied
+
+from vismem_core.config import KINDS, GrpoConfig, PolicyStageConfig, TrainConfig
+from vismem_core.data import Sample
+from vismem_core.memory import Memory
+from vismem_core.training.batches import make_batch
+from vismem_core.training.invocation_grpo import InvocationGrpo
+from vismem_core.training.rollout import read_prompts
+
+QUESTIONS = [
+    Sample("a", (tiny.picture(32, 32, 0),), "what is on the left ?", "short"),
+    Sample("b", (tiny.picture(48, 32, 1),), "a bag , a coat and", "long"),
+    Sample("c", (tiny.picture(32, 48, 2),), "is it a boot", "short"),
+    Sample("d", (tiny.picture(24, 32, 3),), "the the the ?", "long"),
+]
+GRPO = GrpoConfig(
+    rewards=("call:samples:right_arm",),
+    group=12,
+    max_new_tokens=4,
+    invocation=PolicyStageConfig(beta=0.0, target_kl=10.0),
+)
+
+
+def learn(memory: Memory, steps: int, **changes: Any) -> list[dict[str, float]]:
+    samples.ARMS.update({memory.tokens.invocation(kind): kind for kind in KINDS})
+    stage = InvocationGrpo(memory, TrainConfig(cost=0.0, grpo=replace(GRPO, **changes)))
+    optimizer = torch.optim.Adam([{"params": [own], "lr": 0.1 * rate} for _, own, rate in stage.parameters()])
+    batch, figures = make_batch(memory.backbone, QUESTIONS), []
+    for step in range(steps):
+        optimizer.zero_grad()
+        figures.append(stage.accumulate(batch, str(step), step / steps))
+        optimizer.step()
+        stage.stepped()
+    return figures
+
+
+@torch.no_grad()
+def asks(memory: Memory) -> torch.Tensor:
+    """The policy's probabilities of short and long at the start of each answer, (4, 2)."""
+    hidden = read_prompts(memory, make_batch(memory.backbone, QUESTIONS).inputs).session.hidden[:, -1]
+    logits = torch.cat([memory.backbone.head(hidden), memory.tokens.logits(hidden)], dim=1)
+    return logits.softmax(-1)[:, -2:]
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.0], ids=["penalties", "plain"])
+def test_the_right_arm_is_learnt(alpha: float) -> None:
+    memory = tied().attach(config(trigger="policy"))
+    with torch.no_grad():
+        memory.tokens.head.zero_()
+    before = asks(memory)
+    assert before.max() < 0.1
+    learn(memory, 80, alpha=alpha)
+    right = torch.tensor([KINDS.index(own.answer) for own in QUESTIONS])[:, None]  # type: ignore[arg-type]
+    chosen = asks(memory)
+    assert (chosen.gather(1, right) > 0.5).all() and (chosen.gather(1, 1 - right) < 0.1).all()
+
+
+def test_what_is_never_sampled_is_never_learnt_without_exploration() -> None:
+    """The paper's own form, from a policy that is sure of its next token."""
+    memory = tied().attach(config(trigger="policy"))
+    for explore, learnt in ((0.0, False), (0.75, True)):
+        with torch.no_grad():
+            state = mean_state(memory)
+            memory.tokens.head.copy_((-8.0 * state / state.square().sum()).expand(2, -1))
+        assert asks(memory).max() < 1e-4
+        learn(memory, 80, explore=explore)
+        assert bool(asks(memory).max() > 0.1) is learnt
+
+
+def mean_state(memory: Memory) -> torch.Tensor:
+    hidden = read_prompts(memory, make_batch(memory.backbone, QUESTIONS).inputs).session.hidden[:, -1]
+    return hidden.mean(0, keepdim=True)
+
+
+def test_figures_of_a_step() -> None:
+    memory = tied().attach(config(trigger="policy"))
+    (figures,) = learn(memory, 1)
+    assert 0.3 < figures["reward"] < 0.8  # a third of each group was dealt the right arm, a third none
+    assert 0.2 < figures["short"] < 0.5 and 0.2 < figures["long"] < 0.5
+    assert figures["p_type"] > 0.1 and figures["p_neg"] > 0.1 and figures["silent"] == 0
+    assert figures["gain"] == pytest.approx(figures["reward"] - 0.5, abs=1e-6)  # the base invokes nothing
