@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-CONDITIONS = ("base", "memory", "blind_base", "blind", "short", "long")
+CONDITIONS = ("base", "memory", "noise", "blind_base", "blind", "short", "long")
 GROUPS = {"heldout": "new", "seen": "seen"}
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vismem_core as vismem
-from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
 from vismem_core.config import FormerConfig, MemoryConfig, QueryConfig
+from vismem_core.memory import find_backbone
 from vismem_plugins.mini import path
 
 Question = tuple[str, list[Image.Image]]
@@ -50,7 +50,7 @@ class Base:
 
     def inputs(self, *questions: Question) -> Any:
         """What ``generate`` takes, ragged and left-padded."""
-        backbone = Qwen2_5_VL(self.model, self.processor)
+        backbone = find_backbone(self.model)(self.model, self.processor)
         return backbone.inputs([text for text, _ in questions], [images for _, images in questions])
 
     def generate(self, *questions: Question, **options: Any) -> Any:
@@ -73,3 +73,27 @@ def untied(**options: Any) -> Base:
 def mini() -> Base:
     model = AutoModelForImageTextToText.from_pretrained(path("qwen2_5_vl"), dtype=torch.float32).eval()
     return Base(model, AutoProcessor.from_pretrained(path("qwen2_5_vl")))
+
+
+def llava() -> Base:
+    return Base(*tiny.llava(tied=False))
+
+
+def llava_next() -> Base:
+    return Base(*tiny.llava_next(tied=True))
+
+
+def llava_onevision() -> Base:
+    return Base(*tiny.llava_onevision(tied=True))
+
+
+def internvl() -> Base:
+    return Base(*tiny.internvl(tied=False))
+
+
+def rice() -> Base:
+    return Base(*tiny.rice(tied=False))
+
+
+FAMILIES = [llava, llava_next, llava_onevision, internvl, rice]
+"""Every family beside Qwen2.5-VL, with tied and with untied heads."""

@@ -1,7 +1,7 @@
 """Fixtures that many tests share."""
 
 import pytest
-from bases import Base, mini, tied, untied
+from bases import FAMILIES, Base, mini, tied, untied
 
 
 @pytest.fixture(params=[tied, untied], ids=lambda make: make.__name__)
@@ -10,7 +10,7 @@ def base(request: pytest.FixtureRequest) -> Base:
     return request.param()  # type: ignore[no-any-return]
 
 
-@pytest.fixture(params=[tied, untied, mini], ids=lambda make: make.__name__)
+@pytest.fixture(params=[tied, untied, mini, *FAMILIES], ids=lambda make: make.__name__)
 def any_base(request: pytest.FixtureRequest) -> Base:
-    """The tiny ones and the trained one."""
+    """The tiny ones, the trained one, and every other family."""
     return request.param()  # type: ignore[no-any-return]

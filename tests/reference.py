@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import towers
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -20,7 +22,7 @@ class Sequence:
 
     Attributes:
         embeds: (1, L, d)
-        positions: (3, 1, L)
+        positions: (3, 1, L), or (1, L) where they are one-dimensional
         visual: (1, L), where image tokens are.
         places: index of each answer token in the sequence.
         hidden: (1, L, d), last-layer states of one forward pass without a cache.
@@ -49,9 +51,12 @@ def one_pass(memory: Memory, inputs: Any, answer: list[int], row: int = 0) -> Se
     visual = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     for medium, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if pixels in inputs:
-            features = getattr(model.model, f"get_{medium}_features")(inputs[pixels], inputs[f"{medium}_grid_thw"])
+            encode_medium = getattr(model.model, f"get_{medium}_features")
+            about = {name: inputs[name] for name in signature(encode_medium).parameters if name in inputs}
+            features = encode_medium(**about)
             here = inputs["input_ids"] == getattr(model.config, f"{medium}_token_id")
-            embeds = embeds.masked_scatter(here[..., None], torch.cat(tuple(features.pooler_output)))
+            tokens = features if isinstance(features, Tensor) else torch.cat(tuple(features.pooler_output))
+            embeds = embeds.masked_scatter(here[..., None], tokens)
             visual |= here
     latents = {invocation.position: invocation.latents for invocation in memory.trace.row(row)}
     pieces, places, length = [embeds], [], embeds.shape[1]
@@ -65,7 +70,7 @@ def one_pass(memory: Memory, inputs: Any, answer: list[int], row: int = 0) -> Se
     embeds = torch.cat(pieces, dim=1)
     positions = prompt_positions(model, inputs)
     further = positions.max() + 1 + torch.arange(length - positions.shape[-1])
-    positions = torch.cat([positions, further.expand(3, 1, -1)], dim=-1)
+    positions = torch.cat([positions, further.expand(*positions.shape[:-1], -1)], dim=-1)
     hidden = model.model.language_model(
         inputs_embeds=embeds, position_ids=positions, attention_mask=torch.ones(1, length), use_cache=False
     ).last_hidden_state
@@ -75,7 +80,9 @@ def one_pass(memory: Memory, inputs: Any, answer: list[int], row: int = 0) -> Se
 
 
 def prompt_positions(model: Any, inputs: Any) -> Tensor:
-    """M-RoPE positions of a single prompt, (3, 1, L)."""
+    """Positions of a single prompt: (3, 1, L) for M-RoPE, (1, L) for models that count through."""
+    if not hasattr(model.model, "get_rope_index"):
+        return torch.arange(inputs["input_ids"].shape[1])[None]
     if not any(f"{medium}_grid_thw" in inputs for medium in ("image", "video")):
         return torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1)
     grids = {name: inputs[name] for name in inputs if "grid" in name or name == "mm_token_type_ids"}
@@ -91,9 +98,9 @@ def embed(memory: Memory, ids: Tensor) -> Tensor:
 
 
 def query(memory: Memory, sequence: Sequence, begin: int, end: int) -> Tensor:
-    """Q from H = [visual tokens, hidden states of the sequence's places begin .. end]."""
+    """Q from H = [visual tokens, the hidden states that chose the sequence's places begin .. end]."""
     seen = sequence.embeds[:, : sequence.visual.shape[1]][sequence.visual][None]
-    states = torch.cat([seen, sequence.hidden[:, begin : end + 1]], dim=1)
+    states = torch.cat([seen, sequence.hidden[:, begin - 1 : end]], dim=1)
     out: Tensor = memory.builder(states, torch.ones(states.shape[:2], dtype=torch.bool))
     return out
 
@@ -132,7 +139,11 @@ def short_latents(pristine: Any, memory: Memory, inputs: Any, asked: Tensor, con
     former: Any = memory.short
     asked = former.enter(asked)
     extra = torch.cat([asked, former.initial + asked.mean(1, keepdim=True)], dim=1)[0]
-    adapted = merged(pristine, memory, "short").model.visual
+    changed = merged(pristine, memory, "short")
+    if memory.backbone.name != "qwen2_5_vl":
+        extra = towers.encode(pristine if context == "cache" else changed, changed, inputs, extra)[1]
+        return towers.project(pristine, extra[-len(former.initial) :]) * former.gain
+    adapted = changed.model.visual
     ground = pristine.model.visual if context == "cache" else adapted
     pixels = [inputs[name] for name in ("pixel_values", "pixel_values_videos") if name in inputs]
     grids = [inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs]

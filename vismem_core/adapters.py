@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import AttachError
 
@@ -66,13 +67,37 @@ class Adapter:
             layer._active_adapter = [self.name]  # peft made the adapter put in last the active one everywhere
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """Apply the adapter to every forward pass inside the context."""
+    def on(self, tokens: slice | None = None) -> Iterator[None]:
+        """Apply the adapter to every forward pass inside the context.
+
+        Args:
+            tokens: of a packed sequence (1, M, d), the ones it applies to; by default all.
+        """
+        if tokens is not None:
+            handles = [self._model.get_submodule(path).register_forward_hook(self._add(tokens)) for path in self.layers]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+            return
         self._switch(off=False)
         try:
             yield
         finally:
             self._switch(off=True)
+
+    def _add(self, tokens: slice) -> Callable[[Any, Any, Tensor], Tensor]:
+        """What peft's layer adds to its output, for some tokens."""
+
+        def add(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            down, up = layer.lora_A[self.name], layer.lora_B[self.name]
+            own = layer.lora_dropout[self.name](args[0][:, tokens].to(down.weight.dtype))
+            output = output.clone()
+            output[:, tokens] += (up(down(own)) * layer.scaling[self.name]).to(output.dtype)
+            return output
+
+        return add
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors by name, such as ``layers.0.self_attn.q_proj.lora_A``."""

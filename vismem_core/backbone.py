@@ -26,7 +26,7 @@ class Backbone(ABC):
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
-    packs: ClassVar[bool] = False
+    packs: bool = False
     """Whether the language model's attention is plain ``sdpa`` and gets its keyword arguments from ``forward``, so
     that latents can enter in the neighbours' pass (:mod:`vismem_core.packing`) instead of in one of their own."""
 
@@ -162,7 +162,8 @@ class Backbone(ABC):
             rows: the R rows of the batch that ``extra`` belongs to.
 
         Returns:
-            (R, E, D), as the encoder hands its tokens to the projector.
+            (R, E, D), as the encoder hands its tokens to the projector; wider than D where it hands over the states
+            of several blocks side by side.
         """
 
     @abstractmethod

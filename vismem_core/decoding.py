@@ -3,15 +3,18 @@
 Every row writes one id per step, so the ids stay rectangular without filler: an invocation token, then its end token,
 then text. Between the two the row's latents enter the cache; they have no ids.
 
-An invocation token is fed like any other. Its state completes the segment that the query is built from. If all rows
-invoke the same kind together (always so for one row), the latents and the end token enter in one forward pass. In a
-ragged batch the latents of the invoking rows enter alone and the end token rides with the neighbours' next tokens.
+An invocation token is fed like any other. The query is built from the states that chose it and the tokens before it,
+so memory that is formed by the language model can ride behind the invocation token in the same forward pass. If all
+rows take in latents of the same kind together (always so for one row), these and the end token enter in one pass. In a
+ragged batch the latents enter in the pass of the neighbours' next tokens (:mod:`vismem_core.packing`), or alone where
+that cannot be.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import defaultdict
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +51,7 @@ class Decoder:
         self.tokens, self.streamer = memory.tokens, streamer
         self.rows: list[Row] = []
         self.due: dict[int, Kind] = {}
+        self.formed: dict[int, Tensor] = {}  # latents that rode in the last pass, by row
         self.order: list[int] = []  # number in the result of each row that is being decoded
 
     @torch.no_grad()
@@ -93,7 +97,7 @@ class Decoder:
             if not running.any():
                 break
             input_ids, running, fed, latents = self._retire(input_ids, running, fed, latents, model_kwargs)
-            output, padded = self._feed(model, input_ids, latents, model_kwargs, padded)
+            output, padded = self._feed(model, input_ids, fed, latents, model_kwargs, padded)
             self.session.observe([row for row, token in enumerate(fed) if token >= self.tokens.first + len(KINDS)])
             self.session.advance()
         if self.streamer is not None:
@@ -139,7 +143,12 @@ class Decoder:
                 self.due[row] = kind
         latents = {}
         for kind, own in rows.items():
-            vectors = self.session.form(own, self.memory.builder, self.memory.former(kind))
+            if own[0] in self.formed:
+                vectors = torch.stack([self.formed.pop(row) for row in own])
+            else:
+                vectors = self.session.form(own, self.memory.builder, self.memory.former(kind))
+            if self.memory.replacement is not None:
+                vectors = self.memory.replacement(vectors)
             latents[kind] = (own, vectors)
             self.trace.invocations += [
                 Invocation(self.order[row], kind, position, vectors[at]) for at, row in enumerate(own)
@@ -189,6 +198,7 @@ class Decoder:
         self,
         model: Any,
         input_ids: Tensor,
+        fed: list[int],
         latents: Latents,
         model_kwargs: dict[str, Any],
         padded: bool,
@@ -197,8 +207,11 @@ class Decoder:
         session, together = self.session, next(iter(latents.values()), None)
         if together is not None and len(together[0]) == len(self.rows):
             return self._feed_together(model, input_ids, together[1], model_kwargs, padded), padded
-        if latents and self._packs(model_kwargs):
-            return self._feed_packed(model, input_ids, latents, model_kwargs), True
+        if self._packs(model_kwargs):
+            riders = self._riders(fed)
+            if latents or riders:
+                padded = padded or bool(latents)
+                return self._feed_packed(model, input_ids, latents, riders, model_kwargs, padded), padded
         if latents:
             session.insert(latents)
             padded = True
@@ -214,16 +227,37 @@ class Decoder:
         watched = model_kwargs.get("output_attentions") or model_kwargs.get("output_hidden_states")
         return backbone.packs and attention == "sdpa" and not watched
 
-    def _feed_packed(self, model: Any, input_ids: Tensor, latents: Latents, model_kwargs: dict[str, Any]) -> Any:
-        session = self.session
+    def _riders(self, fed: list[int]) -> Latents:
+        """For rows whose next token is an invocation: what their memory is formed of, where it may ride along."""
+        riders = {}
+        for kind in KINDS:
+            rows = [row for row, token in enumerate(fed) if self.tokens.kind(token) == kind]
+            tokens = self.session.rider(rows, self.memory.builder, self.memory.former(kind)) if rows else None
+            if tokens is not None:
+                riders[kind] = (rows, tokens)
+        return riders
+
+    def _feed_packed(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        latents: Latents,
+        riders: Latents,
+        model_kwargs: dict[str, Any],
+        padded: bool,
+    ) -> Any:
+        session, formers = self.session, [self.memory.former(kind) for kind in riders]
         last = session.backbone.embeddings(input_ids[:, -1])
-        packing, positions = session.pack(latents)
-        model_kwargs["attention_mask"] = packing.mask
+        packing, positions = session.pack(latents, riders)
+        model_kwargs["attention_mask"] = packing.mask if padded else None
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
-        with packing.on(session.backbone.decoder, session.cache) as cache:
+        behind = [vectors.flatten(0, 1) for own in (latents, riders) for _, vectors in own.values()]
+        with packing.on(session.backbone.decoder, session.cache) as cache, ExitStack() as stack:
+            for former, tokens in zip(formers, packing.slices(), strict=True):
+                stack.enter_context(former.on(tokens))
             output = model(
-                inputs_embeds=torch.cat([last, *(vectors.flatten(0, 1) for _, vectors in latents.values())])[None],
+                inputs_embeds=torch.cat([last, *behind])[None],
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -231,6 +265,8 @@ class Decoder:
                 return_dict=True,
                 packing=packing,
             )
+        for former, (rows, _), hidden in zip(formers, riders.values(), packing.deal(session.hidden[0])[2], strict=True):
+            self.formed |= dict(zip(rows, former.read(hidden), strict=True))
         session.unpack()
         output.logits, output.past_key_values = output.logits.transpose(0, 1), session.cache
         return output

@@ -1,6 +1,7 @@
-"""Accuracy on held-out samples: the base, memory, memory of one kind only, and the blind control.
+"""Accuracy on held-out samples: the base, memory, memory of one kind only, and the controls.
 
-The blind control asks the same questions over other samples' images: what it gets right was not seen.
+The blind control asks the same questions over other samples' images: what it gets right was not seen. The noise control
+puts noise in the latents' places: what it gets right the latents did not tell.
 """
 
 from __future__ import annotations
@@ -8,22 +9,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .data import Sample
 from .inference import Answer, answers
 from .memory import Memory
 from .plugins import registry
 
-CONDITIONS: dict[str, tuple[str | None, bool]] = {
-    "base": (None, False),
-    "memory": ("policy", False),
-    "blind": ("policy", True),
-    "short": ("schedule:0=short", False),
-    "long": ("schedule:0=long", False),
-    "never": ("never", True),
+
+class Condition(NamedTuple):
+    """Under what answers are given: the trigger (None for memory off), whose image, what stands for the latents."""
+
+    trigger: str | None
+    blind: bool = False
+    replaced: str | None = None
+
+
+CONDITIONS = {
+    "base": Condition(None),
+    "memory": Condition("policy"),
+    "noise": Condition("policy", replaced="noise"),
+    "blind": Condition("policy", blind=True),
+    "short": Condition("schedule:0=short"),
+    "long": Condition("schedule:0=long"),
+    "blind_base": Condition("never", blind=True),
 }
-"""Name -> (trigger, or None for memory off; whether over another sample's image)."""
 
 
 def evaluate(
@@ -47,18 +57,18 @@ def evaluate(
     Returns:
         ``{"heldout": {condition: {type: accuracy}}, "seen": {...}, "invocations_per_answer": x, "invocations":
         {type: {kind: per answer}}, "samples": n}``; conditions are ``base``, ``blind_base``, ``memory``, ``blind``,
-        and ``short`` and ``long``, one memory of that kind forced at the start of each answer.
+        ``noise``, and ``short`` and ``long``, one memory of that kind forced at the start of each answer.
     """
     chosen = pick(samples, per_type)
     names = {"seen": [kind for kind in (groups or {}).get("seen", ()) if kind in chosen]}
     names["heldout"] = [kind for kind in chosen if kind not in names["seen"]]
     tables: dict[str, dict[str, dict[str, float]]] = {"heldout": {}, "seen": {}}
     used: dict[str, dict[str, float]] = {}
-    for condition, (trigger, blind) in CONDITIONS.items():
+    for condition, (trigger, blind, replaced) in CONDITIONS.items():
         asked = {kind: _swapped(own) if blind else own for kind, own in chosen.items()}
         flat = [sample for own in asked.values() for sample in own]
         told: list[Answer] = []
-        with memory.off() if trigger is None else nullcontext():
+        with memory.off() if trigger is None else memory.replaced(replaced) if replaced else nullcontext():
             spec = trigger if trigger is None or trigger == "never" else _restricted(trigger, memory)
             for answer in answers(memory, flat, max_new_tokens=max_new_tokens, batch=batch, trigger=spec):
                 told.append(answer)
@@ -67,7 +77,7 @@ def evaluate(
         by_type = dict(zip(asked, _split(told, [len(own) for own in asked.values()]), strict=True))
         for group, kinds in names.items():
             scores = {kind: _accuracy(metric, by_type[kind], chosen[kind]) for kind in kinds}
-            tables[group]["blind_base" if condition == "never" else condition] = scores
+            tables[group][condition] = scores
         if condition == "memory":
             used = {kind: _invocations(own) for kind, own in by_type.items()}
     count = sum(len(own) for own in chosen.values())

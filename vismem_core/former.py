@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -82,6 +83,22 @@ class MemoryFormer(nn.Module, ABC):
     @abstractmethod
     def forward(self, context: MemoryContext) -> Tensor:
         """(R, N, d), in the precision of the language model's embeddings."""
+
+    rides: bool = False
+    """Whether forming is one pass of the language model over a few tokens (:meth:`rider`), which can then ride in the
+    pass that feeds the invocation token, behind it."""
+
+    def rider(self, query: Tensor) -> Tensor:
+        """Q (R, K, d) -> the tokens (R, E, d) that enter the language model behind the invocation token."""
+        raise NotImplementedError
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """The riders' last states (R, E, d) -> the latents (R, N, d)."""
+        raise NotImplementedError
+
+    def on(self, tokens: slice) -> AbstractContextManager[None]:
+        """The former's adapters for those tokens of a packed sequence (1, M, d) alone, inside the context."""
+        raise NotImplementedError
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Trained tensors that live inside the base model, by name."""

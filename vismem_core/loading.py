@@ -71,6 +71,8 @@ def _backbone_of(source: str, trust_remote_code: bool, revision: str | None) -> 
 def _reason(source: str, error: Exception) -> str:
     if isinstance(error, VismemError):
         return str(error)
+    if "trust_remote_code" in str(error):
+        return f"{source}: brings its own code, which would run on this machine; pass --trust-remote-code to allow it"
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     if isinstance(error, OSError) and not Path(source).exists():
         why = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "it could not be fetched from the hub"

@@ -13,6 +13,7 @@ from torch import nn
 from . import trigger as triggers
 from .backbone import Backbone
 from .config import KINDS, Kind, MemoryConfig
+from .controls import REPLACEMENTS, Replacement
 from .errors import AttachError
 from .former import MemoryFormer, Needs
 from .injection import ATTRIBUTE, InjectionHook
@@ -33,12 +34,14 @@ class Memory(nn.Module):
         config: its settings.
         tokens, builder, short, long: the four tokens, the query builder B and the formers F_s and F_l.
         trace: the invocations of the last ``generate`` call.
+        replacement: what enters instead of latents that were formed; see :mod:`vismem_core.controls`.
     """
 
     def __init__(self, backbone: Backbone, config: MemoryConfig) -> None:
         super().__init__()
         vars(self)["_backbone"] = backbone  # it holds the base model, which is no part of this module
         self.config, self.trace = config, Trace()
+        self.replacement: Replacement | None = None
         tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
         ids = delimiter_ids(tokenizer, config.delimiters)
         if not ids:
@@ -104,6 +107,16 @@ class Memory(nn.Module):
             yield
         finally:
             self.active_trigger = before
+
+    @contextmanager
+    def replaced(self, how: str | Replacement) -> Iterator[None]:
+        """Other vectors in the latents' places inside the context: ``noise``, ``zero``, ``repeated`` or a function."""
+        before = self.replacement
+        self.replacement = REPLACEMENTS[how] if isinstance(how, str) else how
+        try:
+            yield
+        finally:
+            self.replacement = before
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -26,8 +26,8 @@ class QueryBuilder(nn.Module, ABC):
         """Build one query per row.
 
         Args:
-            states: H (R, y + z, d) in fp32: projected visual tokens, then the last-layer hidden states of the
-                output segment, each padded.
+            states: H (R, y + z, d) in fp32: projected visual tokens, then the last-layer hidden states from which
+                the tokens of the output segment were chosen, the invocation token the last of them; each padded.
             mask: (R, y + z), False at padding.
 
         Returns:

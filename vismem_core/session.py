@@ -104,11 +104,9 @@ class Session:
         self._padding = self.mask.argmax(-1).tolist() if mask is not None else [0] * batch
         self.positions = positions.expand(*positions.shape[:-2], batch, length)[..., -1:] + 1
         self._see(input_ids)
-        self._segment = [0] * batch
-        if written is not None and max(written) > 0:
-            longest = max(written)
-            self._written = list(self.hidden[:, -longest:].unbind(1))
-            self._segment = [longest - count for count in written]
+        longest = max(written or [0])
+        self._written = list(self.hidden[:, -1 - longest :].unbind(1))
+        self._segment = [longest - count for count in written or [0] * batch]
         if self.needs.history:
             own = positions.expand(*positions.shape[:-2], batch, length)
             self._history = [
@@ -127,9 +125,9 @@ class Session:
 
     def observe(self, ended: Sequence[int]) -> None:
         """Note the states of the token just fed; rows in ``ended`` were fed their end token and begin a segment."""
-        self._written.append(self.hidden[:, -1])
         for row in ended:
             self._segment[row] = len(self._written)
+        self._written.append(self.hidden[:, -1])
         if self.needs.history:
             for row, pieces in enumerate(self._history):
                 pieces.append((self._embeds[row, -1:], self.positions[..., row, :]))
@@ -167,12 +165,19 @@ class Session:
     # Forming
 
     def form(self, rows: Sequence[int], builder: QueryBuilder, former: MemoryFormer) -> Tensor:
-        """The latents of ``rows``, (R, N, d)."""
+        """The latents (R, N, d) of ``rows`` that have just been fed their invocation tokens."""
         context = self.context(rows)
         with self._apart():
             context.query = builder(context.states, context.mask)
             latents: Tensor = former(context)
         return latents
+
+    def rider(self, rows: Sequence[int], builder: QueryBuilder, former: MemoryFormer) -> Tensor | None:
+        """For ``rows`` that are yet to be fed their invocation tokens: what may ride behind these, (R, E, d)."""
+        if not former.rides:
+            return None
+        states, mask = self._states(rows, len(self._written))
+        return former.rider(builder(states, mask))
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
@@ -186,7 +191,7 @@ class Session:
     def context(self, rows: Sequence[int]) -> MemoryContext:
         """What memory may look at for ``rows``, with an empty query."""
         index = torch.as_tensor(rows, device=self.mask.device)
-        states, mask = self._states(rows)
+        states, mask = self._states(rows, len(self._written) - 1)  # the last one is the invocation token's own
         history, history_positions = self.history(rows) if self.needs.history else (None, None)
         return MemoryContext(
             states=states,
@@ -202,11 +207,11 @@ class Session:
             history_positions=history_positions,
         )
 
-    def _states(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _states(self, rows: Sequence[int], stop: int) -> tuple[Tensor, Tensor]:
         index = torch.as_tensor(rows)
         visual, seen = self.visual(rows)
         first = min(self._segment[row] for row in rows)
-        written = torch.stack([states[index.to(states.device)] for states in self._written[first:]], dim=1)
+        written = torch.stack([states[index.to(states.device)] for states in self._written[first:stop]], dim=1)
         begin = torch.tensor([self._segment[row] - first for row in rows], device=written.device)
         fresh = torch.arange(written.shape[1], device=written.device) >= begin[:, None]
         return torch.cat([visual, written.to(visual)], dim=1), torch.cat([seen, fresh.to(seen.device)], dim=1)
@@ -253,23 +258,28 @@ class Session:
             self.took_in(rows, vectors, positions)
             kv.graft(self.cache, grown, rows, self._make_room(rows, length))
 
-    def pack(self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]]) -> tuple[Packing, Tensor]:
-        """Prepare a pass in which some rows take in latents and every row its next token.
+    def pack(
+        self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]], riders: Mapping[Kind, tuple[Sequence[int], Tensor]]
+    ) -> tuple[Packing, Tensor]:
+        """Prepare a pass in which every row takes in its next token, some latents before it, some riders behind it.
 
         Returns:
             the packing, and the position ids (.., 1, M) of the packed tokens.
         """
         places = []
         for rows, vectors in latents.values():
-            index = torch.as_tensor(rows, device=self.positions.device)
-            steps = torch.arange(vectors.shape[1], device=self.positions.device)
-            places.append(self.positions[..., index, :] + steps)
+            places.append(self._places(rows, vectors.shape[1]))
             self.took_in(rows, vectors, places[-1])
             self._make_room(rows, vectors.shape[1])
+        places += [self._places(rows, vectors.shape[1]) + 1 for rows, vectors in riders.values()]
         packed = torch.cat([self.positions.squeeze(-1), *(own.flatten(-2) for own in places)], dim=-1)
         mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=-1)
-        groups = [(rows, vectors.shape[1]) for rows, vectors in latents.values()]
-        return Packing(mask, groups), packed[..., None, :]
+        groups, behind = ([(rows, vectors.shape[1]) for rows, vectors in own.values()] for own in (latents, riders))
+        return Packing(mask, groups, behind), packed[..., None, :]
+
+    def _places(self, rows: Sequence[int], length: int) -> Tensor:
+        index = torch.as_tensor(rows, device=self.positions.device)
+        return self.positions[..., index, :] + torch.arange(length, device=self.positions.device)
 
     def unpack(self) -> None:
         """After a packed pass: what it noted of each row's last token, as after any other pass."""

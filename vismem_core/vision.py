@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import AttachError
+
 
 @dataclass
 class VisionStates:
     """Keys and values of every encoder block over all patches of a batch, packed image after image.
 
-    A backbone fills one while its encoder runs (``Backbone.record``) and reads it in ``Backbone.carry``.
+    A backbone fills one while its encoder runs (``Backbone.record``) and reads it in ``Backbone.carry``. An image
+    that the encoder takes in tiles may be several images here: either each with its own language tokens, or the last
+    one with those of all and the others with none.
     """
 
     keys: list[Tensor] = field(default_factory=list)
@@ -46,6 +50,9 @@ class VisionStates:
             counts: for each medium in the order the encoder is called (images, then videos), how many of its
                 placeholder tokens every row holds. Rows that ``generate`` made as copies of one prompt
                 (``num_return_sequences``) share its images.
+
+        Raises:
+            AttachError: if the images' tokens are no such placeholders.
         """
         self.rows = [[] for _ in counts[0]]
         if not self.tokens:  # text only, or nothing was recorded
@@ -55,9 +62,14 @@ class VisionStates:
         for row_tokens in counts:
             for first in range(0, len(row_tokens), copies):
                 need, mine = row_tokens[first], []
-                while need > 0:
-                    mine.append(next(queue))
-                    need -= self.tokens[mine[-1]]
+                while need > 0 and (image := next(queue, None)) is not None:
+                    mine.append(image)
+                    need -= self.tokens[image]
+                if need:
+                    raise AttachError(
+                        "cannot tell which images belong to which prompt: their language tokens do not add up to the "
+                        "prompts' placeholders"
+                    )
                 for row in range(first, first + copies):
                     self.rows[row] += mine
 

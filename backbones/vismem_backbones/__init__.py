@@ -13,3 +13,43 @@ def register_backbones(register: Register) -> None:
         model_types=("qwen2_5_vl",),
         features=("several images", "images of any size", "video"),
     )
+    register(
+        "internvl",
+        "vismem_backbones.internvl:InternVL",
+        description="InternVL3 and InternVL3.5 in their transformers format",
+        families=("InternVL3", "InternVL3.5"),
+        model_types=("internvl",),
+        features=("several images", "tiles", "video"),
+    )
+    register(
+        "llava_onevision1_5",
+        "vismem_backbones.llava:LlavaOneVision15",
+        description="LLaVA-OneVision-1.5, 4B and 8B (runs the checkpoint's own code: --trust-remote-code)",
+        families=("LLaVA-OneVision-1.5",),
+        model_types=("llavaonevision1_5",),
+        features=("several images", "images of any size", "video"),
+    )
+    register(
+        "llava_onevision",
+        "vismem_backbones.llava:LlavaOneVision",
+        description="LLaVA-OneVision, 0.5B to 72B",
+        families=("LLaVA-OneVision",),
+        model_types=("llava_onevision",),
+        features=("several images", "tiles", "video"),
+    )
+    register(
+        "llava_next",
+        "vismem_backbones.llava:LlavaNext",
+        description="LLaVA-NeXT (1.6)",
+        families=("LLaVA-NeXT",),
+        model_types=("llava_next",),
+        features=("several images", "tiles"),
+    )
+    register(
+        "llava",
+        "vismem_backbones.llava:Llava",
+        description="LLaVA-1.5",
+        families=("LLaVA-1.5",),
+        model_types=("llava",),
+        features=("several images",),
+    )

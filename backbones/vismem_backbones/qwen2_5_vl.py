@@ -57,7 +57,7 @@ class Qwen2_5_VL(Backbone):
             pixels = args[0] if args else kwargs["hidden_states"]
             grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
             sizes = grid.prod(-1).tolist()
-            states.patches += sizes
+            states.patches += [self._patches(*size) for size in grid.tolist()]
             states.tokens += [size // self.merge for size in sizes]
             if inputs:
                 states.inputs.append({"hidden_states": pixels, "grid_thw": grid})
@@ -68,6 +68,10 @@ class Qwen2_5_VL(Backbone):
                 for handle in _keep_keys_and_values(block.attn, index, states):
                     stack.callback(handle.remove)
             yield
+
+    def _patches(self, frames: int, height: int, width: int) -> int:
+        """Tokens that the encoder's blocks see of one image or video."""
+        return frames * height * width
 
     def encode(self, inputs: dict[str, Tensor]) -> None:
         self.visual(**inputs)

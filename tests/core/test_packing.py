@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from bases import QUESTIONS, Base, config, tied
+from bases import QUESTIONS, Base, config, internvl, llava, llava_next, llava_onevision, tied, untied
 
-from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
 from vismem_core.decoding import Decoder
 from vismem_core.packing import Packing
 from vismem_core.session import Session
@@ -23,12 +22,14 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("context", ["cache", "recompute"])
-def test_both_routes_agree(base: Base, context: str, routes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [tied, untied, llava, llava_next, llava_onevision, internvl])
+def test_both_routes_agree(make: Any, context: str, routes: list[str]) -> None:
+    base = make()
     memory = base.attach(config(context=context))
     packed = base.generate(*QUESTIONS)
     latents = [own.latents for own in memory.trace.invocations]
     assert set(routes) == {"_feed_packed"}
-    monkeypatch.setattr(Qwen2_5_VL, "packs", False)
+    memory.backbone.packs = False
     routes.clear()
     apart = base.generate(*QUESTIONS)
     assert set(routes) == {"insert"}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vismem_core.errors import AttachError
 from vismem_core.vision import VisionStates, attend
 
 
@@ -28,6 +29,20 @@ def test_assign(tokens: list[int], counts: list[list[int]], rows: list[list[int]
     states = VisionStates(tokens=tokens, patches=[4 * count for count in tokens])
     states.assign(counts)
     assert states.rows == rows
+
+
+@pytest.mark.parametrize("counts", [[[5, 5]], [[4, 9]], [[4, 6], [1, 0]]])
+def test_tokens_that_do_not_add_up(counts: list[list[int]]) -> None:
+    states = VisionStates(tokens=[4, 6], patches=[4, 6])
+    with pytest.raises(AttachError, match="which images belong to which prompt"):
+        states.assign(counts)
+
+
+def test_tiles() -> None:
+    """The last tile of an image has its tokens; none of the image's tiles goes to the next row."""
+    states = VisionStates(tokens=[0, 0, 7, 5, 0, 3], patches=[2] * 6)
+    states.assign([[7, 0, 8]])
+    assert states.rows == [[0, 1, 2], [], [3, 4, 5]]
 
 
 def test_gather() -> None:

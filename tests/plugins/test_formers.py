@@ -85,7 +85,7 @@ def test_transformer(make: Any) -> None:
         former: Any = memory.former(invocation.kind)
         states = sequence.embeds[:, : sequence.visual.shape[1]][sequence.visual]
         if invocation.kind == "long":
-            states = torch.cat([states, sequence.hidden[0, begin : end + 1]])
+            states = torch.cat([states, sequence.hidden[0, begin - 1 : end]])
         states, asks = former.enter(states), former.ask(query(memory, sequence, begin, end)[0])
         tokens = torch.cat([asks, former.initial + asks.mean(0)])
         for block in former.blocks:

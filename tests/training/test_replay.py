@@ -122,7 +122,9 @@ def test_checkpointing_changes_memory_use_and_nothing_else() -> None:
     results = []
     for checkpointing in (False, True):
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda own, s=sizes: s.append(own.numel()) or own, lambda own: own):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda own, s=sizes: s.append(own.numel()) or own, lambda own: own
+        ):
             logprobs = Replay(memory, read, trajectories, checkpointing=checkpointing).logprobs(form=True)
         kept.append(sizes)
         results.append((logprobs.detach(), gradients(memory, logprobs.sum())))

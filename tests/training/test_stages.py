@@ -7,7 +7,6 @@ from random import Random
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from bases import Base, config, mini, tied, untied
 from reference import long_latents, one_pass, query, short_latents
@@ -22,6 +21,7 @@ from vismem_core.training.formation import Formation
 from vismem_core.training.formation_grpo import FormationGrpo
 from vismem_core.training.invocation import InvocationStage
 from vismem_core.training.invocation_grpo import InvocationGrpo
+
 
 def told(
     memory: Memory, kinds: list[Kind], points: list[int], patch: pytest.MonkeyPatch

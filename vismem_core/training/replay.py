@@ -129,11 +129,13 @@ class Replay:
 
     @cached_property
     def _past(self) -> tuple[Tensor, Tensor, DynamicCache]:
-        """The answers as they were written: what was fed, the states after it, and the cache; without gradients."""
+        """The answers as they were written, without gradients: what was fed (R, S, d), the states before each slot and
+        after the last one (R, S + 1, d), and the cache."""
         with torch.no_grad():
             embeds, mask = self._embeds(self._recorded()), torch.cat([self.prompts.mask, self.mask], dim=1)
             grown = kv.fork(self.prompts.cache)
-            return embeds, self.backbone.continue_(embeds, mask, self.positions, grown), grown
+            after = self.backbone.continue_(embeds, mask, self.positions, grown)
+            return embeds, torch.cat([self.prompts.hidden[:, -1:].to(after), after], dim=1), grown
 
     def _context(
         self, places: Sequence[tuple[int, int]], embeds: Tensor, hidden: Tensor, grown: DynamicCache
@@ -170,7 +172,7 @@ class Replay:
         )
 
     def _segment(self, row: int, index: int) -> list[int]:
-        """Slots of the tokens since the last end token (or the start), the invocation token at ``index`` included."""
+        """Slots before which the tokens since the last end token were chosen, that at ``index`` the last."""
         ids, slots = self.trajectories[row].ids, self.slots[row]
         ends = [self.memory.tokens.end(kind) for kind in KINDS]
         first = next((at + 1 for at in range(index, -1, -1) if ids[at] in ends), 0)

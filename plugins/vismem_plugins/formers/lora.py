@@ -10,6 +10,8 @@ Where the paper leaves a choice open:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -103,9 +105,7 @@ class LanguageLora(_LoraFormer):
 
     def forward(self, context: MemoryContext) -> Tensor:
         backbone: Backbone = vars(self)["backbone"]
-        query = context.query * self.enter
-        memory = self.initial.expand(len(query), -1, -1)
-        extra = torch.cat([query, memory], dim=1).to(backbone.dtype)
+        extra = self.rider(context.query)
         steps = torch.arange(extra.shape[1], device=context.next_position.device)
         positions = context.next_position + steps
         ones = context.attention_mask.new_ones(extra.shape[:2])
@@ -118,5 +118,20 @@ class LanguageLora(_LoraFormer):
             cache = None
         with self.adapter.on():
             hidden = backbone.continue_(extra, mask, positions, cache)
-        latents = nn.functional.rms_norm(hidden[:, -self.config.length :].float(), (backbone.width,))
-        return (latents * self.gain).to(backbone.dtype)
+        return self.read(hidden)
+
+    @property
+    def rides(self) -> bool:  # type: ignore[override]
+        return self.config.context == "cache"
+
+    def rider(self, query: Tensor) -> Tensor:
+        memory = self.initial.expand(len(query), -1, -1)
+        backbone: Backbone = vars(self)["backbone"]
+        return torch.cat([query * self.enter, memory], dim=1).to(backbone.dtype)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        latents = nn.functional.rms_norm(hidden[:, -self.config.length :].float(), (hidden.shape[-1],))
+        return (latents * self.gain).to(hidden.dtype)
+
+    def on(self, tokens: slice) -> AbstractContextManager[None]:
+        return self.adapter.on(tokens)

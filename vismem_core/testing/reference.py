@@ -1,0 +1,123 @@
+"""What the model itself does, heard from outside, and independent computations to compare memory with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import Backbone
+from ..memory import Memory
+from ..vision import VisionStates
+from .base import NO_END, Base, Question
+
+
+@dataclass
+class Heard:
+    """One entry per forward pass of the language model.
+
+    Attributes:
+        embeds: (B, L, d), what entered.
+        positions: (.., B, L), its position ids, or None where the language model makes them up.
+        hidden: (B, L, d), its last hidden states.
+    """
+
+    embeds: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor | None] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def listening(backbone: Backbone) -> Iterator[Heard]:
+    """Note what enters and leaves the language model inside the context."""
+    heard = Heard()
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        embeds = kwargs.get("inputs_embeds")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        heard.embeds.append(embeds if embeds is not None else backbone.embeddings(ids))
+        heard.positions.append(kwargs.get("position_ids"))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        heard.hidden.append(output[0])
+
+    handles = [
+        backbone.decoder.register_forward_pre_hook(enter, with_kwargs=True),
+        backbone.decoder.register_forward_hook(leave),
+    ]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def generated(base: Base, *questions: Question) -> Heard:
+    """The base's own ``generate``: the prefill and the pass after it."""
+    inputs = base.inputs(*questions)
+    with listening(base.backbone) as heard:
+        base.model.generate(**inputs, max_new_tokens=2, do_sample=False, **NO_END)
+    return heard
+
+
+def states(base: Base, *questions: Question) -> VisionStates:
+    """What ``record`` fills while the model reads a batch, its images dealt out to rows."""
+    inputs, filled = base.inputs(*questions), VisionStates()
+    with torch.no_grad(), base.backbone.record(filled, keep=True, inputs=True):
+        base.model(**inputs)
+    media = base.backbone.placeholders.values()
+    counts = [(inputs["input_ids"] == token).sum(-1).tolist() for token in media]
+    told, written = sum(filled.tokens), sum(map(sum, counts))
+    assert told == written, f"record counts {told} language tokens, the prompts hold {written} placeholders"
+    filled.assign(counts)
+    return filled
+
+
+@torch.no_grad()
+def one_pass(base: Base, question: Question, extra: Tensor) -> Tensor:
+    """Last hidden states (L + E, d) of a prompt alone and E vectors after it (E, d), without a cache."""
+    heard = generated(base, question)
+    embeds = torch.cat([heard.embeds[0], extra[None]], dim=1)
+    places: dict[str, Tensor] = {}
+    if heard.positions[0] is not None and heard.positions[1] is not None:
+        steps = torch.arange(len(extra), device=embeds.device)
+        places["position_ids"] = torch.cat([heard.positions[0], heard.positions[1] + steps], dim=-1)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    output = base.backbone.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **places)
+    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def logits(
+    base: Base, memory: Memory, question: Question, answer: Sequence[int], latents: Mapping[int, Tensor]
+) -> Tensor:
+    """What one pass over prompt, answer and latents says before each of the A answer tokens, (A, V).
+
+    Args:
+        latents: (N, d), by the index of the invocation token that they follow.
+    """
+    pieces, places, length = [], [], 0
+    for index, token in enumerate(answer):
+        pieces.append(_embedded(memory, token))
+        places.append(length)
+        length += 1
+        if index in latents:
+            pieces.append(latents[index])
+            length += len(latents[index])
+    with memory.off():
+        hidden = one_pass(base, question, torch.cat(pieces))
+    prompt = len(hidden) - length
+    before = [prompt - 1, *(prompt + place for place in places[:-1])]  # latents predict nothing
+    return base.backbone.head(hidden[before])  # type: ignore[no-any-return]
+
+
+def _embedded(memory: Memory, token: int) -> Tensor:
+    """(1, d), a memory token's vector taken from its row."""
+    own = token - memory.tokens.first
+    if own >= 0:
+        return torch.cat([memory.tokens.invoke, memory.tokens.close])[own : own + 1]
+    return memory.backbone.embeddings(torch.tensor([token]))  # type: ignore[no-any-return]
