@@ -137,10 +137,10 @@ class TrainConfig(Section):
     stage: Literal["formation", "invocation", "all"] = "all"
     objective: Literal["sft", "grpo", "sft+grpo"] = "sft"
     """Cross-entropy, two-stage GRPO, or GRPO after Stage I by cross-entropy as a warm start."""
-    grpo: GrpoConfig = field(default_factory=GrpoConfig)
     seed: Count = 0
     formation: StageConfig = field(default_factory=StageConfig)
     invocation: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-5, warmup=0.1, anywhere=0.5))
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
     trackers: tuple[str, ...] = ()
     """Where figures go besides ``metrics.jsonl``: ``tensorboard``, ``wandb``, ``trackio``, by way of accelerate."""
     end_rate: Amount = 0.1

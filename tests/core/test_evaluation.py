@@ -51,4 +51,5 @@ def test_the_blind_control_is_asked_over_other_images(monkeypatch: pytest.Monkey
     evaluate(vismem.attach(*qwen()), asked)
     (blind,) = seen["never"]
     assert blind == [asked[1].images, asked[2].images, asked[0].images]
-    assert seen["policy"] == [[own.images for own in asked], blind]
+    own = [sample.images for sample in asked]
+    assert seen["policy"] == [own, own, blind]  # memory, noise, blind

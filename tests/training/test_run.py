@@ -61,7 +61,7 @@ def test_a_run_writes_memory_metrics_and_report(finished: Path) -> None:
         *(("invocation", step) for step in range(1, 4)),
     ]
     report = json.loads((finished / "report.json").read_text())
-    assert set(report["heldout"]) == {"base", "memory", "blind", "short", "long", "blind_base"}
+    assert set(report["heldout"]) == {"base", "memory", "noise", "blind", "short", "long", "blind_base"}
     assert set(report["heldout"]["base"]) == {"shape"} and set(report["seen"]["memory"]) == {"colour"}
     assert report["seconds"] > 0 and report["invocations_per_answer"] >= 0
 

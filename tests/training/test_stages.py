@@ -90,9 +90,10 @@ def test_what_trains_changes_and_nothing_else(make: Any, start: Any, settings: A
 def test_every_trained_tensor_belongs_to_one_stage() -> None:
     memory = tied().attach()
     first, second, *grpo = ({name for name, _, _ in start(memory).parameters()} for start in STAGES)
-    assert first | second == set(memory.trained())
-    assert not first & second
-    assert grpo == [first, second]
+    rows = {"tokens.invoke", "tokens.close", "tokens.head"}
+    assert first | rows == set(memory.trained()) and not first & rows
+    assert second == {"tokens.head"}
+    assert grpo == [first, rows]
 
 
 @pytest.mark.parametrize("make", [tied, untied, mini])

@@ -1,10 +1,13 @@
-"""Stage II by likelihood: the four tokens' rows learn to ask for memory where it pays.
+"""Stage II by likelihood: the invocation tokens' output rows learn to ask for memory where it pays.
 
 At a point of the answer, the rest is scored three times: without memory, with short and with long. A score is the
 mean probability of the rest's tokens, from 0 to 1 as a reward is, less a cost for asking. The better a choice scores,
-the likelier the policy should be to make it there. Only the four tokens' rows train; the
-end tokens' at a lower rate. What asking was worth in a state stays true while memory is frozen, so every step learns
-from all states that were tried. The paper's own objective is GRPO with its two penalties (Eq. 8).
+the likelier the policy should be to make it there. What asking was worth in a state stays true while memory is frozen,
+so every step learns from all states that were tried.
+
+Only the output rows train. Input rows that learn from the likelihood of answers become prompts: they teach the base
+the task without the latents' help, and replacing these by noise would then change little. The paper's own objective is
+GRPO with its two penalties (Eq. 8), which trains all rows.
 """
 
 from __future__ import annotations
@@ -39,9 +42,7 @@ class InvocationStage:
 
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         """What trains: name, tensor, learning rate relative to the stage's."""
-        rates = {"tokens.invoke": 1.0, "tokens.head": 1.0, "tokens.close": self.config.end_rate}
-        trained = self.memory.trained()
-        return [(name, trained[name], rate) for name, rate in rates.items()]
+        return [("tokens.head", self.memory.tokens.head, 1.0)]
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must know beyond its parameters."""
@@ -81,7 +82,7 @@ class InvocationStage:
         return figures
 
     def loss(self, batch: Batch, key: str) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of the choice, plus the answers' under memory where it is worth asking."""
+        """Cross-entropy of the choice."""
         memory, processes, rows = self.memory, self.processes, list(range(len(batch)))
         points = [
             invocation_point(answer, memory.delimiters, Random(f"{key}/{sample.id}"), self.settings.anywhere)
@@ -90,17 +91,15 @@ class InvocationStage:
         plain = bring_up(memory, batch, [None] * len(batch), points)
         lengths = torch.tensor([len(rest) for rest in plain.rests], device=memory.backbone.device)
         with torch.no_grad():
-            alone = likelihood(memory, plain, rows).sum(1) / lengths
-        told = [self._with_memory(batch, plain, kind, points).sum(1) / lengths for kind in KINDS]
-        scores = torch.stack([alone, *told], dim=1).detach().exp()
+            told = [likelihood(memory, plain, rows), *(self._with_memory(batch, plain, kind, points) for kind in KINDS)]
+        scores = torch.stack([own.sum(1) / lengths for own in told], dim=1).exp()
         scores[:, 1:] -= self.config.cost
         worth = (scores / self.config.temperature).softmax(-1)
         hidden = plain.session.hidden[:, -1].float()
         for name, own in (("hidden", hidden), ("worth", worth)):
             self.tried[name] = torch.cat([self.tried[name], processes.joined(own)])[-REMEMBERED:]
         choice = self._choice(self.tried["hidden"])
-        answered = (worth[:, 1:] * torch.stack(told, dim=1)).sum(1).mean()
-        loss = (-(self.tried["worth"] * choice).sum(1).mean() - answered) / processes.count
+        loss = -(self.tried["worth"] * choice).sum(1).mean() / processes.count
         wanted = worth.mean(0)
         chosen = choice[-len(batch) * processes.count :].detach().exp().mean(0)
         means = processes.total(torch.stack([loss.detach(), *wanted[1:]])) / torch.tensor([1.0, *[processes.count] * 2])
@@ -109,11 +108,10 @@ class InvocationStage:
         return loss, figures | {f"worth_{kind}": means[1 + at].item() for at, kind in enumerate(KINDS)}
 
     def _with_memory(self, batch: Batch, plain: Forced, kind: Kind, points: list[int]) -> Tensor:
-        """Log-likelihoods (B, T) after memory of ``kind``, with gradients to the tokens' input rows."""
+        """Log-likelihoods (B, T) after memory of ``kind``."""
         memory, tokens, rows = self.memory, self.memory.tokens, list(range(len(batch)))
-        with torch.no_grad():
-            invoked = bring_up(memory, batch, [kind] * len(batch), points)
-            latents = invoked.session.form(rows, memory.builder, memory.former(kind))
+        invoked = bring_up(memory, batch, [kind] * len(batch), points)
+        latents = invoked.session.form(rows, memory.builder, memory.former(kind))
         pair = torch.tensor([[tokens.invocation(kind), tokens.end(kind)]]).expand(len(batch), -1)
         vectors = tokens.vectors(pair, latents)
         opening = torch.cat([vectors[:, :1], latents, vectors[:, 1:]], dim=1)
