@@ -45,10 +45,25 @@ def run(output: Path, overrides: list[str] | None = None, **options: Any) -> dic
     return train(memory, samples(), samples(), config, output, groups=GROUPS, **options)
 
 
+GRPO = [
+    "train.objective=grpo",
+    "train.grpo={group: 3, max_new_tokens: 6, rewards: ['call:samples:even']}",
+    "train.grpo.formation={steps: 4, batch: 2, lr: 1e-3}",
+    "train.grpo.invocation={steps: 3, batch: 2, lr: 1e-2}",
+]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "whole"
     run(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished_grpo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    run(output, GRPO)
     return output
 
 
@@ -64,6 +79,40 @@ def test_a_run_writes_memory_metrics_and_report(finished: Path) -> None:
     assert set(report["heldout"]) == {"base", "memory", "noise", "blind", "short", "long", "blind_base"}
     assert set(report["heldout"]["base"]) == {"shape"} and set(report["seen"]["memory"]) == {"colour"}
     assert report["seconds"] > 0 and report["invocations_per_answer"] >= 0
+
+
+def test_grpo_logs_what_it_did_and_changes_no_base(finished_grpo: Path) -> None:
+    rows = [json.loads(line) for line in (finished_grpo / "metrics.jsonl").read_text().splitlines()]
+    stages = [row["stage"] for row in rows]
+    assert stages == ["formation_grpo"] * 4 + ["invocation_grpo"] * 3
+    shared = {"reward", "gain", "loss", "kl", "beta", "clipped", "entropy", "silent", "short", "long", "tokens", "norm"}
+    assert all(shared <= row.keys() for row in rows)
+    assert {"p_type", "p_neg"} <= rows[-1].keys()
+    assert rows[0]["kl"] == 0 and any(row["kl"] > 0 for row in rows[1:4])
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_ten_of_them_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vismem_core.training.formation import Formation
+
+    accumulate, bad = Formation.accumulate, {1}
+
+    def sometimes(self: Formation, batch: Any, key: str, progress: float) -> dict[str, float]:
+        figures = accumulate(self, batch, key, progress)
+        if int(key.rpartition("/")[2]) in bad:
+            self.parameters()[0][1].grad[...] = float("nan")  # type: ignore[index]
+        return figures
+
+    monkeypatch.setattr(Formation, "accumulate", sometimes)
+    run(tmp_path / "once")
+    rows = [json.loads(line) for line in (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows[:4]] == [False, True, False, False]
+    memory = load_file(tmp_path / "once" / "memory.safetensors")
+    assert all(own.isfinite().all() for own in memory.values())
+    bad.update(range(20))
+    with pytest.raises(TrainingError, match="10 steps in a row"):
+        run(tmp_path / "always", ["train.formation.steps=12"])
 
 
 def test_a_directory_with_a_run_is_refused_and_a_finished_one_gives_its_report(finished: Path, tmp_path: Path) -> None:
@@ -94,16 +143,21 @@ def slow(*args):
         __import__("time").sleep(60)
     return update(*args)
 runs.Run._update = slow
-run(Path(sys.argv[2]))
+run(Path(sys.argv[2]), sys.argv[4:])
 """
 
 
 @pytest.mark.parametrize("steps", [3, 5])
-def test_a_killed_run_resumes_to_the_same_numbers(finished: Path, tmp_path: Path, steps: int) -> None:
+@pytest.mark.parametrize("objective", ["sft", "grpo"])
+def test_a_killed_run_resumes_to_the_same_numbers(
+    objective: str, tmp_path: Path, steps: int, request: pytest.FixtureRequest
+) -> None:
+    whole_run: Path = request.getfixturevalue({"sft": "finished", "grpo": "finished_grpo"}[objective])
+    overrides = {"sft": [], "grpo": GRPO}[objective]
     output, here = tmp_path / "killed", Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(here), str(output), str(steps)],
+        [sys.executable, "-c", KILLED, str(here), str(output), str(steps), *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": path},
@@ -114,9 +168,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished: Path, tmp_path: Path
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (output / "report.json").exists()
-    run(output, resume=True)
-    assert (output / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
-    ours, whole = load_file(output / "memory.safetensors"), load_file(finished / "memory.safetensors")
+    run(output, overrides, resume=True)
+    assert (output / "metrics.jsonl").read_text() == (whole_run / "metrics.jsonl").read_text()
+    ours, whole = load_file(output / "memory.safetensors"), load_file(whole_run / "memory.safetensors")
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 

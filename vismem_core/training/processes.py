@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ class Processes:
     """The processes that train together; one, unless ``accelerate launch`` started more."""
 
     def __init__(self) -> None:
-        self._state = PartialState()
+        self._state = Accelerator()  # reads what ``accelerate launch`` set
 
     @property
     def count(self) -> int:

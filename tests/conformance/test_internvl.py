@@ -1,0 +1,19 @@
+"""The public suite on InternVL."""
+
+from typing import Any
+
+import tiny
+
+from vismem_core.testing import BackboneContract
+
+
+class TestTied(BackboneContract):
+    backbone = "internvl"
+
+    def load(self) -> tuple[Any, Any]:
+        return tiny.internvl(tied=True)
+
+
+class TestUntied(TestTied):
+    def load(self) -> tuple[Any, Any]:
+        return tiny.internvl(tied=False)

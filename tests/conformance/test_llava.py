@@ -1,0 +1,35 @@
+"""The public suite on the LLaVA families, with the heads that their checkpoints have."""
+
+from typing import Any
+
+import tiny
+
+from vismem_core.testing import BackboneContract
+
+
+class TestLlava(BackboneContract):
+    backbone = "llava"
+
+    def load(self) -> tuple[Any, Any]:
+        return tiny.llava(tied=False)
+
+
+class TestLlavaNext(BackboneContract):
+    backbone = "llava_next"
+
+    def load(self) -> tuple[Any, Any]:
+        return tiny.llava_next(tied=False)
+
+
+class TestLlavaOneVision(BackboneContract):
+    backbone = "llava_onevision"
+
+    def load(self) -> tuple[Any, Any]:
+        return tiny.llava_onevision(tied=True)
+
+
+class TestLlavaOneVision15(BackboneContract):
+    backbone = "llava_onevision1_5"
+
+    def load(self) -> tuple[Any, Any]:
+        return tiny.rice(tied=False)
