@@ -10,12 +10,14 @@ end token, in full) and the loop around them.
 
 import json
 import random
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -29,8 +31,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 import vismem_core as vismem
 from vismem_core.bases import embedded
-from vismem_core.config import FormerConfig, MemoryConfig, QueryConfig
+from vismem_core.config import FormerConfig, GrpoConfig, MemoryConfig, QueryConfig, TrainConfig
+from vismem_core.data import Sample
 from vismem_core.memory import Memory, find_backbone
+from vismem_core.training.batches import make_batch
+from vismem_core.training.invocation_grpo import InvocationGrpo
+from vismem_core.training.rollout import read_prompts, rollouts
 from vismem_core.trigger import Decision, Row, Trigger
 
 SIDE = 18 * 14  # pixels; 18 x 18 patches, 2 x 2 merged: 81 visual tokens
@@ -197,7 +203,9 @@ def split(turn: Turn, step: float) -> dict[str, float]:
     """One invocation in steps: query and latents are formed after the pass of its token, inserted in the next one."""
     count = len(turn.invoked) * step
     forming = sum(turn.steps[place] - step for place in turn.invoked) / count
-    parts = {name: turn.inside[name] / count for name in ("query", "formation")}
+    parts = {name: turn.inside.get(name, 0.0) / count for name in ("query", "formation")}
+    if not parts["formation"]:  # it rode in the token's own pass
+        parts["formation"] = forming - parts["query"]
     parts["insertion"] = sum(turn.steps[place + 1] for place in turn.invoked) / count
     return {"all": forming + parts["insertion"], **parts, "loop": forming - parts["query"] - parts["formation"]}
 
@@ -224,6 +232,59 @@ def apart(tokens: int, batch: int, kind: str) -> Trigger:
         return {"short": "short", "long": "long"}.get(kind, ("short", "long")[(number + turn) % 2])
 
     return Trigger(decide)
+
+
+def cost_of_training(bench: Bench, group: int = 16) -> Figures:
+    """(d) One prompt's group of rollouts, and a whole step of Stage II, over plain ``generate`` of as many rows."""
+    noise = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
+    sample = Sample("one", (Image.fromarray(noise),), "what is in this picture ?", "bag")
+    settings = {"max_new_tokens": bench.tokens, "do_sample": True, "num_return_sequences": group}
+    clock, loaded = Clock(bench.device), used(bench.device)
+    taken: dict[str, list[float]] = {"plain": [], "rollouts": [], "step": []}
+    shares: dict[str, float] = {}
+    for turn in range(bench.repeats + 1):
+        inputs = find_backbone(bench.model)(bench.model, bench.processor).inputs([sample.prompt], [sample.images])
+        start = clock.now()
+        bench.model.generate(**inputs, **settings)
+        plain = clock.now() - start
+        with attached("policy")(bench) as memory:
+            stage = InvocationGrpo(
+                memory, TrainConfig(grpo=GrpoConfig(group=group, max_new_tokens=bench.tokens, alpha=0.3))
+            )
+            optimizer = torch.optim.AdamW([own for _, own, _ in stage.parameters()], lr=1e-5)
+            start = clock.now()
+            batch = make_batch(memory.backbone, [sample])
+            prompts = read_prompts(memory, batch.inputs)
+            deals = stage.deals(batch, str(turn))
+            told = rollouts(memory, prompts, [0] * group, list(range(group)), stage.sampling, deals=deals)
+            rolled = clock.now() - start
+            start = clock.now()
+            stage.accumulate(batch, str(turn), 0.5)
+            optimizer.step()
+            stage.stepped()
+            step = clock.now() - start
+            shares = {"invocations": sum(len(own.latents) for own in told)}
+        for name, seconds in (("plain", plain), ("rollouts", rolled), ("step", step)):
+            taken[name].append(seconds)
+    over = f"plain generate of {group} rows"
+    weights = sum(own.numel() * own.element_size() for own in bench.model.parameters())
+    memory_figures = {"peak over base (MB)": (used(bench.device, peak=True) - loaded) / 1e6, "base (MB)": weights / 1e6}
+    figures = []
+    for name, limit, parts in (("rollouts", 1.4, shares), ("step", 4.5, memory_figures)):
+        ratios = [own / plain for own, plain in zip(taken[name][1:], taken["plain"][1:], strict=True)]
+        about = {"figure": f"training: {name}", "over": over, "ratio": median(ratios), "limit": limit, "aim": None}
+        figures.append({**about, "invocations": int(shares["invocations"]), "parts": parts})
+    return figures
+
+
+def used(device: str, peak: bool = False) -> float:
+    """Bytes in use now, or at most so far."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())
+    if peak:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return float(pages * resource.getpagesize())
 
 
 def whole(name: str, over: str, turns: dict[str, list[Turn]], variant: str, limit: Limit | None) -> dict[str, Any]:
@@ -258,7 +319,9 @@ def show(report: dict[str, Any]) -> None:
 def main(
     shape: Annotated[str, typer.Option(help=f"The shape of the model: {', '.join(SHAPES)}.")] = "80m",
     set_: Annotated[list[str] | None, typer.Option("--set", help="One size, as in text.num_hidden_layers=2.")] = None,
-    only: Annotated[str, typer.Option(help="Which figures: a (idle), b (one invocation), c (batch).")] = "abc",
+    only: Annotated[
+        str, typer.Option(help="Which figures: a (idle), b (one invocation), c (batch), d (training).")
+    ] = "abcd",
     tokens: Annotated[int, typer.Option(help="New tokens per answer.", min=16)] = 128,
     batch: Annotated[int, typer.Option(help="Rows in figure c.", min=2)] = 16,
     repeats: Annotated[int, typer.Option(help="Turns of each variant.", min=1)] = 5,
@@ -275,6 +338,7 @@ def main(
     model, processor = build(shape, set_ or [], device, dtype)
     bench = Bench(model, processor, device, tokens, repeats)
     parts = {"a": cost_when_idle, "b": cost_of_an_invocation, "c": partial(cost_in_a_batch, batch=batch)}
+    parts["d"] = cost_of_training
     millions = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
     setting = {"parameters (M)": millions, "dtype": dtype, "device": device, "threads": threads, "new tokens": tokens}
     setting |= {"prompt": bench.inputs(1)["input_ids"].shape[1], "repeats": repeats}

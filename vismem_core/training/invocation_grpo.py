@@ -56,8 +56,7 @@ class InvocationGrpo(GroupStage):
         return [(name, *row) for name, row in rows.items()]
 
     def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
-        copies, seeds = self.copies(batch), self.seeds(batch, key)
-        deals = [deal for sample in batch.samples for deal in self._deals(Random(f"{key}/{sample.id}"))]
+        copies, seeds, deals = self.copies(batch), self.seeds(batch, key), self.deals(batch, key)
         with self.memory.triggered("policy"):
             told = rollouts(self.memory, prompts, copies, seeds, self.sampling, deals=deals)
             asked = [row for row, own in enumerate(told) if own.latents]
@@ -86,8 +85,11 @@ class InvocationGrpo(GroupStage):
     def counted(self, trajectory: Trajectory) -> list[bool]:
         return trajectory.chosen
 
+    def deals(self, batch: Batch, key: str) -> list[tuple[int, Deal] | None]:
+        """Where and what each trajectory is dealt."""
+        return [deal for sample in batch.samples for deal in self._deals(Random(f"{key}/{sample.id}"))]
+
     def _deals(self, rng: Random) -> list[tuple[int, Deal] | None]:
-        """For one group: where and what its trajectories are dealt."""
         group = self.grpo.group
         choices: tuple[Deal, ...] = ("none", *KINDS)
         share = round(self.grpo.explore * group)

@@ -53,9 +53,7 @@ class Processes:
         return in_order.to(value.device)
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Each gradient becomes the sum of all processes'."""
-        if self.count == 1:
-            return
+        """Each gradient becomes the sum of all processes'; what no process used gets zeros in all of them."""
         for parameter in parameters:
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self.total(grad)

@@ -21,7 +21,6 @@ from ..memory import Memory
 from ..session import Session
 from ..trace import Trace
 from ..trigger import Row
-from .batches import end_of_turn
 
 Deal = Kind | Literal["none"]
 
@@ -210,7 +209,7 @@ def rollouts(
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
-        eos_token_id=memory.model.generation_config.eos_token_id or end_of_turn(memory.backbone),
+        eos_token_id=memory.model.generation_config.eos_token_id,
         pad_token_id=memory.backbone.processor.tokenizer.pad_token_id,
     )
     with torch.no_grad():

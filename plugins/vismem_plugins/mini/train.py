@@ -1,6 +1,8 @@
 """Trains a `mini` from scratch: `python -m vismem_plugins.mini.train --family qwen2_5_vl --output DIR`.
 
-Without the curriculum (one cell, then few, then many) the model falls into a constant answer and stays there.
+Without the curriculum (one cell, then few, then many) the model falls into a constant answer and stays there. To read
+past what stands between a question and its answer takes a second phase of its own (`PHASES`): asides from the start
+slow all else down, and at the end of the first phase the rate is too low to learn it.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from .build import FAMILIES, build
 from .packing import FOREIGN, IGNORED, Batch, Packer, encode
 
 SIZES = (1, 2, 3)
+PHASES = ((0.625, 2e-3), (0.375, 1e-3))
+"""Share of the time, and highest learning rate."""
 
 
 def size_at(progress: float, rng: Random) -> int:
@@ -33,9 +37,14 @@ def size_at(progress: float, rng: Random) -> int:
     return rng.choices(SIZES, shares)[0]
 
 
-def rate_at(progress: float, peak: float = 2e-3) -> float:
-    """The learning rate: linear to its peak over the first 2%, and a cosine to zero."""
+def rate_at(progress: float, peak: float) -> float:
+    """The learning rate: linear to its peak over the first 2% of a phase, and a cosine to zero."""
     return peak * min(1.0, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def asides_at(phase: int, progress: float) -> float:
+    """Share of the answers that follow an aside."""
+    return 0.5 if phase else 0.4 if progress > 0.7 else 0.0
 
 
 def foreign(ids: Tensor, table: Any, seen: Tensor) -> Tensor:
@@ -75,20 +84,24 @@ def train(
     questions: int = 8,
 ) -> Iterator[tuple[float, float]]:
     """Trains for `minutes` by the clock; yields the progress (0..1) and the loss after every step."""
-    rng, pack = Random(seed), Packer(model, processor, SIZES, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
-    start, progress = time.monotonic(), 0.0
+    begun = 0.0
     model.train()
-    while progress < 1:
-        optimizer.param_groups[0]["lr"] = rate_at(progress)
-        batch = pack(size_at(progress, rng), count, questions, asides=0.4 if progress > 0.7 else 0.0)
-        loss = loss_of(model, batch, FAMILIES[family].pixels(batch.cells, batch.size))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress = min(1.0, (time.monotonic() - start) / (60 * minutes))
-        yield progress, loss.item()
+    for phase, (share, peak) in enumerate(PHASES):
+        rng, pack = Random(seed + phase), Packer(model, processor, SIZES, seed + phase)
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+        start, progress = time.monotonic(), 0.0
+        while progress < 1:
+            optimizer.param_groups[0]["lr"] = rate_at(progress, peak)
+            size = size_at(1.0 if phase else progress, rng)
+            batch = pack(size, count, questions, asides_at(phase, progress))
+            loss = loss_of(model, batch, FAMILIES[family].pixels(batch.cells, batch.size))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress = min(1.0, (time.monotonic() - start) / (60 * minutes * share))
+            yield begun + share * progress, loss.item()
+        begun += share
     model.eval()
 
 
@@ -131,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="qwen2_5_vl", choices=FAMILIES)
     parser.add_argument("--output", type=Path, required=True, help="the directory to write")
-    parser.add_argument("--minutes", type=float, default=25.0, help="by the clock; the schedule is a share of it")
+    parser.add_argument("--minutes", type=float, default=40.0, help="by the clock; the schedule is a share of it")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, processor = build(args.family, args.seed)
