@@ -118,6 +118,9 @@ class GrpoConfig(Section):
     """Stage I: share of the steps after which memory is invoked between delimiters too."""
     alpha: Amount = 0.3
     """Stage II: weight of p_type + p_neg (Eq. 8)."""
+    cost: Amount = 0.1
+    """Stage II: what each invocation takes from the reward, lest memory be asked where it changes nothing. The paper
+    has no such term: 0."""
     explore: Share = 0.75
     """Stage II: share of each group whose first choice is dealt evenly between none, short and long. 0 is the
     paper's form, in which an invocation that the policy never samples is never learnt."""
@@ -146,7 +149,7 @@ class TrainConfig(Section):
     end_rate: Amount = 0.1
     """Learning rate of the end tokens' rows relative to the invocation tokens' rows."""
     cost: float = 0.1
-    """What an invocation must add to the score of an answer (0 to 1) before Stage II calls it worthwhile."""
+    """What an invocation must add to the score of an answer (0 to 1) to be worth it, in Stage II's objective ``sft``."""
     temperature: float = 0.1
     """Difference in score that makes one choice e times as likely as another, in Stage II's objective ``sft``."""
     save_every: Positive = 100

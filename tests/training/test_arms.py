@@ -28,13 +28,14 @@ GRPO = GrpoConfig(
     rewards=("call:samples:right_arm",),
     group=12,
     max_new_tokens=4,
+    cost=0.0,
     invocation=PolicyStageConfig(beta=0.0, target_kl=10.0),
 )
 
 
 def learn(memory: Memory, steps: int, **changes: Any) -> list[dict[str, float]]:
     samples.ARMS.update({memory.tokens.invocation(kind): kind for kind in KINDS})
-    stage = InvocationGrpo(memory, TrainConfig(cost=0.0, grpo=replace(GRPO, **changes)))
+    stage = InvocationGrpo(memory, TrainConfig(grpo=replace(GRPO, **changes)))
     optimizer = torch.optim.Adam([{"params": [own], "lr": 0.1 * rate} for _, own, rate in stage.parameters()])
     batch, figures = make_batch(memory.backbone, QUESTIONS), []
     for step in range(steps):

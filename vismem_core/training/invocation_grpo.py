@@ -77,7 +77,7 @@ class InvocationGrpo(GroupStage):
         invoked = torch.tensor([bool(own.latents) for own in told]).view_as(scores)
         p_type, p_neg = grpo.penalties(scores, turned.view_as(scores), invoked)
         gains = scores - self.base(prompts, batch)[:, None]
-        spent = self.config.cost * torch.tensor([float(len(own.latents)) for own in told]).view_as(scores)
+        spent = self.grpo.cost * torch.tensor([float(len(own.latents)) for own in told]).view_as(scores)
         figures = {"reward": scores, "gain": gains, "p_type": p_type, "p_neg": p_neg}
         rewards = gains - self.grpo.alpha * (p_type + p_neg) - spent
         return Group(told, rewards, {name: own.mean().item() for name, own in figures.items()})
