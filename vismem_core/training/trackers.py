@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import filter_trackers
 
 from ..errors import ConfigError
@@ -23,6 +23,7 @@ class Trackers:
         self._names, self._folder, self._settings = list(names), folder, settings
         self._step = 0
         self._accelerator: Accelerator | None = None
+        PartialState()  # accelerate logs what it leaves out, and wants to know from which process
         for name in names:
             try:
                 found = filter_trackers([name], logging_dir=str(folder))
