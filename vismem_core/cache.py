@@ -73,6 +73,8 @@ def upto(cache: DynamicCache, mask: Tensor, rows: Sequence[int], stops: Sequence
         layer.keys, layer.values = (
             whole.transpose(1, 2)[own, places].transpose(1, 2) for whole in (layer.keys, layer.values)
         )
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = width
     return branch, mask[index].gather(1, columns.clamp(min=0)) * (columns >= 0)
 
 

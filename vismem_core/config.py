@@ -149,7 +149,7 @@ class TrainConfig(Section):
     end_rate: Amount = 0.1
     """Learning rate of the end tokens' rows relative to the invocation tokens' rows."""
     cost: float = 0.1
-    """What an invocation must add to the score of an answer (0 to 1) to be worth it, in Stage II's objective ``sft``."""
+    """What an invocation must add to an answer's score (0 to 1) to be worth it, in Stage II's objective ``sft``."""
     temperature: float = 0.1
     """Difference in score that makes one choice e times as likely as another, in Stage II's objective ``sft``."""
     save_every: Positive = 100

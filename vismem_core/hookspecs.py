@@ -42,7 +42,8 @@ class Register(Protocol):
 def register_backbones(register: Register) -> None:
     """Families of models: subclasses of ``vismem_core.backbone.Backbone``.
 
-    Facts: ``families``, names for people; ``model_types``, as in the models' ``config.json``; ``features``.
+    Facts: ``families``, names for people; ``model_types``, as in the models' ``config.json``; ``features``;
+    ``fallback``, true for one that takes models which no other knows.
     """
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .bases import embedded
 from .errors import AttachError, VismemError, nearest
@@ -62,6 +63,10 @@ def _backbone_of(source: str, trust_remote_code: bool, revision: str | None) -> 
     for entry in backbones.entries():
         for model_type in entry.facts.get("model_types", ()):
             known.setdefault(str(model_type), entry.name)
+    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        for entry in backbones.entries():
+            if entry.facts.get("fallback"):
+                known.setdefault(config.model_type, entry.name)
     if config.model_type not in known:
         hint = nearest(config.model_type, known)
         raise AttachError(f"{source}: no backbone knows model type {config.model_type!r}; {hint}")

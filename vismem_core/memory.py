@@ -201,10 +201,11 @@ def attach(
 
 
 def find_backbone(model: Any, name: str | None = None) -> type[Backbone]:
-    """The registered backbone of that name, or the first that knows ``model``."""
+    """The registered backbone of that name, or the first that knows ``model``, fallbacks last."""
     backbones = registry("backbones")
+    order = sorted(backbones.entries(), key=lambda entry: bool(entry.facts.get("fallback")))
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    for candidate in [name] if name else backbones.names():
+    for candidate in [name] if name else [entry.name for entry in order]:
         family: type[Backbone] = backbones.get(candidate)
         if family.matches(model):
             return family

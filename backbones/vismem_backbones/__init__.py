@@ -53,3 +53,11 @@ def register_backbones(register: Register) -> None:
         model_types=("llava",),
         features=("several images",),
     )
+    register(
+        "generic",
+        "vismem_backbones.generic:Generic",
+        description="Any other image-text-to-text model of transformers whose parts can be found out",
+        families=("others, as far as docs/model_types.md says",),
+        features=("several images",),
+        fallback=True,
+    )

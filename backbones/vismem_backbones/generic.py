@@ -1,0 +1,343 @@
+"""Any image-text-to-text model of transformers, by what its public methods give and how its vision encoder behaves.
+
+A blank image is encoded once when memory is attached. It tells what the encoder's blocks are called with, which of
+them the projector reads, and which patches make up each language token. From then on extra tokens go through the
+blocks on calls of their own, and through all that follows in the places of the blank image's patches.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from vismem_core import cache as kv
+from vismem_core.backbone import Backbone
+from vismem_core.errors import AttachError
+from vismem_core.plugins import reason
+from vismem_core.vision import VisionStates, attend
+
+from .probing import Call, blocks_in, cast, entry, features, heads, seen_keys, sources, targets_in
+from .tiles import listen
+
+Run = Callable[[], Any]
+"""The attention that a block would have run."""
+SIDE = 224
+"""Pixels of the blank image's sides, before the processor has resized it."""
+LOOKED_AT = 32
+"""How many of the blank image's language tokens are looked into, at most."""
+
+
+class Generic(Backbone):
+    """A decoder-only language model behind a vision encoder with one stack of blocks, and any projector that makes
+    each language token of patches of its own. Images only.
+
+    Attributes:
+        found: what was found of the model, by part; refusals say it too.
+    """
+
+    name = "generic"
+    model_types = ()
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, processor)
+        self.found: dict[str, str] = {}
+        self._names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+        self._find_language_model()
+        self._find_encoder()
+        self._find_calls()
+        self._find_projector()
+        self._find_targets()
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        return isinstance(model, PreTrainedModel) and model.config.model_type in known
+
+    def _name(self, module: nn.Module) -> str:
+        if id(module) not in self._names:
+            self._refuse(f"its {type(module).__name__} is none of its own modules")
+        return self._names[id(module)]
+
+    def _refuse(self, why: str) -> NoReturn:
+        found = "; ".join(f"{part}: {what}" for part, what in self.found.items())
+        kind = self.model.config.model_type
+        raise AttachError(f"memory cannot work with model type {kind!r}: {why} (found: {found or 'nothing'})")
+
+    # What is found once
+
+    def _find_language_model(self) -> None:
+        text = self.model.config.get_text_config(decoder=True)
+        if self.model.config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False):
+            self._refuse("it is an encoder-decoder")
+        if "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
+            self._refuse("its forward() takes no inputs_embeds")
+        if self.head is None or not hasattr(self.head, "weight"):
+            self._refuse("get_output_embeddings() gives no head")
+        if not self.placeholders:
+            self._refuse("its config names no token that stands for an image")
+        try:
+            kv.check(DynamicCache(config=text))
+        except AttachError as error:
+            self._refuse(str(error))
+        self.found["language model"] = self._name(self.decoder)
+
+    def _find_encoder(self) -> None:
+        base, tower = self.model.base_model, self.model.get_encoder(modality="image")
+        self.owner = base if hasattr(base, "get_image_features") else self.model
+        if not hasattr(self.owner, "get_image_features"):
+            self._refuse("it has no get_image_features()")
+        if tower is None or tower is self.model or tower is base:
+            self._refuse("it has no vision encoder of its own")
+        self.found["vision encoder"] = self._name(tower)
+        stack = blocks_in(tower)
+        if stack is None:
+            self._refuse("its vision encoder has no list of blocks with attention")
+        self.stack: list[Any] = list(stack)
+        self.found["blocks"] = f"{len(self.stack)} in {self._name(stack)}"
+        self._stack_name = self._name(stack)
+        self._kinds = {own.config._attn_implementation for own in tower.modules() if hasattr(own, "config")}
+
+    def _find_calls(self) -> None:
+        try:
+            batch = self.inputs(["?"], [[Image.new("RGB", (SIDE, SIDE), "gray")]])
+        except Exception as error:  # processors fail in any way
+            self._refuse(f"its processor makes no inputs of a blank image: {reason(error)}")
+        self._find_positions(dict(batch))
+        self._parameters = list(inspect.signature(self.owner.get_image_features).parameters)
+        self.blank = {name: cast(self.vision_dtype, own) for name, own in batch.items() if name in self._parameters}
+        calls: dict[int, Call] = {}
+        seen: Counter[int] = Counter()
+
+        def look(index: int, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any) -> Any:
+            seen[index] += query.shape[0] * query.shape[2]
+            return run()
+
+        with ExitStack() as stack, torch.no_grad():
+            for index, block in enumerate(self.stack):
+                stack.callback(Call.hear(block, index, calls).remove)
+            stack.enter_context(self._attending(look))
+            try:
+                self.owner.get_image_features(**self.blank)
+            except Exception as error:  # and so do models
+                self._refuse(f"its get_image_features() fails on a blank image: {reason(error)}")
+        self.calls = [calls[index] for index in sorted(calls)]
+        shapes = {call.shape for call in self.calls}
+        if len(calls) != len(self.stack) or len(shapes) != 1 or len(self.calls[0].shape) not in (2, 3):
+            self._refuse("its blocks do not all take the same patches in rows of one width")
+        if any(seen[index] != call.shape[:-1].numel() for index, call in calls.items()):
+            self._refuse("its blocks' attention does not see each patch once, or is not transformers' own interface")
+
+    def _find_positions(self, batch: dict[str, Any]) -> None:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        places = mask.cumsum(-1) - 1
+        kept = self.model.prepare_inputs_for_generation(ids, attention_mask=mask, position_ids=places, use_cache=True)
+        if kept.get("position_ids") is None:
+            self._refuse("its generate() takes no position_ids, so rows cannot grow apart")
+
+    def _find_projector(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        place, kind = self.vision_device, self.vision_dtype
+        noise = [torch.randn(call.shape, generator=generator) for call in self.calls]
+        leaves = [own.to(place, kind).requires_grad_() for own in noise]
+        with torch.enable_grad():
+            tokens = self._behind(leaves)
+            told = torch.randn(tokens.shape[-1], generator=generator).to(tokens)
+            patches = [sources((own * told).sum(), leaves) for own in tokens[:LOOKED_AT]]
+        self.layers = sorted({layer for own in patches for layer in own})
+        made = [own.get(self.layers[-1], []) if self.layers else [] for own in patches]
+        readers = Counter(patch for own in made for patch in own)
+        alone = [own and all(readers[patch] == 1 for patch in own) for own in made]
+        sizes = Counter(len(own) for own, free in zip(made, alone, strict=True) if free)
+        if not sizes:
+            self._refuse("its projector makes no language token of patches that are its own")
+        self.merge_ = sizes.most_common(1)[0][0]
+        self.places = [at for at, own in enumerate(made) if alone[at] and len(own) == self.merge_]
+        self.groups = [made[at] for at in self.places]
+        self.found["projector"] = f"reads block {', '.join(map(str, self.layers))}, {self.merge_} patches to a token"
+        try:
+            extra = torch.zeros(2, self.merge_, self.vision_width, device=place, dtype=kind)
+            with torch.no_grad():
+                with self.record(VisionStates(), keep=False, inputs=False):
+                    self.encode(self.blank)
+                self.project(self.carry(extra, VisionStates(rows=[[], []]), [0, 1]))
+        except Exception as error:
+            self._refuse(f"extra tokens do not pass its vision encoder or projector: {reason(error)}")
+
+    def _find_targets(self) -> None:
+        layers = blocks_in(self.decoder)
+        self._targets = {
+            "short": targets_in(self._stack_name, self.blocks),
+            "long": targets_in(self._name(layers), list(layers)) if layers is not None else "",
+        }
+        for kind, pattern in self._targets.items():
+            if not pattern:
+                self._refuse(f"no linear layers that make queries and values are known, for the LoRA of {kind} memory")
+
+    # Anatomy
+
+    @property
+    def decoder(self) -> nn.Module:
+        decoder: Any = super().decoder  # of some models it has a head of its own, or is the whole
+        return decoder.get_decoder()  # type: ignore[no-any-return]
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The blocks that the features come from; encoders have some beyond."""
+        return self.stack[: max(self.layers) + 1]
+
+    @property
+    def vision_width(self) -> int:
+        return int(self.calls[0].shape[-1])
+
+    @property
+    def merge(self) -> int:
+        return self.merge_
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        config = self.model.config
+        named = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+        known = [token for token in named if isinstance(token, int)]
+        return {"image": known[0]} if known else {}
+
+    @property
+    def lora_targets(self) -> dict[str, str]:
+        return self._targets
+
+    @property
+    def _norm(self) -> Any:
+        return next(own for own in self.stack[0].parameters() if own.ndim == 1 and own.is_floating_point())
+
+    @property
+    def vision_device(self) -> torch.device:
+        return self._norm.device  # type: ignore[no-any-return]
+
+    @property
+    def vision_dtype(self) -> torch.dtype:
+        return self._norm.dtype  # type: ignore[no-any-return]
+
+    # Memory's ways in
+
+    @contextmanager
+    def record(self, states: VisionStates, *, keep: bool, inputs: bool) -> Iterator[None]:
+        lengths: list[int] = []
+        kept: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+
+        def look(index: int, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any) -> Any:
+            seen = seen_keys(key, mask)
+            if index == 0:
+                lengths.extend(seen.sum(-1).tolist())
+            if keep and index < len(self.blocks):
+                own_keys, own_values = (heads(own, query.shape[1])[seen] for own in (key, value))
+                kept[index].append((own_keys, own_values))
+            return run()
+
+        def leave(result: Any, *args: Any, **kwargs: Any) -> None:
+            named = dict(zip(self._parameters, args, strict=False)) | kwargs
+            patches, tokens = self._counts(features(result), lengths, named.get("image_grid_thw"))
+            states.patches += patches
+            states.tokens += tokens
+            for index in sorted(kept):
+                states.extend(index, *map(torch.cat, zip(*kept[index], strict=True)))
+            if inputs:
+                states.inputs.append({name: own for name, own in named.items() if own is not None})
+            lengths.clear()
+            kept.clear()
+
+        with self._attending(look), listen(self.owner, "get_image_features", leave):
+            yield
+
+    def _counts(self, made: list[Tensor], lengths: list[int], grid: Tensor | None) -> tuple[list[int], list[int]]:
+        """Patches and language tokens of each image."""
+        tokens, patches = [len(own) for own in made], lengths
+        if grid is not None:
+            patches = grid.prod(-1).tolist()
+        elif len(lengths) != len(tokens) > 1:
+            patches = [own * self.merge for own in tokens]
+        if len(patches) != len(tokens) and sum(patches) == sum(tokens) * self.merge:  # tokens of all images in one
+            tokens = [own // self.merge for own in patches]
+        if sum(patches) != sum(lengths) or len(patches) != len(tokens):
+            raise AttachError(f"cannot tell which of {sum(lengths)} patches belong to which of {len(tokens)} images")
+        return list(patches), tokens
+
+    def encode(self, inputs: dict[str, Tensor]) -> None:
+        self.owner.get_image_features(**inputs)
+
+    def carry(self, extra: Tensor, states: VisionStates, rows: Sequence[int]) -> Tensor:
+        where = states.gather(rows)
+
+        def mix(index: int, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any) -> Any:
+            count = query.shape[1]
+            scale = (scaling or query.shape[-1] ** -0.5) * query.shape[-1] ** 0.5
+            split = (heads(own, count).reshape(*extra.shape[:2], count, -1) for own in (query * scale, key, value))
+            queries, keys, values = (own.transpose(1, 2) for own in split)
+            mixed = attend(queries, keys, values, states, index, where)
+            return mixed.reshape(*query.transpose(1, 2).shape[:3], -1), None
+
+        passed = []
+        with self._attending(mix):
+            for block, call in zip(self.blocks, self.calls, strict=False):
+                extra = call.again(block, extra)
+                passed.append(extra)
+        return torch.cat([passed[layer] for layer in self.layers], dim=-1)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        vectors = tokens.unflatten(1, (-1, self.merge)).flatten(0, 1)
+        made = torch.cat([self._in_place(own) for own in vectors.split(len(self.groups))])
+        return made.unflatten(0, (len(tokens), -1))  # type: ignore[no-any-return]
+
+    def _in_place(self, vectors: Tensor) -> Tensor:
+        """(n, merge, D), at most as many as the blank image has groups of patches -> (n, d)."""
+        index = torch.tensor(self.groups[: len(vectors)], device=vectors.device).flatten()
+        outputs: list[Tensor | None] = [None] * len(self.calls)
+        for layer, own in zip(self.layers, vectors.flatten(0, 1).split(self.vision_width, dim=-1), strict=True):
+            whole = own.new_zeros(self.calls[layer].shape[:-1].numel(), self.vision_width)
+            outputs[layer] = whole.index_copy(0, index, own).view(self.calls[layer].shape)
+        return self._behind(outputs)[self.places[: len(vectors)]]
+
+    def _behind(self, outputs: Sequence[Tensor | None]) -> Tensor:
+        """The blank image's language tokens (T, d) with other outputs of the blocks; None: their input."""
+        with ExitStack() as stack:
+            for block, call, output in zip(self.stack, self.calls, outputs, strict=True):
+                stack.enter_context(call.instead(block, output))
+            blank = {name: cast(self.vision_dtype, own) for name, own in self.blank.items()}
+            return torch.cat(features(self.owner.get_image_features(**blank)))
+
+    @contextmanager
+    def _attending(self, instead: Callable[..., Any]) -> Iterator[None]:
+        """``instead(index, run, query, key, value, mask, scaling)`` is called for attention in the encoder's blocks."""
+        place = {id(own): index for index, block in enumerate(self.stack) for own in block.modules()}
+        with ExitStack() as stack:
+            for kind in self._kinds:
+                usual = ALL_ATTENTION_FUNCTIONS.get(kind)
+
+                def attention(
+                    module: Any,
+                    query: Tensor,
+                    key: Tensor,
+                    value: Tensor,
+                    *args: Any,
+                    _usual: Any = usual,
+                    **named: Any,
+                ) -> Any:
+                    own = _usual or vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+                    run = partial(own, module, query, key, value, *args, **named)
+                    if id(module) not in place:
+                        return run()
+                    mask = args[0] if args else named.get("attention_mask")
+                    return instead(place[id(module)], run, query, key, value, mask, named.get("scaling"))
+
+                stack.enter_context(entry(ALL_ATTENTION_FUNCTIONS._local_mapping, kind, attention))
+            yield

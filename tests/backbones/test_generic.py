@@ -1,0 +1,114 @@
+"""What the generic backbone finds, what it refuses, and that it comes last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import LlavaConfig, Mistral3Config
+
+import vismem_core as vismem
+from vismem_backbones.generic import Generic
+from vismem_core.errors import AttachError
+from vismem_core.loading import _backbone_of
+from vismem_core.memory import find_backbone
+from vismem_core.plugins import Registry, registry
+from vismem_core.vision import VisionStates
+
+
+def test_a_familys_own_adapter_wins() -> None:
+    for make in (tiny.qwen, tiny.llava, tiny.internvl):
+        model, _ = make()
+        assert Generic.matches(model)
+        assert find_backbone(model) is not Generic
+        assert find_backbone(model, "generic") is Generic
+
+
+def test_it_comes_last_wherever_it_was_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = sorted(registry("backbones").entries(), key=lambda entry: entry.name != "generic")
+    assert entries[0].name == "generic"
+    monkeypatch.setattr("vismem_core.memory.registry", lambda kind: Registry(kind, entries))
+    model, processor = tiny.llava()
+    assert find_backbone(model).name == "llava"
+    model.config.vision_config.model_type = "of no family"
+    assert find_backbone(model)(model, processor).name == "generic"
+
+
+def test_it_is_found_by_the_type_of_a_checkpoint(tmp_path: Path) -> None:
+    for config, name in ((Mistral3Config(), "generic"), (LlavaConfig(), "llava")):
+        config.save_pretrained(tmp_path)
+        assert _backbone_of(str(tmp_path), False, None) == name
+
+
+def test_it_says_what_it_found() -> None:
+    backbone = Generic(*tiny.internvl())
+    assert backbone.found == {
+        "language model": "model.language_model",
+        "vision encoder": "model.vision_tower",
+        "blocks": "2 in model.vision_tower.encoder.layer",
+        "projector": "reads block 1, 4 patches to a token",
+    }
+    assert Generic(*tiny.llava()).found["projector"] == "reads block 1, 1 patches to a token"
+
+
+@pytest.mark.parametrize("make", [tiny.llava, tiny.internvl, tiny.qwen])
+@torch.no_grad()
+def test_it_carries_and_projects_as_the_familys_own_adapter_does(make: Any) -> None:
+    model, processor = make()
+    own, generic = find_backbone(model)(model, processor), Generic(model, processor)
+    inputs = own.inputs(["what ?", "a boot ?"], [[tiny.picture(32, 32, 0)], [tiny.picture(24, 56, 1)]])
+    found = []
+    for backbone in (own, generic):
+        states = VisionStates()
+        with backbone.record(states, keep=True, inputs=False):
+            model(**inputs)
+        counts = [(inputs["input_ids"] == token).sum(-1).tolist() for token in own.placeholders.values()]
+        states.assign(counts)
+        torch.manual_seed(0)
+        extra = torch.randn(2, 4 * own.merge, own.vision_width)
+        carried = backbone.carry(extra, states, [1, 0])
+        found.append((carried, backbone.project(carried)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    assert own.merge == generic.merge
+
+
+def refused(reason: str, model: Any, processor: Any) -> None:
+    with pytest.raises(AttachError, match=rf"cannot work with model type .*: .*{reason}") as failure:
+        vismem.attach(model, processor, backbone="generic")
+    assert "\n" not in str(failure.value)
+
+
+def test_refusals_name_the_reason() -> None:
+    model, processor = tiny.llava()
+    model.config.is_encoder_decoder = True
+    refused("it is an encoder-decoder", model, processor)
+
+    model, processor = tiny.llava()
+    model.config.text_config.layer_types = ["linear_attention", "full_attention"]
+    refused("cannot grow cache layers of type LinearAttention", model, processor)
+
+    model, processor = tiny.llava()
+    processor.chat_template = None
+    refused("its processor makes no inputs of a blank image", model, processor)
+
+    model, processor = tiny.llava()
+    model.model.multi_modal_projector = Mixing(model.model.multi_modal_projector)
+    refused(
+        r"its projector makes no language token of patches that are its own \(found: language model", model, processor
+    )
+
+
+class Mixing(nn.Module):
+    """A projector in which all patches meet."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, patches: torch.Tensor) -> Any:
+        return self.inner(patches + patches.mean(1, keepdim=True))

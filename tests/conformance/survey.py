@@ -1,0 +1,150 @@
+"""The public suite on every image-text-to-text type that transformers knows: ``python tests/conformance/survey.py``.
+
+Writes docs/model_types.md; with types as arguments it renews their lines alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import sys
+import tempfile
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pytest
+import transformers
+
+from vismem_core.errors import AttachError
+from vismem_core.memory import find_backbone
+from vismem_core.plugins import reason
+from vismem_core.testing import BackboneContract
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from model_types import TYPES, build
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "model_types.md"
+LIMIT = 90
+"""Seconds for one type."""
+Line = tuple[str, str, str]
+"""Backbone, outcome, and the reason for it."""
+HEAD = """# Model types
+
+What memory does with the image-text-to-text types of transformers {version}: the public conformance suite on tiny
+random models. "refused" is said in one line when memory is attached. "fails" means that memory attaches and breaks a
+promise; do not use it there. "not built" means that no tiny model of the type, or no input for it, could be made here,
+so nothing is known. Types without a file of their own use stand-in processors in the suite.
+
+{counts}
+
+Renew it with `python tests/conformance/survey.py`.
+
+| type | backbone | outcome | why |
+|---|---|---|---|
+"""
+
+
+def survey(model_type: str) -> Line:
+    """The suite on one type."""
+    try:
+        model, processor = build(model_type)
+    except Exception as error:  # default configurations may not be made for such sizes
+        return "", "not built", _short(error)
+    family = find_backbone(model)
+    try:
+        family(model, processor)
+    except AttachError as error:
+        made = "blank image" in str(error)
+        return family.name, "not built" if made else "refused", _short(error)
+    except Exception as error:
+        return family.name, "fails", f"attaching: {_short(error)}"
+    failed, count = [], 0
+    for name, arguments in checks():
+        count += 1
+        try:
+            getattr(contract(family.name, model_type), name)(**arguments)
+        except pytest.skip.Exception:
+            count -= 1
+        except Exception as error:
+            failed.append(f"{name.removeprefix('test_')}: {_short(error.__cause__ or error)}")
+    if failed:
+        return family.name, "fails", f"{len(failed)} of {count} checks, first {failed[0]}"
+    return family.name, "passes", f"{count} checks"
+
+
+def contract(backbone_name: str, model_type: str) -> BackboneContract:
+    """The suite as an author would write it."""
+
+    class Contract(BackboneContract):
+        backbone = backbone_name
+
+        def load(self) -> tuple[Any, Any]:
+            return build(model_type)
+
+    return Contract()
+
+
+def checks() -> list[tuple[str, dict[str, Any]]]:
+    """Every check of the suite, with each set of its parameters."""
+    found = []
+    for name, test in inspect.getmembers(BackboneContract):
+        if name.startswith("test_"):
+            marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+            for values in product(*(list(own[1]) for own in marks)):
+                found.append((name, dict(zip((own[0] for own in marks), values, strict=True))))
+    return found
+
+
+def _short(error: BaseException) -> str:
+    told = reason(error).partition(" (found: ")[0].partition("model type ")[2] or reason(error)
+    return told.partition("': ")[2][:160] if "': " in told and isinstance(error, AttachError) else told[:160]
+
+
+def _apart(model_type: str) -> Line:
+    """In a process of its own: some image processors never end on small images."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "line"
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=lambda: told.write_text("\t".join(survey(model_type)), encoding="utf-8"))
+        process.start()
+        process.join(LIMIT)
+        if process.is_alive():
+            process.kill()
+            return "", "not built", f"nothing after {LIMIT} seconds"
+        backbone, outcome, why = (
+            told.read_text(encoding="utf-8").split("\t") if told.exists() else ("", "fails", "died")
+        )
+        return backbone, outcome, why
+
+
+def table(lines: dict[str, Line]) -> str:
+    """The document."""
+    counts = Counter(outcome for _, outcome, _ in lines.values())
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    head = HEAD.format(version=transformers.__version__, counts=f"{len(lines)} types: {told}.")
+    return head + "".join(
+        f"| {name} | {' | '.join(part.replace('|', '/') for part in own)} |\n" for name, own in lines.items()
+    )
+
+
+def recorded() -> dict[str, Line]:
+    """What the document says."""
+    rows = [
+        row.strip("| ").split(" | ") for row in DOCUMENT.read_text(encoding="utf-8").splitlines() if row[:2] == "| "
+    ]
+    return {row[0]: (row[1].strip(), row[2], row[3]) for row in rows[1:]}
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    lines = recorded() if sys.argv[1:] else {}
+    for model_type in sys.argv[1:] or TYPES:
+        lines[model_type] = _apart(model_type)
+        print(model_type, *lines[model_type], sep=" | ", flush=True)  # noqa: T201
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text(table(lines), encoding="utf-8")
