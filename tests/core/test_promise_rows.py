@@ -60,6 +60,7 @@ def test_the_policys_rows(make: Any, only: Kind | None, packs: bool) -> None:
     memory.backbone.packs &= packs
     with torch.no_grad():
         memory.tokens.head *= 8.0
+        memory.tokens.head[1] *= -1.0  # so that some states ask for the one, some for the other
     together = base.generate(*ROWS)
     assert {own.kind for own in memory.trace.invocations} == ({only} if only else set(KINDS))
     compare(base, memory, together, atol=1e-3)  # the tokens' own logits are eight times as large
