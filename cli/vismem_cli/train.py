@@ -29,6 +29,7 @@ class Stage(str, Enum):
 class Objective(str, Enum):
     sft = "sft"
     grpo = "grpo"
+    both = "sft+grpo"
 
 
 def train(
@@ -44,7 +45,7 @@ def train(
     ] = None,
     stage: Annotated[Stage | None, typer.Option(metavar="NAME", help="formation, invocation or all.")] = None,
     objective: Annotated[
-        Objective | None, typer.Option(metavar="NAME", help="How formation is trained: sft or grpo.")
+        Objective | None, typer.Option(metavar="NAME", help="sft, grpo, or sft+grpo: a warm start, then GRPO.")
     ] = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,

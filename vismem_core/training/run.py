@@ -20,6 +20,7 @@ from ..data import Sample
 from ..errors import TrainingError
 from ..evaluation import evaluate
 from ..memory import Memory
+from ..reward import parse
 from . import state
 from .batches import Batch, Sampler, make_batch
 from .display import Display
@@ -118,6 +119,7 @@ class Run:
 
     def __init__(self, memory: Memory, config: Config, output: Path, console: Console) -> None:
         self.memory, self.config, self.output = memory, config, output
+        parse(config.train.grpo.rewards)  # a misspelt one is told before anything is written
         self.processes = Processes()
         self.done: tuple[str, int, dict[str, Tensor]] | None = None
         self.display = Display(console, shown=self.processes.first)
