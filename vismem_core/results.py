@@ -18,7 +18,7 @@ class Results:
     while it was written is dropped.
 
     Raises:
-        DataError: the file holds something else than rows with an ``id``.
+        DataError: the file holds something else than rows with an ``id`` and a ``text``.
         OSError: it cannot be written; ``filename`` says which file.
     """
 
@@ -31,6 +31,7 @@ class Results:
             complete = 0
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
+                    self._cut_off(number, line)
                     break
                 self.kept.add(self._id(number, line))
                 complete += len(line)
@@ -39,9 +40,20 @@ class Results:
 
     def _id(self, number: int, line: bytes) -> str:
         try:
-            return str(json.loads(line)["id"])
+            row = json.loads(line)
+            row["text"]  # questions have an id too
+            return str(row["id"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}:{number}: not an answer; choose another output file") from error
+
+    def _cut_off(self, number: int, line: bytes) -> None:
+        """A last line may be dropped if it is the beginning of an answer, not somebody's whole row."""
+        try:
+            json.loads(line)
+        except ValueError:
+            if line.startswith(b'{"id"'[: len(line)]):
+                return
+        self._id(number, line)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row, which must have an ``id``."""

@@ -10,10 +10,10 @@ from vismem_core.results import Results
     ("before", "kept"),
     [
         (b"", set()),
-        (b'{"id": "a"}\n', {"a"}),
-        (b'{"id": "a"}\n{"id": "b', {"a"}),
-        (b'{"id": "a"}\n{"id": "b"}', {"a"}),
-        (b'{"id": "a"}\n{"id": "\xc3', {"a"}),
+        (b'{"id": "a", "text": ""}\n', {"a"}),
+        (b'{"id": "a", "text": ""}\n{"id": "b', {"a"}),
+        (b'{"id": "a", "text": ""}\n{"id": "b", "text": ""}', {"a"}),
+        (b'{"id": "a", "text": ""}\n{"id": "\xc3', {"a"}),
     ],
 )
 def test_complete_rows_are_kept_and_half_ones_dropped(tmp_path: Path, before: bytes, kept: set[str]) -> None:
@@ -23,16 +23,26 @@ def test_complete_rows_are_kept_and_half_ones_dropped(tmp_path: Path, before: by
     with Results(path) as results:
         assert results.kept == kept
         results.add({"id": "é"})
-        whole = '{"id": "a"}\n' if kept else ""
+        whole = '{"id": "a", "text": ""}\n' if kept else ""
         assert path.read_text(encoding="utf-8") == whole + '{"id": "é"}\n'  # on disk at once
 
 
-def test_another_file_is_not_touched(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"id": 1, "text": ""}\nnotes\nmore', 2),
+        ('{"id": "q", "prompt": "what ?", "answer": "boot"}\n', 1),
+        ('{"id": "q", "prompt": "what ?", "answer": "boot"}', 1),
+        ("notes", 1),
+    ],
+    ids=["notes", "questions", "one question", "a word"],
+)
+def test_another_file_is_not_touched(tmp_path: Path, content: str, line: int) -> None:
     path = tmp_path / "notes.txt"
-    path.write_text('{"id": 1}\nnotes\nmore')
-    with pytest.raises(DataError, match=r"notes\.txt:2: not an answer"):
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"notes\.txt:{line}: not an answer"):
         Results(path)
-    assert path.read_text() == '{"id": 1}\nnotes\nmore'
+    assert path.read_text() == content
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
