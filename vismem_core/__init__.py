@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .backbone import Backbone
     from .config import Config, MemoryConfig
     from .errors import VismemError
-    from .former import MemoryContext, MemoryFormer
+    from .former import MemoryContext, MemoryFormer, RidingFormer
     from .injection import InjectionHook
     from .memory import Memory, attach
     from .query import QueryBuilder
@@ -28,7 +28,7 @@ _HOMES = {
     "backbone": ("Backbone",),
     "config": ("Config", "MemoryConfig"),
     "errors": ("VismemError",),
-    "former": ("MemoryContext", "MemoryFormer"),
+    "former": ("MemoryContext", "MemoryFormer", "RidingFormer"),
     "injection": ("InjectionHook",),
     "memory": ("Memory", "attach"),
     "query": ("QueryBuilder",),
@@ -51,6 +51,7 @@ __all__ = [
     "MemoryTokens",
     "QueryBuilder",
     "Reward",
+    "RidingFormer",
     "Trace",
     "Trigger",
     "VismemError",

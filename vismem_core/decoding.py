@@ -25,6 +25,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from .config import KINDS, Kind
 from .errors import AttachError
+from .former import MemoryFormer, RidingFormer
 from .session import Session
 from .trace import Invocation, Trace
 from .trigger import Row, Trigger
@@ -232,9 +233,9 @@ class Decoder:
         riders = {}
         for kind in KINDS:
             rows = [row for row, token in enumerate(fed) if self.tokens.kind(token) == kind]
-            tokens = self.session.rider(rows, self.memory.builder, self.memory.former(kind)) if rows else None
-            if tokens is not None:
-                riders[kind] = (rows, tokens)
+            former = self.memory.former(kind)
+            if rows and former.rides:
+                riders[kind] = (rows, self.session.rider(rows, self.memory.builder, _riding(former)))
         return riders
 
     def _feed_packed(
@@ -246,7 +247,7 @@ class Decoder:
         model_kwargs: dict[str, Any],
         padded: bool,
     ) -> Any:
-        session, formers = self.session, [self.memory.former(kind) for kind in riders]
+        session, formers = self.session, [_riding(self.memory.former(kind)) for kind in riders]
         last = session.backbone.embeddings(input_ids[:, -1])
         packing, positions = session.pack(latents, riders)
         model_kwargs["attention_mask"] = packing.mask if padded else None
@@ -351,6 +352,11 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     past = model_kwargs.get("past_key_values")
     if past is not None and past.get_seq_length():
         raise AttachError("memory cannot see what past_key_values already holds: pass the whole prompt without them")
+
+
+def _riding(former: MemoryFormer) -> RidingFormer:
+    assert isinstance(former, RidingFormer), f"{type(former).__name__}.rides, and is no RidingFormer"
+    return former
 
 
 def _longer(mask: Tensor, tokens: int) -> Tensor:

@@ -84,21 +84,10 @@ class MemoryFormer(nn.Module, ABC):
     def forward(self, context: MemoryContext) -> Tensor:
         """(R, N, d), in the precision of the language model's embeddings."""
 
-    rides: bool = False
-    """Whether forming is one pass of the language model over a few tokens (:meth:`rider`), which can then ride in the
-    pass that feeds the invocation token, behind it."""
-
-    def rider(self, query: Tensor) -> Tensor:
-        """Q (R, K, d) -> the tokens (R, E, d) that enter the language model behind the invocation token."""
-        raise NotImplementedError
-
-    def read(self, hidden: Tensor) -> Tensor:
-        """The riders' last states (R, E, d) -> the latents (R, N, d)."""
-        raise NotImplementedError
-
-    def on(self, tokens: slice) -> AbstractContextManager[None]:
-        """The former's adapters for those tokens of a packed sequence (1, M, d) alone, inside the context."""
-        raise NotImplementedError
+    @property
+    def rides(self) -> bool:
+        """Whether it is a :class:`RidingFormer` whose settings let it ride."""
+        return False
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Trained tensors that live inside the base model, by name."""
@@ -106,3 +95,27 @@ class MemoryFormer(nn.Module, ABC):
 
     def detach(self) -> None:
         """Leave the base model as it was."""
+
+
+class RidingFormer(MemoryFormer):
+    """A former that is one pass of the language model over a few tokens.
+
+    These can ride in the pass that feeds the invocation token, behind it (:mod:`vismem_core.packing`); ``forward`` is
+    the same thing as a pass of its own.
+    """
+
+    @property
+    @abstractmethod
+    def rides(self) -> bool: ...
+
+    @abstractmethod
+    def rider(self, query: Tensor) -> Tensor:
+        """Q (R, K, d) -> the tokens (R, E, d) that enter the language model behind the invocation token."""
+
+    @abstractmethod
+    def read(self, hidden: Tensor) -> Tensor:
+        """The riders' last states (R, E, d) -> the latents (R, N, d)."""
+
+    @abstractmethod
+    def on(self, tokens: slice) -> AbstractContextManager[None]:
+        """The former's adapters for those tokens of a packed sequence (1, M, d) alone, inside the context."""

@@ -17,7 +17,7 @@ from . import cache as kv
 from .backbone import Backbone
 from .config import Kind
 from .errors import AttachError
-from .former import MemoryContext, MemoryFormer, Needs
+from .former import MemoryContext, MemoryFormer, Needs, RidingFormer
 from .packing import Packing
 from .query import QueryBuilder
 from .vision import VisionStates
@@ -172,10 +172,8 @@ class Session:
             latents: Tensor = former(context)
         return latents
 
-    def rider(self, rows: Sequence[int], builder: QueryBuilder, former: MemoryFormer) -> Tensor | None:
-        """For ``rows`` that are yet to be fed their invocation tokens: what may ride behind these, (R, E, d)."""
-        if not former.rides:
-            return None
+    def rider(self, rows: Sequence[int], builder: QueryBuilder, former: RidingFormer) -> Tensor:
+        """For ``rows`` that are yet to be fed their invocation tokens: what rides behind these, (R, E, d)."""
         states, mask = self._states(rows, len(self._written))
         return former.rider(builder(states, mask))
 

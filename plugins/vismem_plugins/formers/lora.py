@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from vismem_core.adapters import Adapter
 from vismem_core.backbone import Backbone
 from vismem_core.config import FormerConfig, Kind
-from vismem_core.former import MemoryContext, MemoryFormer, Needs
+from vismem_core.former import MemoryContext, MemoryFormer, Needs, RidingFormer
 from vismem_core.vision import VisionStates
 
 
@@ -89,7 +89,7 @@ class VisionLora(_LoraFormer):
         return again
 
 
-class LanguageLora(_LoraFormer):
+class LanguageLora(_LoraFormer, RidingFormer):
     """F_l: [Q, M_init] through the language model, after everything it has in its context."""
 
     def __init__(self, kind: Kind, backbone: Backbone, config: FormerConfig) -> None:
@@ -121,7 +121,7 @@ class LanguageLora(_LoraFormer):
         return self.read(hidden)
 
     @property
-    def rides(self) -> bool:  # type: ignore[override]
+    def rides(self) -> bool:
         return self.config.context == "cache"
 
     def rider(self, query: Tensor) -> Tensor:
