@@ -13,47 +13,22 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from ..config import KINDS, StageConfig
-from ..memory import Memory
+from ..config import KINDS
 from .batches import Batch
-from .processes import Processes
+from .stage import LikelihoodStage
 from .teacher import bring_up, groups, likelihood
 
 
-class Formation:
+class Formation(LikelihoodStage):
     """Stage I."""
-
-    def __init__(self, memory: Memory, settings: StageConfig, processes: Processes | None = None) -> None:
-        self.memory, self.settings = memory, settings
-        self.processes = processes or Processes()
 
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         """What trains: name, tensor, learning rate relative to the stage's."""
         trained = self.memory.trained()
         return [(name, tensor, 1.0) for name, tensor in trained.items() if not name.startswith("tokens.")]
 
-    def state(self) -> dict[str, Tensor]:
-        """What a resumed run must know beyond its parameters: nothing."""
-        return {}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
-
-    def finish(self) -> None:
-        """Nothing is left to do after the last step."""
-
-    def stepped(self) -> None:
-        """Nothing has to follow a step of the optimiser."""
-
-    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
-        """Gradients of the loss, and figures for the log."""
-        self.memory.train()
-        loss, figures = self.loss(batch, key)
-        loss.backward()
-        return figures
-
     def loss(self, batch: Batch, key: str) -> tuple[Tensor, dict[str, float]]:
-        """This process's part of the mean negative log-likelihood per token."""
+        """The mean negative log-likelihood per token."""
         memory, processes = self.memory, self.processes
         chances = [Random(f"{key}/{sample.id}") for sample in batch.samples]
         kinds = [rng.choice(KINDS) for rng in chances]

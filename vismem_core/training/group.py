@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from .batches import Batch
 from .processes import Processes
 from .replay import Replay, micro_batches
 from .rollout import Prompts, Sampling, Trajectory, read_prompts, rollouts
+from .stage import Stage
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Group:
     figures: dict[str, float]
 
 
-class GroupStage(ABC):
+class GroupStage(Stage):
     """One stage of GRPO. Adapters' dropout stays off, so that the replay is the rollout.
 
     The reference of the KL term is this stage's starting values on the same base: they are put in place for one pass
@@ -49,8 +50,8 @@ class GroupStage(ABC):
     def __init__(
         self, memory: Memory, config: TrainConfig, settings: PolicyStageConfig, processes: Processes | None = None
     ) -> None:
-        self.memory, self.config, self.settings = memory, config, settings
-        self.grpo, self.processes = config.grpo, processes or Processes()
+        super().__init__(memory, settings, processes)
+        self.config, self.grpo = config, config.grpo
         self.reward = parse(self.grpo.rewards)
         self.kl = grpo.AdaptiveKL(settings.beta, settings.target_kl)
         self.sampling = Sampling(self.grpo.temperature, self.grpo.top_p, self.grpo.max_new_tokens)
@@ -83,12 +84,6 @@ class GroupStage(ABC):
         group = self.sample(prompts, batch, key, progress)
         means = self.processes.total(torch.tensor(list(group.figures.values()))) / self.processes.count
         return {**dict(zip(group.figures, means.tolist(), strict=True)), **self.learn(prompts, group)}
-
-    def stepped(self) -> None:  # noqa: B027
-        """Nothing has to follow a step of the optimiser."""
-
-    def finish(self) -> None:  # noqa: B027
-        """Nothing is left to do after the last step."""
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must know beyond its parameters."""
@@ -138,8 +133,9 @@ class GroupStage(ABC):
         with torch.no_grad(), self.as_reference():
             return replay.logprobs(form=self.forms)
 
-    def replayed(self, replay: Replay) -> None:  # noqa: B027
-        """A replay with gradients is done; nothing is kept of it here."""
+    def replayed(self, replay: Replay) -> None:
+        """Called after a replay with gradients."""
+        return
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from ..memory import Memory
 from .batches import Batch
 from .formation import invocation_point
 from .processes import Processes
+from .stage import LikelihoodStage
 from .teacher import Forced, bring_up, likelihood
 
 REMEMBERED = 8192
@@ -30,12 +31,12 @@ TETHER = 1e-5
 """How strongly the last fit holds the output rows where training had brought them."""
 
 
-class InvocationStage:
+class InvocationStage(LikelihoodStage):
     """Stage II."""
 
     def __init__(self, memory: Memory, config: TrainConfig, processes: Processes | None = None) -> None:
-        self.memory, self.config, self.settings = memory, config, config.invocation
-        self.processes = processes or Processes()
+        super().__init__(memory, config.invocation, processes)
+        self.config = config
         device = memory.backbone.device
         self.tried = {"hidden": torch.empty(0, memory.backbone.width), "worth": torch.empty(0, 1 + len(KINDS))}
         self.tried = {name: own.to(device) for name, own in self.tried.items()}
@@ -70,16 +71,6 @@ class InvocationStage:
             return loss
 
         solver.step(closure)
-
-    def stepped(self) -> None:
-        """Nothing has to follow a step of the optimiser."""
-
-    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
-        """Gradients of the loss, and figures for the log."""
-        self.memory.train()
-        loss, figures = self.loss(batch, key)
-        loss.backward()
-        return figures
 
     def loss(self, batch: Batch, key: str) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the choice."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,7 +22,7 @@ from ..evaluation import evaluate
 from ..memory import Memory
 from ..reward import parse
 from . import state
-from .batches import Batch, Sampler, make_batch
+from .batches import Sampler, make_batch
 from .display import Display
 from .formation import Formation
 from .formation_grpo import FormationGrpo
@@ -30,43 +30,12 @@ from .invocation import InvocationStage
 from .invocation_grpo import InvocationGrpo
 from .metrics import Metrics
 from .processes import Processes
+from .stage import Stage
 from .trackers import Trackers
 
 METRICS, REPORT, SETTINGS = "metrics.jsonl", "report.json", "config.json"
 TRIES = 10
 """Steps in a row that may be skipped because their gradient is not finite."""
-
-
-class Stage(Protocol):
-    """What a stage gives to the loop; an objective is a class of this form."""
-
-    @property
-    def settings(self) -> StageConfig:
-        """Its steps, batch, rate and limits."""
-
-    def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
-        """What trains: name, tensor, learning rate relative to the stage's."""
-
-    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
-        """Add up the gradients of one step; figures for the log, ``loss`` among them.
-
-        Args:
-            batch: this process's part of the step's batch.
-            key: all chance comes from it, the samples' ids and torch's default generator.
-            progress: from 0 to 1.
-        """
-
-    def stepped(self) -> None:
-        """Called after every step of the optimiser."""
-
-    def finish(self) -> None:
-        """Called once after the last step."""
-
-    def state(self) -> dict[str, Tensor]:
-        """What a resumed run must know beyond the parameters."""
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
 
 
 def train(

@@ -1,0 +1,68 @@
+"""What a stage gives to the training loop; an objective is a class of this form."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from ..config import StageConfig
+from ..memory import Memory
+from .batches import Batch
+from .processes import Processes
+
+
+class Stage(ABC):
+    """One stage of training.
+
+    Args:
+        settings: its steps, batch, rate and limits.
+        processes: that train together.
+    """
+
+    def __init__(self, memory: Memory, settings: StageConfig, processes: Processes | None = None) -> None:
+        self.memory, self.settings, self.processes = memory, settings, processes or Processes()
+
+    @abstractmethod
+    def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
+        """What trains: name, tensor, learning rate relative to the stage's."""
+
+    @abstractmethod
+    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
+        """Add up the gradients of one step; figures for the log, ``loss`` among them.
+
+        Args:
+            batch: this process's part of the step's batch.
+            key: all chance comes from it, the samples' ids and torch's default generator.
+            progress: from 0 to 1.
+        """
+
+    def stepped(self) -> None:
+        """Called after every step of the optimiser."""
+        return
+
+    def finish(self) -> None:
+        """Called once after the last step."""
+        return
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run must know beyond the parameters."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+        return
+
+
+class LikelihoodStage(Stage):
+    """A stage that is a loss on given answers, with adapters' dropout on."""
+
+    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
+        self.memory.train()
+        loss, figures = self.loss(batch, key)
+        loss.backward()
+        return figures
+
+    @abstractmethod
+    def loss(self, batch: Batch, key: str) -> tuple[Tensor, dict[str, float]]:
+        """This process's part of the loss, and figures for the log."""
