@@ -14,9 +14,16 @@ CONDITIONS = ("base", "memory", "noise", "blind_base", "blind", "short", "long")
 GROUPS = {"heldout": "new", "seen": "seen"}
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}; give directories that `vismem train` finished") from error
+
+
 def rows(run: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """For each group of question types: its accuracies, and how often answers to them invoke memory."""
-    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    report = json.loads(_text(run / "report.json"))
     for key, group in GROUPS.items():
         if report[key]["base"]:
             asked = mean(sum(report["invocations"][name].values()) for name in report[key]["base"])
@@ -42,7 +49,7 @@ def curves(runs: list[Path], figures: list[str], path: Path, window: int) -> Non
 
     plot, axes = pyplot.subplots(1, len(figures), figsize=(4 * len(figures), 3), squeeze=False)
     for run in runs:
-        lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
+        lines: list[dict[str, Any]] = [json.loads(line) for line in _text(run / "metrics.jsonl").splitlines()]
         for place, figure in zip(axes[0], figures, strict=True):
             known = [(step, line[figure]) for step, line in enumerate(lines, 1) if figure in line]
             steps = [step for step, _ in known]

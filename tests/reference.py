@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vismem_core import Memory
+from vismem_core import cache as kv
 
 
 @dataclass
@@ -127,8 +128,8 @@ def long_latents(pristine: Any, memory: Memory, sequence: Sequence, asked: Tenso
     adapted = merged(pristine, memory, "long").model.language_model
     cache = DynamicCache()
     first = pristine.model.language_model if context == "cache" else adapted
-    first(inputs_embeds=before, position_ids=places, past_key_values=cache, use_cache=True)
-    hidden = adapted(inputs_embeds=extra, position_ids=positions, past_key_values=cache).last_hidden_state
+    first(inputs_embeds=before, position_ids=places, **kv.given(first, cache), use_cache=True)
+    hidden = adapted(inputs_embeds=extra, position_ids=positions, **kv.given(adapted, cache)).last_hidden_state
     tail = hidden[0, -len(former.initial) :]
     return tail / tail.pow(2).mean(-1, keepdim=True).add(torch.finfo(tail.dtype).eps).sqrt() * former.gain
 

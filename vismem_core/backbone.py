@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, DynamicCache
 
+from . import cache as kv
 from .vision import VisionStates
 
 
@@ -187,7 +188,7 @@ class Backbone(ABC):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=positions,
-            past_key_values=cache,
+            **kv.given(self.decoder, cache),
             use_cache=cache is not None,
         )
         return output.last_hidden_state  # type: ignore[no-any-return]

@@ -10,14 +10,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cache as remembered
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from .errors import AttachError
+
+NAME: str = ALL_CACHE_NAMES[0]
+"""What ``generate`` and the outputs of models call their cache: ``past_key_values`` before transformers 5.24."""
+
+
+def given(module: nn.Module, cache: DynamicCache | None) -> dict[str, DynamicCache | None]:
+    """The keyword argument by which a model takes its cache; code that came with a checkpoint keeps the older name."""
+    return {_name(type(module)): cache}
+
+
+@remembered
+def _name(module: type[nn.Module]) -> str:
+    older = "past_key_values"
+    return older if older in signature(module.forward).parameters else NAME
 
 
 def check(cache: object) -> DynamicCache:

@@ -65,12 +65,15 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
 def _staged(path: Path) -> Iterator[Path]:
     place = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        place.touch()
+        mode = place.stat().st_mode  # what the user's umask allows; safetensors writes files for their owner alone
         try:
             yield place
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OSError(errno.EIO, str(error), str(path)) from error
         with open(place, "rb") as written:
             os.fsync(written.fileno())
+        place.chmod(mode)
         os.replace(place, path)
     finally:
         place.unlink(missing_ok=True)

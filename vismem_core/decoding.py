@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
+from . import cache as kv
 from .config import KINDS, Kind
 from .errors import AttachError
 from .former import MemoryFormer, RidingFormer
@@ -103,7 +104,7 @@ class Decoder:
             self.session.advance()
         if self.streamer is not None:
             self.streamer.end()
-        return record.result(input_ids, model_kwargs.get("past_key_values"))
+        return record.result(input_ids, model_kwargs.get(kv.NAME))
 
     # What rollouts do otherwise
 
@@ -132,7 +133,7 @@ class Decoder:
         if positions is None:
             full = torch.ones_like(input_ids) if mask is None else mask
             positions = (full.cumsum(-1) - 1).clamp(min=0)
-        self.session.start(input_ids, mask, positions, output.past_key_values)
+        self.session.start(input_ids, mask, positions, getattr(output, kv.NAME))
         self.rows = [Row(seed=seed) for seed in _seeds(input_ids, mask, copies)]
 
     def _form(self, fed: list[int], position: int) -> Latents:
@@ -260,7 +261,7 @@ class Decoder:
             output = model(
                 inputs_embeds=torch.cat([last, *behind])[None],
                 position_ids=positions,
-                past_key_values=cache,
+                **kv.given(model, cache),
                 use_cache=True,
                 logits_to_keep=torch.arange(len(last), device=last.device),
                 return_dict=True,
@@ -269,7 +270,8 @@ class Decoder:
         for former, (rows, _), hidden in zip(formers, riders.values(), packing.deal(session.hidden[0])[2], strict=True):
             self.formed |= dict(zip(rows, former.read(hidden), strict=True))
         session.unpack()
-        output.logits, output.past_key_values = output.logits.transpose(0, 1), session.cache
+        output.logits = output.logits.transpose(0, 1)
+        setattr(output, kv.NAME, session.cache)
         return output
 
     def _feed_together(
@@ -291,7 +293,7 @@ class Decoder:
             inputs_embeds=torch.cat([latents, end], dim=1),
             attention_mask=model_kwargs["attention_mask"],
             position_ids=positions,
-            past_key_values=session.cache,
+            **kv.given(model, session.cache),
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
@@ -332,7 +334,7 @@ class _Record:
             logits=self.logits,  # type: ignore[arg-type]
             attentions=self.attentions,
             hidden_states=self.hidden,
-            past_key_values=cache,
+            **{kv.NAME: cache},
         )
 
 
@@ -349,7 +351,7 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
         raise AttachError("memory needs the prompt in one piece: call generate without prefill_chunk_size")
     if config.guidance_scale not in (None, 1):
         raise AttachError("memory does not work with generate(guidance_scale=...): use memory.off() for this call")
-    past = model_kwargs.get("past_key_values")
+    past = model_kwargs.get(kv.NAME)
     if past is not None and past.get_seq_length():
         raise AttachError("memory cannot see what past_key_values already holds: pass the whole prompt without them")
 

@@ -16,19 +16,33 @@ COLUMNS = 46  # characters in a line of text
 LINE = 0.085  # height of a line, as a share of the picture's
 
 
+def check(path: Path) -> None:
+    """Whether a picture can be written there, before there is an answer to lose.
+
+    Raises:
+        VismemError: matplotlib is not installed, there is no such folder, or the ending names no format.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise VismemError("pictures need matplotlib: pip install 'vismem[plots]'") from error
+    if not path.parent.is_dir():
+        raise VismemError(f"{path}: there is no folder {path.parent}")
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise VismemError(
+            f"{path}: a picture's name ends in one of {', '.join(f'.{ending}' for ending in sorted(known))}"
+        )
+
+
 def draw(answer: Answer, sample: Sample, path: Path) -> None:
     """Write a picture: the images on the left, the question and the marked answer on the right.
 
     Args:
         path: its ending says the format (``.png``, ``.svg``, ``.pdf``).
-
-    Raises:
-        VismemError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise VismemError("pictures need matplotlib: pip install 'vismem[plots]'") from error
+    from matplotlib.figure import Figure
+
     images = sample.load_images()
     figure = Figure(figsize=(8, 3), dpi=150)
     grid = figure.add_gridspec(max(1, len(images)), 2, width_ratios=(1, 2))

@@ -17,13 +17,16 @@ class Results:
     Complete rows that the file already holds are kept, and their ids are in ``kept``; a last line that was cut off
     while it was written is dropped.
 
+    Args:
+        made: how answers are made (memory, trigger, ...); it is written into every row as ``made``.
+
     Raises:
-        DataError: the file holds something else than rows with an ``id`` and a ``text``.
+        DataError: the file holds something else than rows with an ``id`` and a ``text``, or answers made otherwise.
         OSError: it cannot be written; ``filename`` says which file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, made: Mapping[str, Any]) -> None:
+        self.path, self.made = path, dict(made)
         self.kept: set[str] = set()
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
@@ -42,9 +45,14 @@ class Results:
         try:
             row = json.loads(line)
             row["text"]  # questions have an id too
-            return str(row["id"])
+            known, made = str(row["id"]), dict(row["made"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}:{number}: not an answer; choose another output file") from error
+        for name in sorted(self.made.keys() | made.keys()):
+            if (was := made.get(name)) != (now := self.made.get(name)):
+                told = f"answered with {name} {was!r}, not {now!r}"
+                raise DataError(f"{self.path}:{number}: {told}; choose another output file, or remove this one")
+        return known
 
     def _cut_off(self, number: int, line: bytes) -> None:
         """A last line may be dropped if it is the beginning of an answer, not somebody's whole row."""
@@ -58,7 +66,7 @@ class Results:
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row, which must have an ``id``."""
         try:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.write(json.dumps({**row, "made": self.made}, ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as error:  # a failed write does not say which file
             raise OSError(error.errno, error.strerror, str(self.path)) from error

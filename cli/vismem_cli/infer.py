@@ -17,7 +17,7 @@ from vismem_core.results import Results
 from . import options
 from .console import err, out, print_json, say
 from .report import list_skipped, tell_skipped
-from .sources import LoadOptions, open_memory
+from .sources import LoadOptions, memory_source, open_memory
 
 if TYPE_CHECKING:
     from vismem_core.inference import Answer
@@ -75,16 +75,20 @@ def infer(
         if as_json:
             print_json(report)
         return
+    if picture is not None:
+        from vismem_core.picture import check
+
+        check(picture)
     sample = _sample(load, image or [], prompt)
     answer = _answer(load, sample, ask)
-    if picture is not None:
-        from vismem_core.picture import draw
-
-        draw(answer, sample, picture)
     if as_json:
         print_json(answer.to_dict())
     else:
         _show(sample, answer)
+    if picture is not None:
+        from vismem_core.picture import draw
+
+        draw(answer, sample, picture)
 
 
 def _sample(load: LoadOptions, images: list[Path], prompt: str | None) -> Sample:
@@ -110,7 +114,7 @@ def _answer(load: LoadOptions, sample: Sample, ask: dict[str, Any]) -> Answer:
 
 def _answer_all(load: LoadOptions, samples: Dataset, output: Path, ask: dict[str, Any]) -> dict[str, Any]:
     """Answers what the output file does not hold yet; returns the summary."""
-    with Results(output) as results:
+    with Results(output, _made(load, ask)) as results:
         left = [sample for sample in samples if sample.id not in results.kept]
         if left:
             memory = open_memory(load)
@@ -122,6 +126,19 @@ def _answer_all(load: LoadOptions, samples: Dataset, output: Path, ask: dict[str
     kept = len(samples) - len(left)
     say(f"{len(left)} answers written to {output}, {kept} were there already")
     return {"output": str(output), "answered": len(left), "kept": kept, "skipped": list_skipped(samples)}
+
+
+def _made(load: LoadOptions, ask: dict[str, Any]) -> dict[str, Any]:
+    """What an answer depends on, for its row: answers made otherwise belong into another file."""
+    from vismem_core.checkpoint import description, locate
+
+    about = description(locate(memory_source(load)))
+    return {
+        "memory": about["weights"],
+        "model": load.model,
+        "trigger": ask["trigger"] or about["memory"]["trigger"],
+        "max_new_tokens": ask["max_new_tokens"],
+    }
 
 
 def _show(sample: Sample, answer: Answer) -> None:

@@ -32,15 +32,8 @@ class LoadOptions:
 
 def open_memory(options: LoadOptions) -> Memory:
     """The memory of ``--memory``, or the shipped one, attached to the model it was trained on or to ``--model``."""
-    backbone, model, source = options.backbone, options.model, options.memory
-    if source is None:
-        backbone, base = embedded(backbone)
-        if base.memory is None:
-            raise CheckpointError(
-                f"no trained memory ships with {backbone}; train one (vismem train), then --memory DIR"
-            )
-        source = str(base.memory)
-    elif model is None:
+    backbone, model, source = options.backbone, options.model, memory_source(options)
+    if options.memory is not None and model is None:
         recorded, model = base_of(source)
         backbone = backbone or recorded
 
@@ -57,6 +50,16 @@ def open_memory(options: LoadOptions) -> Memory:
             revision=options.revision,
         )
         return attach(base_model, processor, source, backbone=name, any_base=options.any_base)
+
+
+def memory_source(options: LoadOptions) -> str:
+    """What ``--memory`` says, or where the shipped memory is."""
+    if options.memory is not None:
+        return options.memory
+    backbone, base = embedded(options.backbone)
+    if base.memory is None:
+        raise CheckpointError(f"no trained memory ships with {backbone}; train one (vismem train), then --memory DIR")
+    return str(base.memory)
 
 
 def default_data(backbone: str | None, model: str | None) -> str:

@@ -1,5 +1,6 @@
 """The program from outside: exit codes, what goes to stdout and what to stderr, and what reaches the core."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from vismem_core import plugins
 from vismem_core.errors import TrainingError
 
 COMMANDS = ("train", "infer", "eval", "plugins", "backbones")
+EMPTY = hashlib.sha256(b"").hexdigest()[:16]
 PLUGIN = """
 from vismem_core.hookspecs import hookimpl
 
@@ -192,9 +194,12 @@ class Core:
 @pytest.fixture
 def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
     core = Core()
+    (tmp_path / "memory.safetensors").write_bytes(b"")
+    about = {"format": 1, "weights": EMPTY, "memory": {"trigger": "policy"}}
+    (tmp_path / "vismem.json").write_text(json.dumps(about))
     fakes = {
         "loading": {"load_base": core.load_base},
-        "inference": {"answers": core.answers},
+        "inference": {"answers": core.answers, "Answer": SimpleNamespace},
         "training": {},
         "training.run": {"train": core.train},
         "evaluation": {"evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path)},
@@ -281,7 +286,8 @@ def test_infer_without_arguments(vismem: Callable[..., Run], core: Core) -> None
 
 def test_infer_goes_on_with_a_file(vismem: Callable[..., Run], core: Core, questions: Path, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
-    output.write_text('{"id": "b", "text": "kept"}\n{"id": "c", "te')
+    made = {"memory": EMPTY, "model": None, "trigger": "random:0.5", "max_new_tokens": 256}
+    output.write_text(json.dumps({"id": "b", "text": "kept", "made": made}) + '\n{"id": "c", "te')
     args = ["infer", "--data", questions, "--output", output, "--on-bad-sample", "skip", "--trigger", "random:0.5"]
     done = vismem(*args, "--batch", 2, "--json")
     assert done.code == 0, done.err
@@ -292,3 +298,15 @@ def test_infer_goes_on_with_a_file(vismem: Callable[..., Run], core: Core, quest
     core.calls.clear()
     assert vismem(*args).code == 0
     assert core.calls == {}  # nothing left: not even the model is loaded
+    done = vismem(*args[:-1], "never")
+    assert (done.code, core.calls) == (1, {})
+    assert "answers.jsonl:1: answered with trigger 'random:0.5', not 'never'" in done.err
+
+
+@pytest.mark.parametrize("name", ["missing/answer.png", "answer.nonsense", "answer"])
+def test_a_picture_that_cannot_be_written_is_told_first(
+    vismem: Callable[..., Run], core: Core, tmp_path: Path, name: str
+) -> None:
+    done = vismem("infer", "--picture", tmp_path / name)
+    assert (done.code, done.out, core.calls) == (1, "", {})
+    assert done.err.startswith(f"error: {tmp_path / name}: ") and done.err.count("\n") == 1

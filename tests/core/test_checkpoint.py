@@ -49,6 +49,18 @@ def test_round_trip(make: Any, settings: MemoryConfig, tmp_path: Path) -> None:
     assert checkpoint.description(tmp_path / "new" / "folder")["trained"] == "on nothing"
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    memory, before = tied().attach(), os.umask(0o027)
+    try:
+        memory.save(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "memory.safetensors": 0o640,
+        "vismem.json": 0o640,
+    }
+
+
 def test_two_readable_files_and_what_was_trained(tmp_path: Path) -> None:
     base = tied()
     memory = base.attach()

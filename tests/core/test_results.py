@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,32 +6,53 @@ import pytest
 from vismem_core.errors import DataError
 from vismem_core.results import Results
 
+MADE = {"memory": "1f", "trigger": "policy"}
+ROW = json.dumps({"id": "a", "text": "", "made": MADE}).encode()
+
 
 @pytest.mark.parametrize(
     ("before", "kept"),
     [
         (b"", set()),
-        (b'{"id": "a", "text": ""}\n', {"a"}),
-        (b'{"id": "a", "text": ""}\n{"id": "b', {"a"}),
-        (b'{"id": "a", "text": ""}\n{"id": "b", "text": ""}', {"a"}),
-        (b'{"id": "a", "text": ""}\n{"id": "\xc3', {"a"}),
+        (ROW + b"\n", {"a"}),
+        (ROW + b'\n{"id": "b', {"a"}),
+        (ROW + b"\n" + ROW.replace(b'"a"', b'"b"'), {"a"}),
+        (ROW + b'\n{"id": "\xc3', {"a"}),
     ],
 )
 def test_complete_rows_are_kept_and_half_ones_dropped(tmp_path: Path, before: bytes, kept: set[str]) -> None:
     path = tmp_path / "new" / "answers.jsonl"
     path.parent.mkdir()
     path.write_bytes(before)
-    with Results(path) as results:
+    with Results(path, MADE) as results:
         assert results.kept == kept
-        results.add({"id": "é"})
-        whole = '{"id": "a", "text": ""}\n' if kept else ""
-        assert path.read_text(encoding="utf-8") == whole + '{"id": "é"}\n'  # on disk at once
+        results.add({"id": "é", "text": ""})
+        first, *added = [b"", *path.read_bytes().splitlines()] if not kept else path.read_bytes().splitlines()
+        assert first == (ROW if kept else b"")
+        assert [json.loads(line) for line in added] == [{"id": "é", "text": "", "made": MADE}]  # on disk at once
+    with Results(path, MADE) as results:
+        assert results.kept == {*kept, "é"}
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (MADE | {"trigger": "never"}, r"1: answered with trigger 'policy', not 'never'; choose another output file"),
+        ({"trigger": "policy"}, r"1: answered with memory '1f', not None"),
+    ],
+)
+def test_answers_made_otherwise_are_not_mixed(tmp_path: Path, made: dict[str, str], message: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(ROW + b"\n")
+    with pytest.raises(DataError, match=rf"answers\.jsonl:{message}"):
+        Results(path, made)
+    assert path.read_bytes() == ROW + b"\n"
 
 
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ('{"id": 1, "text": ""}\nnotes\nmore', 2),
+        (f"{ROW.decode()}\nnotes\nmore", 2),
         ('{"id": "q", "prompt": "what ?", "answer": "boot"}\n', 1),
         ('{"id": "q", "prompt": "what ?", "answer": "boot"}', 1),
         ("notes", 1),
@@ -41,14 +63,14 @@ def test_another_file_is_not_touched(tmp_path: Path, content: str, line: int) ->
     path = tmp_path / "notes.txt"
     path.write_text(content)
     with pytest.raises(DataError, match=rf"notes\.txt:{line}: not an answer"):
-        Results(path)
+        Results(path, MADE)
     assert path.read_text() == content
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    with pytest.raises(OSError, match="No space left") as error, Results(path) as results:
+    with pytest.raises(OSError, match="No space left") as error, Results(path, MADE) as results:
         results._file = Path("/dev/full").open("w")  # noqa: SIM115
         results.add({"id": "a"})
     assert error.value.filename == str(path)

@@ -40,3 +40,11 @@ def test_a_table_and_a_plot(tmp_path: Path) -> None:
     assert lines[0] == ["a", "new", "0.150", "0.160", "0.170", "0.180", "0.190", "0.200", "0.210", "0.500"]
     assert lines[3] == ["b", "seen", "0.400", "0.410", "0.420", "0.430", "0.440", "0.450", "0.460", "0.000"]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_directory_without_a_report_is_one_line(tmp_path: Path) -> None:
+    program = typer.Typer()
+    program.command()(runpy.run_path(str(SCRIPT))["main"])
+    done = CliRunner().invoke(program, [str(tmp_path)], env={"COLUMNS": "300"})
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "report.json: No such file or directory; give directories that `vismem train` finished" in done.stderr

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from .. import cache as kv
 from ..memory import find_backbone
 from .contract import Contract, holds
 from .liveliness import close, moved, picture
@@ -141,7 +142,7 @@ class Anatomy(Contract):
         torch.manual_seed(0)
         extra = backbone.embedding_scale() * torch.randn(len(questions), 7, backbone.width)
         positions, cache = backbone.positions(inputs), DynamicCache()
-        base.model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+        base.model(**inputs, position_ids=positions, **kv.given(base.model, cache), use_cache=True)
         prompt, mask = cache.get_seq_length(), inputs["attention_mask"]
         pieces = []
         for begin, end in ((0, 4), (4, 7)):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .. import cache as kv
 from ..config import KINDS, Kind
 from ..decoding import NEVER, Decoder, Latents
 from ..memory import Memory
@@ -98,7 +99,7 @@ class _Rollout(Decoder):
     def _begin(self, model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
         self.rows = [Row(seed=seed) for seed in self.seeds]
         logits = self.session.backbone.head(self.session.hidden[:, -1:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self.session.cache)
+        return CausalLMOutputWithPast(logits=logits, **{kv.NAME: self.session.cache})
 
     def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
         extended, self._forced = super()._choices(logits, room, running)
@@ -166,7 +167,7 @@ class _Rollout(Decoder):
         for name, value in model_kwargs.items():
             if isinstance(value, Tensor) and len(value) == len(fed):
                 model_kwargs[name] = value[alive]
-        model_kwargs["past_key_values"] = self.session.cache
+        model_kwargs[kv.NAME] = self.session.cache
         kept: Latents = {}
         for kind, (rows, vectors) in latents.items():
             if own := [at for at, row in enumerate(rows) if row in place]:
@@ -180,7 +181,7 @@ def read_prompts(memory: Memory, inputs: Any) -> Prompts:
     with torch.no_grad(), session.listen():
         positions = backbone.positions(inputs)
         output = backbone.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True)
-        session.start(inputs["input_ids"], inputs["attention_mask"], positions, output.past_key_values)
+        session.start(inputs["input_ids"], inputs["attention_mask"], positions, getattr(output, kv.NAME))
     return Prompts(session, inputs["input_ids"], inputs["attention_mask"], positions)
 
 

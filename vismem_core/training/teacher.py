@@ -55,7 +55,7 @@ def bring_up(memory: Memory, batch: Batch, kinds: Sequence[Kind | None], points:
             inputs["input_ids"],
             inputs["attention_mask"],
             positions,
-            output.past_key_values,
+            getattr(output, kv.NAME),
             written=[len(own) for own in written],
         )
     return Forced(session, list(kinds), rests)
