@@ -9,7 +9,7 @@ when a row has none left to grow into: neighbours that invoke later use up the p
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache as remembered
 from inspect import signature
 from typing import Any
@@ -28,13 +28,13 @@ NAME: str = ALL_CACHE_NAMES[0]
 
 def given(module: nn.Module, cache: DynamicCache | None) -> dict[str, DynamicCache | None]:
     """The keyword argument by which a model takes its cache; code that came with a checkpoint keeps the older name."""
-    return {_name(type(module)): cache}
+    return {_name(type(module).forward): cache}
 
 
 @remembered
-def _name(module: type[nn.Module]) -> str:
+def _name(forward: Callable[..., Any]) -> str:
     older = "past_key_values"
-    return older if older in signature(module.forward).parameters else NAME
+    return older if older in signature(forward).parameters else NAME
 
 
 def check(cache: object) -> DynamicCache:

@@ -116,17 +116,17 @@ class GrpoConfig(Section):
     """Stage I: the same chance at any other token, once the curriculum gets there."""
     between_from: Share = 0.5
     """Stage I: share of the steps after which memory is invoked between delimiters too."""
+    settled: Share = 0.25
+    """Stage I: what a group weighs whose prompt the base answers right without memory. 1 is the paper's form, in which
+    memory mostly learns not to disturb such answers."""
     alpha: Amount = 0.3
     """Stage II: weight of p_type + p_neg (Eq. 8)."""
     cost: Amount = 0.1
     """Stage II: what each invocation takes from the reward, lest memory be asked where it changes nothing. The paper
     has no such term: 0."""
     explore: Share = 0.75
-    """Stage II: share of each group whose first choice is dealt evenly between none, short and long. 0 is the
-    paper's form, in which an invocation that the policy never samples is never learnt."""
-    whiten: bool = True
-    """Stage II: train the invocation tokens' output rows in coordinates in which hidden states have unit covariance.
-    Raw rows (the paper) mostly learn the states' common mean, which asks for the same memory everywhere."""
+    """Stage II: share of each group whose choice is dealt evenly between none, short and long. 0 is the paper's form,
+    in which an invocation that the policy never samples is never learnt."""
     slots: Positive = 16384
     """Positions, padding included, in one replay pass: a larger batch is replayed in parts."""
     checkpointing: bool = False
@@ -151,7 +151,7 @@ class TrainConfig(Section):
     cost: float = 0.1
     """What an invocation must add to an answer's score (0 to 1) to be worth it, in Stage II's objective ``sft``."""
     temperature: float = 0.1
-    """Difference in score that makes one choice e times as likely as another, in Stage II's objective ``sft``."""
+    """Difference in worth that makes one choice e times as likely as another, in Stage II."""
     save_every: Positive = 100
     """Steps between two states that ``--resume`` can go on from."""
     eval_samples: Positive = 100

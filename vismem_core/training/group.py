@@ -22,6 +22,14 @@ from .replay import Replay, micro_batches
 from .rollout import Prompts, Sampling, Trajectory, read_prompts, rollouts
 from .stage import Stage
 
+MEMBERS = 16
+"""Bits of a trajectory's seed that say which one of its group it is."""
+
+
+def together(seed: int) -> int:
+    """What the seeds of a group have in common."""
+    return seed >> MEMBERS
+
 
 @dataclass
 class Group:
@@ -30,11 +38,13 @@ class Group:
     Attributes:
         rewards: what the advantages are made of, (P, G).
         figures: means over all trajectories, for the log.
+        weights: what each group weighs in the loss, (P,); by default 1.
     """
 
     trajectories: list[Trajectory]
     rewards: Tensor
     figures: dict[str, float]
+    weights: Tensor | None = None
 
 
 class GroupStage(Stage):
@@ -105,7 +115,10 @@ class GroupStage(Stage):
         gain = grpo.advantages(group.rewards, scaled=settings.scaled).flatten()
         counted = _padded([self.counted(own) for own in told], False)
         weight = self._weights(counted)
-        active = counted.any(1).nonzero().flatten().tolist()
+        if group.weights is not None:
+            weight = weight * group.weights.repeat_interleave(settings.group)[:, None]
+        pulls = counted.any(1) & ((gain != 0) | (self.kl.beta > 0))  # what gives no gradient is not replayed
+        active = pulls.nonzero().flatten().tolist()
         sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
         for rows in micro_batches(told, active, settings.slots):
             replay = Replay(
@@ -113,7 +126,6 @@ class GroupStage(Stage):
             )
             reference = self._reference_logprobs(replay)
             logprobs = replay.logprobs(form=self.forms)
-            self.replayed(replay)
             own = torch.tensor(rows)
             width = logprobs.shape[1]
             counts, weights = (whole[own, :width].to(logprobs.device) for whole in (counted, weight))
@@ -132,10 +144,6 @@ class GroupStage(Stage):
             return None
         with torch.no_grad(), self.as_reference():
             return replay.logprobs(form=self.forms)
-
-    def replayed(self, replay: Replay) -> None:
-        """Called after a replay with gradients."""
-        return
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -183,9 +191,9 @@ class GroupStage(Stage):
     # Scoring
 
     def seeds(self, batch: Batch, key: str) -> list[int]:
-        """One for each trajectory, from the step and the sample alone."""
+        """One for each trajectory, from the step and the sample alone; :func:`together` tells groups apart."""
         return [
-            Random(f"{key}/{sample.id}/{number}").getrandbits(48)
+            Random(f"{key}/{sample.id}").getrandbits(48 - MEMBERS) << MEMBERS | number
             for sample in batch.samples
             for number in range(self.grpo.group)
         ]

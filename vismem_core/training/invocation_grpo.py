@@ -4,10 +4,12 @@ The reward of a trajectory is S(tau) - S(tau_base) - alpha (p_type + p_neg), les
 of p_type meets the same chances with the other kind at every invocation. Only the four tokens' rows train, the end
 tokens' at a lower rate. What counts are text and invocation tokens, whatever the policy had a choice of.
 
-Two things differ from the paper, each with its own form as a setting. Where the base is sure of its next token an
-invocation is never sampled, so never learnt: part of each group is dealt its first choice evenly (``explore``). Hidden
-states have a large common part, along which raw rows learn to ask for the same memory everywhere: rows train in
-coordinates in which the states have unit covariance (``whiten``).
+One thing differs from the paper, whose own form is ``explore: 0``. Where the base is sure of its next token an
+invocation is never sampled, so never learnt. So part of each group is dealt its choice at one place, evenly between
+none, short and long. A dealt choice is not the policy's: a ratio to what the policy would have done is next to zero,
+and without one the good choices of few prompts would drown in pushes against what is never chosen anyway. Instead the
+mean rewards of the three choices say what the policy in that state should be, and the output rows learn it by
+cross-entropy (:mod:`vismem_core.training.choices`). What follows a dealt choice is the policy's own.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from ..config import KINDS, TrainConfig
 from ..memory import Memory
 from . import grpo
 from .batches import Batch
+from .choices import CHOICES, Choices
 from .group import Group, GroupStage
 from .processes import Processes
-from .replay import Replay
 from .rollout import Deal, Prompts, Trajectory, rollouts
 
-SHRINKAGE = 0.01
-"""Share of the mean variance that is added to every direction's, so that few states make no wild coordinates."""
+DEALS: tuple[Deal, ...] = ("none", *KINDS)
+LATER = 0.25
+"""Chance that a group decides at a later place where a thought ended than the first, the second, ..."""
 
 
 class InvocationGrpo(GroupStage):
@@ -37,23 +40,22 @@ class InvocationGrpo(GroupStage):
 
     def __init__(self, memory: Memory, config: TrainConfig, processes: Processes | None = None) -> None:
         super().__init__(memory, config, config.grpo.invocation, processes)
-        head = memory.tokens.head
-        self.whitened = nn.Parameter(head.detach().clone())
-        width = head.shape[1]
-        self.moments, self.seen = head.new_zeros(width, width, dtype=torch.float64), 0.0
-        self.back = torch.eye(width, device=head.device)  # whitened rows to rows
-        self._asked: list[Tensor] = []
-        self._steps = 0
+        self.choices = Choices(memory, self.processes, config.temperature)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: own for name, own in self.memory.trained().items() if name.startswith("tokens.")}
 
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
-        own = self.trained()
-        head = self.whitened if self.grpo.whiten else own["tokens.head"]
-        rows = {"tokens.invoke": (own["tokens.invoke"], 1.0), "tokens.head": (head, 1.0)}
-        rows["tokens.close"] = (own["tokens.close"], self.config.end_rate)
-        return [(name, *row) for name, row in rows.items()]
+        rates = {"tokens.close": self.config.end_rate}
+        return [(name, own, rates.get(name, 1.0)) for name, own in self.trained().items()]
+
+    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
+        figures = super().accumulate(batch, key, progress)
+        if self.grpo.explore:
+            loss = self.choices.loss()
+            loss.backward()
+            figures["choices"] = loss.item() * self.processes.count
+        return figures
 
     def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
         copies, seeds, deals = self.copies(batch), self.seeds(batch, key), self.deals(batch, key)
@@ -80,68 +82,47 @@ class InvocationGrpo(GroupStage):
         spent = self.grpo.cost * torch.tensor([float(len(own.latents)) for own in told]).view_as(scores)
         figures = {"reward": scores, "gain": gains, "p_type": p_type, "p_neg": p_neg}
         rewards = gains - self.grpo.alpha * (p_type + p_neg) - spent
+        if self.grpo.explore:
+            self.choices.add(*self._tried(prompts, told, deals, rewards))
         return Group(told, rewards, {name: own.mean().item() for name, own in figures.items()})
 
     def counted(self, trajectory: Trajectory) -> list[bool]:
-        return trajectory.chosen
+        return [free and at != trajectory.dealt for at, free in enumerate(trajectory.chosen)]
 
     def deals(self, batch: Batch, key: str) -> list[tuple[int, Deal] | None]:
-        """Where and what each trajectory is dealt."""
-        return [deal for sample in batch.samples for deal in self._deals(Random(f"{key}/{sample.id}"))]
-
-    def _deals(self, rng: Random) -> list[tuple[int, Deal] | None]:
+        """Where and what each trajectory is dealt; a group decides at the same place."""
         group = self.grpo.group
-        choices: tuple[Deal, ...] = ("none", *KINDS)
         share = round(self.grpo.explore * group)
-        deals: list[tuple[int, Deal] | None] = []
-        for number in range(group):
-            wait = 0  # mostly the first place, now and then a later one
-            while rng.random() < 0.25:
+        dealt: list[tuple[int, Deal] | None] = []
+        for sample in batch.samples:
+            rng, wait = Random(f"{key}/{sample.id}"), 0
+            while rng.random() < LATER:
                 wait += 1
-            deals.append((wait, choices[number % 3]) if number < share else None)
-        return deals
+            dealt += [(wait, DEALS[number % CHOICES]) if number < share else None for number in range(group)]
+        return dealt
 
-    # Whitened rows
+    def _tried(
+        self, prompts: Prompts, told: list[Trajectory], deals: list[tuple[int, Deal] | None], rewards: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """For each group a state (P, d) in which all choices were tried, and their mean rewards (P, 3)."""
+        count, group = rewards.shape
+        states = prompts.session.hidden[:, -1].clone()
+        sums, trials = torch.zeros(2, count, CHOICES).unbind(0)
+        for row, (own, deal) in enumerate(zip(told, deals, strict=True)):
+            if deal is None or own.state is None:
+                continue
+            place = row // group, DEALS.index(deal[1])
+            states[row // group] = own.state
+            sums[place] += rewards.flatten()[row]
+            trials[place] += 1
+        return states, (sums / trials).to(states.device)
 
-    def replayed(self, replay: Replay) -> None:
-        self._asked.append(replay.asked)
-
-    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
-        figures = super().accumulate(batch, key, progress)
-        if self.grpo.whiten:
-            self._whiten()
-            head = self.memory.tokens.head
-            self.whitened.grad = None if head.grad is None else head.grad @ self.back
-            head.grad = None
-        return figures
-
-    def stepped(self) -> None:
-        if self.grpo.whiten:
-            self.memory.tokens.head.data = self.whitened.detach() @ self.back
-
-    def _whiten(self) -> None:
-        """Add the states that were just asked; renew the coordinates whenever twice as many steps have been seen."""
-        states = torch.cat(self._asked) if self._asked else self.memory.tokens.head.new_zeros(0, len(self.back))
-        self._asked = []
-        self.moments += self.processes.total(states.double().T @ states.double())
-        self.seen += self.processes.total(torch.tensor(float(len(states)))).item()
-        self._steps += 1
-        if self._steps & (self._steps - 1) == 0 and self.seen:
-            covariance = self.moments / self.seen
-            size, axes = torch.linalg.eigh(covariance)
-            scale = (size.clamp(min=0) + SHRINKAGE * size.mean()).rsqrt()
-            self.back = (axes * scale @ axes.T).to(self.back)
-            toward = (axes / scale @ axes.T).to(self.back)
-            self.whitened.data = self.memory.tokens.head.detach() @ toward
+    def finish(self) -> None:
+        self.choices.fit()
 
     def state(self) -> dict[str, Tensor]:
-        about = torch.tensor([self.seen, float(self._steps)])
-        own = {"moments": self.moments, "back": self.back, "whitened": self.whitened, "seen": about}
-        return super().state() | own
+        return super().state() | self.choices.state()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         super().restore(tensors)
-        self.moments, self.back = tensors["moments"].to(self.moments), tensors["back"].to(self.back)
-        self.whitened.data = tensors["whitened"].to(self.whitened.data)
-        self.seen, steps = tensors["seen"].tolist()
-        self._steps = int(steps)
+        self.choices.restore(tensors)

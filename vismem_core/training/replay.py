@@ -36,9 +36,6 @@ class Replay:
     Args:
         temperature: at which they were sampled.
         checkpointing: compute the decoder's layers again in the backward pass instead of keeping their insides.
-
-    Attributes:
-        asked: after a pass, the states (n, d) in which an invocation was on offer.
     """
 
     def __init__(
@@ -53,7 +50,6 @@ class Replay:
         self.temperature, self.checkpointing = temperature or 1.0, checkpointing
         self.trajectories = trajectories
         self.prompts = prompts.session.branch([own.prompt for own in trajectories])
-        self.asked = self.prompts.hidden.new_zeros(0, self.backbone.width)
         self.slots = [_slots(own) for own in self.trajectories]
         self.length = max(slots[-1] for slots in self.slots)
         device = self.prompts.mask.device
@@ -192,7 +188,6 @@ class Replay:
         logits = self.backbone.head(states).float()
         asks = tokens.logits(states).to(logits.device)
         offered = torch.tensor([self.trajectories[row].offered[index] for row, index in chosen], device=logits.device)
-        self.asked = states[offered.any(1).to(states.device)].detach()
         asks = asks.masked_fill(~offered, NEVER)
         logits = F.pad(torch.cat([_to(logits, tokens.first), asks], dim=1), (0, len(KINDS)), value=NEVER)
         ids = torch.tensor([self.trajectories[row].ids[index] for row, index in chosen], device=logits.device)

@@ -38,6 +38,8 @@ class Trajectory:
         offered: which invocation tokens it could have chosen, in the order of ``KINDS``.
         entropy: of the policy, in nats.
         latents: (N, d) that followed the invocation token at that index.
+        dealt: index of the id that was dealt, and not the policy's own choice.
+        state: (d,), the last hidden state in which it was dealt.
     """
 
     prompt: int
@@ -47,6 +49,8 @@ class Trajectory:
     offered: list[list[bool]] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     latents: dict[int, Tensor] = field(default_factory=dict)
+    dealt: int | None = None
+    state: Tensor | None = None
 
     @property
     def invocations(self) -> list[int]:
@@ -99,7 +103,9 @@ class _Rollout(Decoder):
     def _begin(self, model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
         self.rows = [Row(seed=seed) for seed in self.seeds]
         logits = self.session.backbone.head(self.session.hidden[:, -1:])
-        return CausalLMOutputWithPast(logits=logits, **{kv.NAME: self.session.cache})
+        output = CausalLMOutputWithPast(logits=logits)
+        output[kv.NAME] = self.session.cache
+        return output
 
     def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
         extended, self._forced = super()._choices(logits, room, running)
@@ -118,6 +124,8 @@ class _Rollout(Decoder):
         chances = self._chances[self.order, self.rows[0].step].to(scores.device)
         tokens = draw(allowed, chances, self.sampling.top_p) if temperature else allowed.argmax(-1)
         for row, deal in dealt.items():
+            trajectory = self.trajectories[self.order[row]]
+            trajectory.dealt, trajectory.state = len(trajectory.ids), self.session.hidden[row, -1]
             if deal != "none":
                 tokens[row] = self.tokens.invocation(deal)
         self._keep(tokens, logprobs, offered)
@@ -201,7 +209,7 @@ def rollouts(
         copies: the number of its prompt, for each trajectory.
         seeds: one per trajectory; the same seed draws the same chances.
         deals: per trajectory (wait, choice): after ``wait`` places where a thought ended and the policy could have
-            invoked, it is made to choose a kind or ``none``; that counts as the policy's own choice.
+            invoked, it is made to choose a kind or ``none``.
         swapped: every invocation that the policy chooses is one of the other kind (tau_rev of Eq. 8).
     """
     decoder = _Rollout(memory, prompts.session.branch(copies), sampling, seeds, deals, swapped)
