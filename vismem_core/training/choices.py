@@ -18,6 +18,8 @@ REMEMBERED = 8192
 """States whose worth is kept, the latest ones."""
 TETHER = 1e-5
 """How strongly the last fit holds the output rows where training had brought them."""
+RIDGE = 0.01
+"""Share of the mean variance that is added to every direction's, so that few states make no wild worth."""
 CHOICES = 3
 """Going on, asking for short, asking for long."""
 
@@ -27,35 +29,46 @@ class Choices:
 
     Args:
         temperature: difference in worth that makes one choice e times as likely as another.
+        trials: whether worth comes from a few trials. A policy that took the best of noisy means would mostly follow
+            noise, so worth is regressed on the states first.
 
     Attributes:
         hidden: (n, d), the states that choose.
-        better: (n, 3), the better policy in each; a row of zeros says nothing.
+        worth: (n, 3), of each choice; rows that are not finite say nothing.
     """
 
-    def __init__(self, memory: Memory, processes: Processes, temperature: float) -> None:
-        self.memory, self.processes, self.temperature = memory, processes, temperature
+    def __init__(self, memory: Memory, processes: Processes, temperature: float, *, trials: bool) -> None:
+        self.memory, self.processes, self.temperature, self.trials = memory, processes, temperature, trials
         device = memory.backbone.device
         self.hidden = torch.empty(0, memory.backbone.width, device=device)
-        self.better = torch.empty(0, CHOICES, device=device)
+        self.worth = torch.empty(0, CHOICES, device=device)
 
     def add(self, hidden: Tensor, worth: Tensor) -> None:
         """Remember what this process tried; all processes add equally many states.
 
         Args:
             hidden: (B, d)
-            worth: (B, 3), of each choice; rows that are not finite were not tried to the end and say nothing.
+            worth: (B, 3)
         """
-        better = torch.where(worth.isfinite().all(1, keepdim=True), (worth / self.temperature).softmax(-1), 0.0)
-        own = (("hidden", hidden.detach().float()), ("better", better.float()))
-        for name, value in own:
+        for name, value in (("hidden", hidden), ("worth", worth)):
             before: Tensor = getattr(self, name)
-            setattr(self, name, torch.cat([before, self.processes.joined(value.to(before.device))])[-REMEMBERED:])
+            own = value.detach().to(before)
+            setattr(self, name, torch.cat([before, self.processes.joined(own)])[-REMEMBERED:])
+
+    def better(self) -> tuple[Tensor, Tensor]:
+        """The states that say something, (m, d), and the better policy in each, (m, 3)."""
+        known = self.worth.isfinite().all(1)
+        hidden, worth = self.hidden[known], self.worth[known]
+        if self.trials and len(worth):
+            worth = _regressed(hidden, worth)
+        return hidden, (worth / self.temperature).softmax(-1)
 
     def loss(self) -> Tensor:
         """This process's part of the mean cross-entropy of the better policies."""
-        weight = self.better.sum().clamp(min=1) * self.processes.count
-        return -(self.better * self.logprobs(self.hidden)).sum() / weight
+        return self._loss(*self.better()) / self.processes.count
+
+    def _loss(self, hidden: Tensor, better: Tensor) -> Tensor:
+        return -(better * self.logprobs(hidden)).sum() / max(len(better), 1)
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (n, 3) of the choices in states (n, d)."""
@@ -71,15 +84,14 @@ class Choices:
         Steps of an optimiser turn the rows slowly: hidden states have a large common part. The states are few and the
         problem convex, so its end can be had exactly.
         """
-        if not self.better.any():
-            return
+        hidden, better = self.better()
         head = self.memory.tokens.head
         began = head.detach().clone()
         solver = torch.optim.LBFGS([head], max_iter=300, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             solver.zero_grad()
-            loss = self.loss() * self.processes.count + TETHER * (head - began).pow(2).sum()
+            loss = self._loss(hidden, better) + TETHER * (head - began).pow(2).sum()
             loss.backward()
             return loss
 
@@ -87,8 +99,19 @@ class Choices:
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must know."""
-        return {"hidden": self.hidden, "better": self.better}
+        return {"hidden": self.hidden, "worth": self.worth}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`state` gave."""
-        self.hidden, self.better = (tensors[name].to(self.hidden.device) for name in ("hidden", "better"))
+        self.hidden, self.worth = (tensors[name].to(self.hidden.device) for name in ("hidden", "worth"))
+
+
+def _regressed(hidden: Tensor, worth: Tensor) -> Tensor:
+    """The values (n, 3) of a ridge regression of worth on the states (n, d)."""
+    states, values = hidden.double(), worth.double()
+    centred = states - states.mean(0)
+    covariance = centred.T @ centred
+    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + torch.finfo(covariance.dtype).eps)
+    mean = values.mean(0)
+    fitted: Tensor = centred @ torch.linalg.solve(covariance, centred.T @ (values - mean)) + mean
+    return fitted.to(worth)

@@ -32,7 +32,7 @@ class InvocationStage(LikelihoodStage):
     def __init__(self, memory: Memory, config: TrainConfig, processes: Processes | None = None) -> None:
         super().__init__(memory, config.invocation, processes)
         self.config = config
-        self.choices = Choices(memory, self.processes, config.temperature)
+        self.choices = Choices(memory, self.processes, config.temperature, trials=False)
 
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         """What trains: name, tensor, learning rate relative to the stage's."""

@@ -40,7 +40,7 @@ class InvocationGrpo(GroupStage):
 
     def __init__(self, memory: Memory, config: TrainConfig, processes: Processes | None = None) -> None:
         super().__init__(memory, config, config.grpo.invocation, processes)
-        self.choices = Choices(memory, self.processes, config.temperature)
+        self.choices = Choices(memory, self.processes, config.temperature, trials=True)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: own for name, own in self.memory.trained().items() if name.startswith("tokens.")}
