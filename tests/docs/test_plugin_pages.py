@@ -80,8 +80,3 @@ def test_the_index_lists_every_hook_and_no_other() -> None:
     assert sorted(re.findall(r"\[register_(\w+)\]\((\w+)\.md\)", index)) == sorted((kind, kind) for kind in KINDS)
     assert {path.stem for path in PAGES.glob("*.md")} == {*KINDS, "index"}
 
-
-def test_the_pages_keep_the_house_style() -> None:
-    for path in PAGES.glob("*.md"):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            assert len(line) <= 122, f"{path.name}:{number}"
