@@ -10,8 +10,8 @@ A plugin is a module, named by an entry point of the group ``vismem``, that impl
     def register_formers(register: Register) -> None:
         register("mine", "my_package.former:MyFormer", description="What it does, in one line")
 
-``docs/plugins`` has a page with an example for each. Only strings are registered: what ``package.module:attribute`` names is imported when it is first asked for, so keep
-the plugin module itself free of heavy imports.
+``docs/plugins`` has a page with an example for each. Only strings are registered: what ``package.module:attribute``
+names is imported when it is first asked for, so keep the plugin module itself free of heavy imports.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Finding what others add: entry points of the group ``vismem``, read by pluggy, one plugin at a time.
 
 Every plugin has a plugin manager of its own, so none can disturb another. A plugin stands or falls as a whole: if it
-cannot be imported, was written for another version of the interface, implements an unknown hook, has a wrong signature,
-raises, or takes a name that is taken, none of its registrations count, and ``status`` says why. vismem's own plugins come by the same road, and first, so that their
-names cannot be taken; the others follow in the order of their distributions' names.
+cannot be imported, was written for another version of the interface, implements an unknown hook, has a wrong
+signature, raises, or takes a name that is taken, none of its registrations count, and ``status`` says why. vismem's
+own plugins come by the same road, and first, so that their names cannot be taken; the others follow in the order of
+their distributions' names.
 
 The environment variable ``VISMEM_PLUGINS`` restricts what is loaded to a comma-separated list of entry points; an
 empty one loads nothing.

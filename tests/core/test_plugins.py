@@ -25,7 +25,10 @@ BROKEN = {
     "signature": (GOOD.replace("(register)", "(registre)"), "registre"),
     "no_hook": ("", "implements no hook"),
     "bad_target": (GOOD.replace("{target}", "no colon"), "'no colon' is not of the form package.module:attribute"),
-    "too_new": ("VISMEM_API = 99\n" + GOOD, "for version 99 of vismem's plugin interface, and this is 1; install a newer"),
+    "too_new": (
+        "VISMEM_API = 99\n" + GOOD,
+        "for version 99 of vismem's plugin interface, and this is 1; install a newer",
+    ),
     "too_old": ("VISMEM_API = 0\n" + GOOD, "install a newer release of the plugin"),
     "no_version": ("VISMEM_API = '1'\n" + GOOD, "for version '1' of vismem's"),
     "taken": (GOOD.replace("{name}", "first"), "the former 'first' is already registered by"),

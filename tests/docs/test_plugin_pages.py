@@ -79,4 +79,3 @@ def test_the_index_lists_every_hook_and_no_other() -> None:
     index = (PAGES / "index.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"\[register_(\w+)\]\((\w+)\.md\)", index)) == sorted((kind, kind) for kind in KINDS)
     assert {path.stem for path in PAGES.glob("*.md")} == {*KINDS, "index"}
-
