@@ -90,14 +90,14 @@ class Generic(Backbone):
             self._refuse(why)
         if self.model.config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False):
             self._refuse("it is an encoder-decoder")
-        if type(self.model).generate is not GenerationMixin.generate:
-            self._refuse("its class has a generate() of its own, which need not do what transformers' does")
         if "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
             self._refuse("its forward() takes no inputs_embeds")
         if self.head is None or not hasattr(self.head, "weight"):
             self._refuse("get_output_embeddings() gives no head")
         if not self.placeholders:
             self._refuse("its config names no token that stands for an image")
+        if getattr(type(self.model), "generate", None) is not GenerationMixin.generate:
+            self._refuse("its class has a generate() of its own, which need not do what transformers' does")
         try:
             kv.check(DynamicCache(config=text))
         except AttachError as error:

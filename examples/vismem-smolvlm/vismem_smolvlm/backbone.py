@@ -95,7 +95,7 @@ class SmolVLM(Backbone):
             yield
 
     def _heads(self, fused: Tensor) -> Tensor:
-        return fused.unflatten(-1, (self.tower.config.num_attention_heads, -1))
+        return fused.unflatten(-1, (self.tower.config.num_attention_heads, -1))  # type: ignore[no-any-return]
 
     def encode(self, inputs: dict[str, Tensor]) -> None:
         self.tower(**inputs)
@@ -104,8 +104,9 @@ class SmolVLM(Backbone):
         where = states.gather(rows)
         for index, block in enumerate(self.tower.encoder.layers):
             normed, own = block.layer_norm1(extra), block.self_attn
-            queries, keys, values = (self._heads(part(normed)) for part in (own.q_proj, own.k_proj, own.v_proj))
-            mixed = attend(*(part.transpose(1, 2) for part in (queries, keys, values)), states, index, where)
+            fused = (part(normed) for part in (own.q_proj, own.k_proj, own.v_proj))
+            queries, keys, values = (self._heads(part).transpose(1, 2) for part in fused)
+            mixed = attend(queries, keys, values, states, index, where)
             extra = extra + own.out_proj(mixed)
             extra = extra + block.mlp(block.layer_norm2(extra))
         return self.tower.post_layernorm(extra)  # type: ignore[no-any-return]
