@@ -52,7 +52,7 @@ def lines(name: str, value: Any) -> Iterator[str]:
     for member in sorted({member for own in ours for member in vars(own)} - set(fields)):
         if member == "__call__" or not member.startswith("_"):
             yield f"{name}.{described(member, inspect.getattr_static(value, member))}"
-    for attribute, hint in sorted(vars(value).get("__annotations__", {}).items()):
+    for attribute, hint in sorted(inspect.get_annotations(value).items()):
         if attribute not in vars(value) and attribute not in fields:
             yield f"{name}.{attribute}: {hint}"
 

@@ -22,7 +22,8 @@ Run = Callable[..., str]
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs the Python of a fresh environment that sees this one's packages, and into which the example went by pip."""
-    pytest.importorskip("hatchling", reason="the example builds with hatchling, as this environment has it")
+    for needed in ("hatchling", "pip"):
+        pytest.importorskip(needed, reason=f"nothing is fetched to install the example, so {needed} must be here")
     place = tmp_path_factory.mktemp("clean")
     venv.create(place, with_pip=False)
     own = Path(sysconfig.get_path("purelib", "venv", {"base": str(place)}))
