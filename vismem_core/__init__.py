@@ -11,6 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+API_VERSION = 1
+"""Of the interface to plugins; a module that says ``VISMEM_API = 1`` was written for this one. It grows when a plugin
+that was right before may be wrong now; what is public is in ``docs/api.txt``."""
+
 if TYPE_CHECKING:
     from .backbone import Backbone
     from .config import Config, MemoryConfig
@@ -40,6 +44,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "API_VERSION",
     "Backbone",
     "Config",
     "InjectionHook",

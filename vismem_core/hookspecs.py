@@ -4,12 +4,14 @@ A plugin is a module, named by an entry point of the group ``vismem``, that impl
 
     from vismem_core.hookspecs import Register, hookimpl
 
+    VISMEM_API = 1  # vismem_core.API_VERSION when it was written; need not be said
+
     @hookimpl
     def register_formers(register: Register) -> None:
         register("mine", "my_package.former:MyFormer", description="What it does, in one line")
 
-Only strings are registered: what ``package.module:attribute`` names is imported when it is first asked for, so keep
-the plugin module itself free of heavy imports.
+``docs/plugins`` has a page with an example for each. Only strings are registered: what ``package.module:attribute``
+names is imported when it is first asked for, so keep the plugin module itself free of heavy imports.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Finding what others add: entry points of the group ``vismem``, read by pluggy, one plugin at a time.
 
 Every plugin has a plugin manager of its own, so none can disturb another. A plugin stands or falls as a whole: if it
-cannot be imported, implements an unknown hook, has a wrong signature, raises, or takes a name that is taken, none of
-its registrations count, and ``status`` says why. vismem's own plugins come by the same road, and first, so that their
-names cannot be taken; the others follow in the order of their distributions' names.
+cannot be imported, was written for another version of the interface, implements an unknown hook, has a wrong
+signature, raises, or takes a name that is taken, none of its registrations count, and ``status`` says why. vismem's
+own plugins come by the same road, and first, so that their names cannot be taken; the others follow in the order of
+their distributions' names.
 
 The environment variable ``VISMEM_PLUGINS`` restricts what is loaded to a comma-separated list of entry points; an
 empty one loads nothing.
@@ -22,7 +23,7 @@ from typing import Any
 
 import pluggy
 
-from vismem_core import hookspecs
+from vismem_core import API_VERSION, hookspecs
 from vismem_core.errors import PluginError, VismemError, nearest
 
 KINDS = tuple(name.removeprefix("register_") for name in vars(hookspecs) if name.startswith("register_"))
@@ -143,6 +144,12 @@ class Plugins:
     def _collect(self, point: EntryPoint) -> dict[tuple[str, str], Entry]:
         """What one plugin registers; raises whatever is wrong with it."""
         plugin = point.load()
+        if (written := getattr(plugin, "VISMEM_API", API_VERSION)) != API_VERSION:
+            older = "the plugin" if isinstance(written, int) and written < API_VERSION else "vismem"
+            raise PluginError(
+                f"{point.value} is for version {written!r} of vismem's plugin interface, and this is {API_VERSION}; "
+                f"install a newer release of {older}"
+            )
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
         manager.register(plugin)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -35,6 +35,13 @@ Run = Callable[[], Any]
 """The attention that a block would have run."""
 SIDE = 224
 """Pixels of the blank image's sides, before the processor has resized it."""
+GIVEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "cache", "past_key_values"}
+"""What memory knows to give to a language model."""
+REFUSED = {
+    "cohere2_vision": "its features' last bits depend on whether its weights need gradients, so off is not the base",
+    "hunyuan_vl": "transformers gives its images other positions in a batch than alone",
+}
+"""Types that break a promise in ways that calling them once does not show."""
 LOOKED_AT = 32
 """How many of the blank image's language tokens are looked into, at most."""
 
@@ -79,6 +86,8 @@ class Generic(Backbone):
 
     def _find_language_model(self) -> None:
         text = self.model.config.get_text_config(decoder=True)
+        if why := REFUSED.get(self.model.config.model_type):
+            self._refuse(why)
         if self.model.config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False):
             self._refuse("it is an encoder-decoder")
         if "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
@@ -87,6 +96,8 @@ class Generic(Backbone):
             self._refuse("get_output_embeddings() gives no head")
         if not self.placeholders:
             self._refuse("its config names no token that stands for an image")
+        if getattr(type(self.model), "generate", None) is not GenerationMixin.generate:
+            self._refuse("its class has a generate() of its own, which need not do what transformers' does")
         try:
             kv.check(DynamicCache(config=text))
         except AttachError as error:
@@ -115,6 +126,7 @@ class Generic(Backbone):
         except Exception as error:  # processors fail in any way
             self._refuse(f"its processor makes no inputs of a blank image: {reason(error)}")
         self._find_positions(dict(batch))
+        self._find_context(dict(batch))
         self._parameters = list(inspect.signature(self.owner.get_image_features).parameters)
         self.blank = {name: cast(self.vision_dtype, own) for name, own in batch.items() if name in self._parameters}
         calls: dict[int, Call] = {}
@@ -145,6 +157,25 @@ class Generic(Backbone):
         kept = self.model.prepare_inputs_for_generation(ids, attention_mask=mask, position_ids=places, use_cache=True)
         if kept.get("position_ids") is None:
             self._refuse("its generate() takes no position_ids, so rows cannot grow apart")
+
+    def _find_context(self, batch: dict[str, Any]) -> None:
+        """Hidden states must follow from embeddings, the padding and positions, or memory would miss the rest."""
+        given: dict[str, Any] = {}
+        handle = self.decoder.register_forward_pre_hook(lambda _, args, named: given.update(named), with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self.model(**batch)
+        except Exception as error:  # as models do
+            self._refuse(f"its forward() fails on a blank image: {reason(error)}")
+        finally:
+            handle.remove()
+        mask = given.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            self._refuse(
+                "its language model's mask says more than which tokens are padding: some see what follows them"
+            )
+        if further := sorted(name for name in given.keys() - GIVEN if isinstance(given[name], Tensor | list | tuple)):
+            self._refuse(f"its language model takes more than embeddings: {', '.join(further)}")
 
     def _find_projector(self) -> None:
         generator = torch.Generator().manual_seed(0)

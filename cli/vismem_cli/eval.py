@@ -11,7 +11,7 @@ from vismem_core.data import open_dataset
 from . import options
 from .console import print_json
 from .report import list_skipped, print_report, tell_skipped
-from .sources import LoadOptions, default_data, open_memory
+from .sources import LoadOptions, check_names, default_data, open_memory
 
 EXAMPLE = "Example: vismem eval --memory runs/first --data mosaic --per-type 50"
 
@@ -34,6 +34,7 @@ def eval_(
     as_json: options.Json = False,
 ) -> None:
     """Compare answers with memory, without it, and over another question's image, by type of question."""
+    check_names(backbone)
     source = data or default_data(backbone, model)
     samples = open_dataset(source, "heldout", on_bad=on_bad_sample.value, allow_outside=allow_outside)
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)

@@ -17,7 +17,7 @@ from vismem_core.results import Results
 from . import options
 from .console import err, out, print_json, say
 from .report import list_skipped, tell_skipped
-from .sources import LoadOptions, memory_source, open_memory
+from .sources import LoadOptions, check_names, memory_source, open_memory
 
 if TYPE_CHECKING:
     from vismem_core.inference import Answer
@@ -64,6 +64,7 @@ def infer(
         raise typer.BadParameter("--data and --output go together", param_hint="--data / --output")
     if data is not None and (image or picture or prompt is not None):
         raise typer.BadParameter("give either --data, or --image, --prompt and --picture", param_hint="--data")
+    check_names(backbone, trigger=trigger)
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
     ask: dict[str, Any] = {"trigger": trigger, "max_new_tokens": max_new_tokens, "batch": batch}
     if data is not None and output is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import typer
 
 from vismem_core.bases import base_of, embedded
+from vismem_core.config import MemoryConfig
 from vismem_core.errors import CheckpointError
+from vismem_core.plugins import registry
 
 from .console import err
 
@@ -28,6 +31,29 @@ class LoadOptions:
     device: str
     trust_remote_code: bool
     revision: str | None
+
+
+def check_names(
+    backbone: str | None = None,
+    memory: MemoryConfig | None = None,
+    trigger: str | None = None,
+    rewards: Sequence[str] = (),
+) -> None:
+    """Tell a misspelt name, or an argument that a trigger or a reward does not take, before a model is loaded."""
+    from vismem_core import reward
+    from vismem_core import trigger as triggers
+
+    if backbone is not None:
+        registry("backbones").entry(backbone)
+    if memory is not None:
+        registry("query_builders").entry(memory.query.builder)
+        for former in (memory.short, memory.long):
+            registry("formers").entry(former.name)
+    for spec in (trigger, memory and memory.trigger):
+        if spec:
+            triggers.parse(spec)
+    if rewards:
+        reward.parse(rewards)
 
 
 def open_memory(options: LoadOptions) -> Memory:

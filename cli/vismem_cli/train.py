@@ -15,7 +15,7 @@ from vismem_core.data import open_dataset
 from . import options
 from .console import print_json, say, warn
 from .report import list_skipped, print_report, tell_skipped
-from .sources import default_data
+from .sources import check_names, default_data
 
 EXAMPLE = "Example: vismem train --backbone qwen2_5_vl --set train.formation.steps=200 --output runs/first"
 
@@ -71,6 +71,7 @@ def train(
     overrides = [f"train.{key}={value}" for key, value in flags.items() if value is not None]
     suited = embedded(backbone)[1].settings if model is None else None
     run = load(config, [*(settings or []), *overrides], base=load(suited))
+    check_names(backbone, run.memory, rewards=run.train.grpo.rewards)
     source = data or default_data(backbone, model)
     rows: dict[str, Any] = {"on_bad": on_bad_sample.value, "allow_outside": allow_outside}
     samples = open_dataset(source, "train", **rows)

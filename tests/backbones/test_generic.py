@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from model_types import build
 from torch import nn
 from transformers import LlavaConfig, Mistral3Config
 
@@ -101,6 +102,23 @@ def test_refusals_name_the_reason() -> None:
     refused(
         r"its projector makes no language token of patches that are its own \(found: language model", model, processor
     )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("qwen3_vl", "its language model takes more than embeddings: deepstack_visual_embeds, visual_pos_masks"),
+        ("paligemma", "its language model's mask says more than which tokens are padding"),
+        ("gemma3", "its language model's mask says more than which tokens are padding"),
+        ("janus", r"its class has a generate\(\) of its own"),
+        ("hunyuan_vl", "other positions in a batch than alone"),
+    ],
+)
+def test_types_that_would_break_a_promise(model_type: str, reason: str) -> None:
+    model, processor = build(model_type)
+    before = {name: id(module) for name, module in model.named_modules()}
+    refused(reason, model, processor)
+    assert {name: id(module) for name, module in model.named_modules()} == before
 
 
 class Mixing(nn.Module):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -116,9 +117,15 @@ def test_program_is_installed_and_fails_in_one_line() -> None:
 
 
 def test_backbones(vismem: Callable[..., Run]) -> None:
-    (row,) = [row for row in vismem("backbones", "--json").json["backbones"] if row["name"] == "qwen2_5_vl"]
+    rows = {row["name"]: row for row in vismem("backbones", "--json").json["backbones"]}
+    row = rows["qwen2_5_vl"]
     assert row["facts"]["model_types"] == ["qwen2_5_vl"]
+    assert row["facts"]["families"] == ["Qwen2.5-VL"]
     assert row["embedded"] is True
+    for own in rows.values():
+        assert (own["distribution"], own["version"]) == ("vismem", version("vismem"))
+        assert own["facts"]["families"] and own["facts"]["features"], own["name"]
+        assert own["facts"].get("model_types") or own["facts"]["fallback"], own["name"]
     assert "qwen2_5_vl" in vismem("backbones").out
 
 
@@ -238,6 +245,33 @@ def test_train_passes_everything_on(vismem: Callable[..., Run], core: Core, ques
     assert done.json["heldout"]["memory"] == {"right": 0.5, "below": 0.25}
     assert [row["line"] for row in done.json["skipped"]] == [4]
     assert "the report will be on the training data" in done.err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "--set", "memory.short.name=lara"], "unknown former 'lara'; did you mean 'lora'?"),
+        (["train", "--set", "memory.long.name=lara"], "unknown former 'lara'; did you mean 'lora'?"),
+        (["train", "--set", "memory.query.builder=crosss"], "unknown query builder 'crosss'; did you mean 'cross'?"),
+        (["train", "--set", "memory.trigger=polcy"], "unknown trigger 'polcy'; did you mean 'policy'?"),
+        (["train", "--set", "train.grpo.rewards=[exakt]"], "unknown reward 'exakt'; did you mean 'exact'?"),
+        (
+            ["train", "--model", "x/y", "--data", "mosaic", "--backbone", "lava"],
+            "unknown backbone 'lava'; did you mean",
+        ),
+        (["eval", "--model", "x/y", "--data", "mosaic", "--backbone", "lava"], "unknown backbone 'lava'; did you mean"),
+        (["infer", "--model", "x/y", "--prompt", "?", "--backbone", "lava"], "unknown backbone 'lava'; did you mean"),
+        (["infer", "--trigger", "randon:0.5"], "unknown trigger 'randon'; did you mean 'random'?"),
+        (["infer", "--trigger", "random:often"], "trigger random takes a probability"),
+    ],
+)
+def test_misspelt_names_are_told_before_a_model_loads(
+    vismem: Callable[..., Run], core: Core, args: list[str], message: str
+) -> None:
+    done = vismem(*args)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: ") and message in done.err
+    assert core.calls == {}
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

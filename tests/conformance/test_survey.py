@@ -14,6 +14,9 @@ SAMPLE = {
     "qwen3_5": "refused",
     "florence2": "refused",
     "idefics2": "refused",
+    "qwen3_vl": "refused",
+    "paligemma": "refused",
+    "janus": "refused",
 }
 
 
@@ -29,4 +32,6 @@ def test_the_document_names_every_type() -> None:
         pytest.skip("it was written for another version of transformers")
     lines = recorded()
     assert tuple(lines) == TYPES
-    assert sum(outcome == "passes" for _, outcome, _ in lines.values()) >= 30
+    outcomes = [outcome for _, outcome, _ in lines.values()]
+    assert outcomes.count("passes") >= 30
+    assert "fails" not in outcomes, "what breaks a promise must be refused when memory is attached"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vismem_core import plugins
+from vismem_core import API_VERSION, plugins
 from vismem_core.errors import PluginError
 from vismem_core.plugins import KINDS, Plugins
 
@@ -25,6 +25,12 @@ BROKEN = {
     "signature": (GOOD.replace("(register)", "(registre)"), "registre"),
     "no_hook": ("", "implements no hook"),
     "bad_target": (GOOD.replace("{target}", "no colon"), "'no colon' is not of the form package.module:attribute"),
+    "too_new": (
+        "VISMEM_API = 99\n" + GOOD,
+        "for version 99 of vismem's plugin interface, and this is 1; install a newer",
+    ),
+    "too_old": ("VISMEM_API = 0\n" + GOOD, "install a newer release of the plugin"),
+    "no_version": ("VISMEM_API = '1'\n" + GOOD, "for version '1' of vismem's"),
     "taken": (GOOD.replace("{name}", "first"), "the former 'first' is already registered by"),
 }
 Point = Callable[[str, str], EntryPoint]
@@ -55,6 +61,10 @@ def test_a_broken_plugin_is_recorded_and_stops_no_other(point: Point, case: str)
     assert message in error
     assert "\n" not in error
     assert loaded.registry("formers").names() == ("first", "z_last")
+
+
+def test_a_plugin_may_say_what_it_was_written_for(point: Point) -> None:
+    assert Plugins([point("said", f"VISMEM_API = {API_VERSION}\n{GOOD}")]).registry("formers").names() == ("said",)
 
 
 def test_a_plugin_falls_as_a_whole(point: Point) -> None:
