@@ -61,6 +61,9 @@ class MemoryConfig(Section):
     """Tokens that must lie between an end token and the next invocation."""
     delimiters: tuple[str, ...] = (",", ".", ";", ":", "?", "!", "\n")
     """Where a thought ends: triggers may invoke there, and the four tokens start as copies of the first one."""
+    drop_image_after_invocation: bool = False
+    """Image tokens leave a row's KV cache once its first memory is formed: long answers without them. Their columns are
+    given up where no row of the batch needs them any more, always so for one row, and else only masked."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,8 @@ class TrainConfig(Section):
     formation: StageConfig = field(default_factory=StageConfig)
     invocation: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-5, warmup=0.1, anywhere=0.5))
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    image_dropout: Share = 0.0
+    """Chance that an answer's image tokens are hidden from all that follows an invocation, so that memory must tell."""
     trackers: tuple[str, ...] = ()
     """Where figures go besides ``metrics.jsonl``: ``tensorboard``, ``wandb``, ``trackio``, by way of accelerate."""
     end_rate: Amount = 0.1

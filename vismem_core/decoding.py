@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .memory import Memory
 
 NEVER = float("-inf")
+CACHE_NAMES = {"cache", "past_key_values"}
+"""What ``generate`` calls the KV cache, since transformers 5.24 and before."""
 Latents = dict[Kind, tuple[list[int], Tensor]]
 """Rows and the vectors (R, N, d) they take in, by kind."""
 
@@ -80,6 +82,7 @@ class Decoder:
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
             latents = self._form(fed, input_ids.shape[1] - prompt - 1)
+            padded = self._forget(latents) or padded
             logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
             room = None if limit is None else limit - input_ids.shape[1]
             logits, forced = self._choices(logits, room, running.tolist())
@@ -103,9 +106,13 @@ class Decoder:
             self.session.advance()
         if self.streamer is not None:
             self.streamer.end()
-        return record.result(input_ids, model_kwargs.get("past_key_values"))
+        return record.result(input_ids, self.session.cache)
 
     # What rollouts do otherwise
+
+    def _drops_images(self, row: int) -> bool:
+        """Whether the images of ``row`` leave the cache once memory is formed."""
+        return self.memory.config.drop_image_after_invocation
 
     def _begin(self, model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
         """Read the prompts; what the first tokens are chosen from."""
@@ -155,6 +162,12 @@ class Decoder:
                 Invocation(self.order[row], kind, position, vectors[at]) for at, row in enumerate(own)
             ]
         return latents
+
+    def _forget(self, latents: Latents) -> bool:
+        """Let rows that have formed memory lose sight of their images; whether there are such rows."""
+        rows = [row for own, _ in latents.values() for row in own if self._drops_images(row)]
+        self.session.hide_images(rows)
+        return bool(rows)
 
     def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
         """Append the memory tokens' logits, and say which rows have no choice."""
@@ -349,8 +362,8 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
         raise AttachError("memory needs the prompt in one piece: call generate without prefill_chunk_size")
     if config.guidance_scale not in (None, 1):
         raise AttachError("memory does not work with generate(guidance_scale=...): use memory.off() for this call")
-    past = model_kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length():
+    past = [model_kwargs[name] for name in CACHE_NAMES & model_kwargs.keys()]
+    if any(own is not None and own.get_seq_length() for own in past):
         raise AttachError("memory cannot see what past_key_values already holds: pass the whole prompt without them")
 
 

@@ -47,6 +47,10 @@ def train(
     objective: Annotated[
         Objective | None, typer.Option(metavar="NAME", help="sft, grpo, or sft+grpo: a warm start, then GRPO.")
     ] = None,
+    image_dropout: Annotated[
+        float | None,
+        typer.Option(metavar="P", min=0.0, max=1.0, help="Chance that memory has to do without the image after it."),
+    ] = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     seed: Annotated[
@@ -65,9 +69,10 @@ def train(
 
     Writes memory.safetensors, vismem.json, metrics.jsonl and report.json.
 
-    Settings come from --config, then --set, then --stage, --objective and --seed, each over the ones before.
+    Settings come from --config, then --set, then --stage and other flags, each over the ones before.
     """
-    flags = {"stage": stage and stage.value, "objective": objective and objective.value, "seed": seed}
+    flags: dict[str, Any] = {"stage": stage and stage.value, "objective": objective and objective.value, "seed": seed}
+    flags["image_dropout"] = image_dropout
     overrides = [f"train.{key}={value}" for key, value in flags.items() if value is not None]
     suited = embedded(backbone)[1].settings if model is None else None
     run = load(config, [*(settings or []), *overrides], base=load(suited))

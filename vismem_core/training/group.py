@@ -54,7 +54,8 @@ class GroupStage(Stage):
         self.config, self.grpo = config, config.grpo
         self.reward = parse(self.grpo.rewards)
         self.kl = grpo.AdaptiveKL(settings.beta, settings.target_kl)
-        self.sampling = Sampling(self.grpo.temperature, self.grpo.top_p, self.grpo.max_new_tokens)
+        own = self.grpo
+        self.sampling = Sampling(own.temperature, own.top_p, own.max_new_tokens, config.image_dropout)
         self.base_scores: dict[str, float] = {}
         self.reference = {name: tensor.detach().clone() for name, tensor in self.trained().items()}
 

@@ -16,11 +16,12 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..config import KINDS, Kind
-from ..decoding import NEVER, Decoder, Latents
+from ..decoding import CACHE_NAMES, NEVER, Decoder, Latents
 from ..memory import Memory
 from ..session import Session
 from ..trace import Trace
 from ..trigger import Row
+from .dropout import drops_images
 
 Deal = Kind | Literal["none"]
 
@@ -37,6 +38,7 @@ class Trajectory:
         offered: which invocation tokens it could have chosen, in the order of ``KINDS``.
         entropy: of the policy, in nats.
         latents: (N, d) that followed the invocation token at that index.
+        drops_images: whether its images were out of sight once memory had been formed.
     """
 
     prompt: int
@@ -46,6 +48,7 @@ class Trajectory:
     offered: list[list[bool]] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     latents: dict[int, Tensor] = field(default_factory=dict)
+    drops_images: bool = False
 
     @property
     def invocations(self) -> list[int]:
@@ -65,11 +68,15 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How trajectories are drawn; temperature 0 takes the likeliest token."""
+    """How trajectories are drawn; temperature 0 takes the likeliest token.
+
+    ``image_dropout`` is the chance that a trajectory drops its images (:mod:`vismem_core.training.dropout`).
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 256
+    image_dropout: float = 0.0
 
 
 class _Rollout(Decoder):
@@ -99,6 +106,9 @@ class _Rollout(Decoder):
         self.rows = [Row(seed=seed) for seed in self.seeds]
         logits = self.session.backbone.head(self.session.hidden[:, -1:])
         return CausalLMOutputWithPast(logits=logits, past_key_values=self.session.cache)
+
+    def _drops_images(self, row: int) -> bool:
+        return self.trajectories[self.order[row]].drops_images
 
     def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
         extended, self._forced = super()._choices(logits, room, running)
@@ -166,7 +176,8 @@ class _Rollout(Decoder):
         for name, value in model_kwargs.items():
             if isinstance(value, Tensor) and len(value) == len(fed):
                 model_kwargs[name] = value[alive]
-        model_kwargs["past_key_values"] = self.session.cache
+        for name in CACHE_NAMES & model_kwargs.keys():
+            model_kwargs[name] = self.session.cache
         kept: Latents = {}
         for kind, (rows, vectors) in latents.items():
             if own := [at for at, row in enumerate(rows) if row in place]:
@@ -204,7 +215,8 @@ def rollouts(
         swapped: every invocation that the policy chooses is one of the other kind (tau_rev of Eq. 8).
     """
     decoder = _Rollout(memory, prompts.session.branch(copies), sampling, seeds, deals, swapped)
-    decoder.trajectories = [Trajectory(prompt) for prompt in copies]
+    drops = [drops_images(memory, sampling.image_dropout, str(seed)) for seed in seeds]
+    decoder.trajectories = [Trajectory(prompt, drops_images=own) for prompt, own in zip(copies, drops, strict=True)]
     index = torch.as_tensor(copies, device=prompts.ids.device)
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,

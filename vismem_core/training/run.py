@@ -230,7 +230,7 @@ def _rate(step: int, settings: StageConfig) -> float:
 
 
 def _formation(memory: Memory, config: TrainConfig, processes: Processes) -> Stage:
-    return Formation(memory, config.formation, processes)
+    return Formation(memory, config.formation, processes, config.image_dropout)
 
 
 STAGES: dict[str, tuple[str, Callable[[Memory, TrainConfig, Processes], Stage]]] = {
