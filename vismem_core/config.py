@@ -47,12 +47,23 @@ class FormerConfig(Section):
 
 
 @dataclass(frozen=True)
+class PolicyConfig(Section):
+    """What of the policy Stage II trains by GRPO."""
+
+    trains: Literal["rows", "lora"] = "rows"
+    """The four tokens' rows, or a LoRA on the language model as well; it acts on what follows the prompt."""
+    rank: Positive = 16
+    alpha: Positive = 32
+
+
+@dataclass(frozen=True)
 class MemoryConfig(Section):
     """What is attached to a model, and saved beside the trained weights."""
 
     query: QueryConfig = field(default_factory=QueryConfig)
     short: FormerConfig = field(default_factory=lambda: FormerConfig(length=8))
     long: FormerConfig = field(default_factory=lambda: FormerConfig(length=16))
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     trigger: str = "policy"
     """Trigger spec ``NAME[:ARGUMENT][@KIND]``, such as ``random:0.5`` or ``policy@short``."""
     budget: Count = 8

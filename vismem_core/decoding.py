@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,7 +101,8 @@ class Decoder:
             if not running.any():
                 break
             input_ids, running, fed, latents = self._retire(input_ids, running, fed, latents, model_kwargs)
-            output, padded = self._feed(model, input_ids, fed, latents, model_kwargs, padded)
+            with self.memory.acting() if self.trigger.active else nullcontext():
+                output, padded = self._feed(model, input_ids, fed, latents, model_kwargs, padded)
             self.session.observe([row for row, token in enumerate(fed) if token >= self.tokens.first + len(KINDS)])
             self.session.advance()
         if self.streamer is not None:
@@ -268,6 +269,8 @@ class Decoder:
             model_kwargs["position_ids"] = session.positions
         behind = [vectors.flatten(0, 1) for own in (latents, riders) for _, vectors in own.values()]
         with packing.on(session.backbone.decoder, session.cache) as cache, ExitStack() as stack:
+            if formers:
+                stack.enter_context(self.memory.acting(slice(packing.slices()[0].start)))
             for former, tokens in zip(formers, packing.slices(), strict=True):
                 stack.enter_context(former.on(tokens))
             output = model(

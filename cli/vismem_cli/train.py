@@ -26,6 +26,11 @@ class Stage(str, Enum):
     all = "all"
 
 
+class Policy(str, Enum):
+    rows = "rows"
+    lora = "lora"
+
+
 class Objective(str, Enum):
     sft = "sft"
     grpo = "grpo"
@@ -46,6 +51,9 @@ def train(
     stage: Annotated[Stage | None, typer.Option(metavar="NAME", help="formation, invocation or all.")] = None,
     objective: Annotated[
         Objective | None, typer.Option(metavar="NAME", help="sft, grpo, or sft+grpo: a warm start, then GRPO.")
+    ] = None,
+    policy: Annotated[
+        Policy | None, typer.Option(metavar="NAME", help="What of the policy trains: the tokens' rows, or lora too.")
     ] = None,
     image_dropout: Annotated[
         float | None,
@@ -74,6 +82,7 @@ def train(
     flags: dict[str, Any] = {"stage": stage and stage.value, "objective": objective and objective.value, "seed": seed}
     flags["image_dropout"] = image_dropout
     overrides = [f"train.{key}={value}" for key, value in flags.items() if value is not None]
+    overrides += [f"memory.policy.trains={policy.value}"] if policy else []
     suited = embedded(backbone)[1].settings if model is None else None
     run = load(config, [*(settings or []), *overrides], base=load(suited))
     source = data or default_data(backbone, model)

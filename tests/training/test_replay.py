@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 import torch
 from bases import Base, config, internvl, llava, llava_next, llava_onevision, mini, tied, untied
+from replays import gradients, recorded, told
 from samples import SAMPLES
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from vismem_core import Memory
 from vismem_core.errors import AttachError
 from vismem_core.training.batches import make_batch
 from vismem_core.training.replay import Replay, micro_batches
-from vismem_core.training.rollout import Prompts, Sampling, Trajectory, read_prompts, rollouts
+from vismem_core.training.rollout import Trajectory, read_prompts
 from vismem_core.training.teacher import bring_up, likelihood
 
 SETTINGS = {
@@ -23,20 +22,6 @@ SETTINGS = {
     "recompute": config(context="recompute", trigger="policy"),
     "transformer": config("transformer", builder="cross", trigger="policy"),
 }
-
-
-def told(
-    memory: Memory, trigger: str, temperature: float = 1.0, dropout: float = 0.0
-) -> tuple[Prompts, list[Trajectory]]:
-    """Three trajectories for each sample, in which memory is invoked many times."""
-    read = read_prompts(memory, make_batch(memory.backbone, SAMPLES).inputs)
-    with memory.triggered(trigger):
-        copies = [prompt for prompt in range(len(SAMPLES)) for _ in range(3)]
-        return read, rollouts(memory, read, copies, list(range(12)), Sampling(temperature, 1.0, 20, dropout))
-
-
-def recorded(trajectories: list[Trajectory]) -> Tensor:
-    return pad_sequence([torch.tensor(own.logprobs) for own in trajectories], batch_first=True)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -91,14 +76,6 @@ def test_memory_that_changed_says_something_else() -> None:
     after, kept = (Replay(memory, read, trajectories).logprobs(form=form) for form in (True, False))
     assert not torch.allclose(after, before, atol=1e-3)
     torch.testing.assert_close(kept, before, atol=1e-4, rtol=1e-4)  # the rollout's own latents
-
-
-def gradients(memory: Memory, total: Tensor) -> dict[str, Tensor]:
-    memory.zero_grad()
-    for tensor in memory.trained().values():
-        tensor.grad = None
-    total.backward()
-    return {name: own.grad.clone() for name, own in memory.trained().items() if own.grad is not None}
 
 
 def test_gradients_of_one_invocation_are_those_of_teacher_forcing() -> None:

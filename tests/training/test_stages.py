@@ -13,7 +13,7 @@ from reference import long_latents, one_pass, query, short_latents
 from samples import SAMPLES
 
 from vismem_core import Invocation, Memory, Trace
-from vismem_core.config import GrpoConfig, Kind, StageConfig, TrainConfig
+from vismem_core.config import GrpoConfig, Kind, PolicyConfig, StageConfig, TrainConfig
 from vismem_core.data import Sample
 from vismem_core.training import formation as stages
 from vismem_core.training.batches import Batch, make_batch
@@ -62,7 +62,15 @@ STAGES = [formation, invocation, formation_grpo, invocation_grpo]
 
 @pytest.mark.parametrize("make", [tied, untied, mini])
 @pytest.mark.parametrize("start", STAGES)
-@pytest.mark.parametrize("settings", [config(), config(context="recompute"), config("transformer", builder="cross")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        config(),
+        config(context="recompute"),
+        config("transformer", builder="cross"),
+        config(policy=PolicyConfig("lora", rank=4)),
+    ],
+)
 def test_what_trains_changes_and_nothing_else(make: Any, start: Any, settings: Any) -> None:
     base = make()
     memory = base.attach(settings)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import KINDS, StageConfig
-from ..memory import Memory
+from ..memory import FORMATION, Memory
 from .batches import Batch
 from .dropout import drops_images
 from .processes import Processes
@@ -38,7 +38,7 @@ class Formation(LikelihoodStage):
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         """What trains: name, tensor, learning rate relative to the stage's."""
         trained = self.memory.trained()
-        return [(name, tensor, 1.0) for name, tensor in trained.items() if not name.startswith("tokens.")]
+        return [(name, tensor, 1.0) for name, tensor in trained.items() if name.startswith(FORMATION)]
 
     def loss(self, batch: Batch, key: str) -> tuple[Tensor, dict[str, float]]:
         """The mean negative log-likelihood per token."""

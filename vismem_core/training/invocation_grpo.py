@@ -1,8 +1,9 @@
 """Stage II by GRPO: the policy learns when to ask for which memory (Eq. 8).
 
 The reward of a trajectory is S(tau) - S(tau_base) - alpha (p_type + p_neg), less a cost for each invocation. tau_rev
-of p_type meets the same chances with the other kind at every invocation. Only the four tokens' rows train, the end
-tokens' at a lower rate. What counts are text and invocation tokens, whatever the policy had a choice of.
+of p_type meets the same chances with the other kind at every invocation. The four tokens' rows train, the end tokens'
+at a lower rate, and the policy's LoRA where it has one. What counts are text and invocation tokens, whatever the policy
+had a choice of.
 
 Two things differ from the paper, each with its own form as a setting. Where the base is sure of its next token an
 invocation is never sampled, so never learnt: part of each group is dealt its first choice evenly (``explore``). Hidden
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import KINDS, TrainConfig
-from ..memory import Memory
+from ..memory import FORMATION, Memory
 from . import grpo
 from .batches import Batch
 from .group import Group, GroupStage
@@ -46,14 +47,15 @@ class InvocationGrpo(GroupStage):
         self._steps = 0
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return {name: own for name, own in self.memory.trained().items() if name.startswith("tokens.")}
+        return {name: own for name, own in self.memory.trained().items() if not name.startswith(FORMATION)}
 
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         own = self.trained()
         head = self.whitened if self.grpo.whiten else own["tokens.head"]
         rows = {"tokens.invoke": (own["tokens.invoke"], 1.0), "tokens.head": (head, 1.0)}
         rows["tokens.close"] = (own["tokens.close"], self.config.end_rate)
-        return [(name, *row) for name, row in rows.items()]
+        adapter = [(name, tensor, 1.0) for name, tensor in own.items() if name not in rows]
+        return [(name, *row) for name, row in rows.items()] + adapter
 
     def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
         copies, seeds, deals = self.copies(batch), self.seeds(batch, key), self.deals(batch, key)

@@ -150,7 +150,10 @@ class Replay:
         if not self.length:
             return before
         cache = _ReadOnly(self.prompts.cache)
-        with _checkpointed(self.backbone.decoder) if self.checkpointing else nullcontext():
+        with (
+            self.memory.acting(),
+            _checkpointed(self.backbone.decoder, self.memory) if self.checkpointing else nullcontext(),
+        ):
             after = self.backbone.continue_(embeds, self._mask, self.positions, cache)
         return torch.cat([before.to(after), after], dim=1)
 
@@ -170,7 +173,7 @@ class Replay:
     def _past(self) -> tuple[Tensor, Tensor, DynamicCache]:
         """The answers as they were written, without gradients: what was fed (R, S, d), the states before each slot and
         after the last one (R, S + 1, d), and the cache."""
-        with torch.no_grad():
+        with torch.no_grad(), self.memory.acting():
             embeds = self._embeds(self._recorded())
             grown = kv.fork(self.prompts.cache)
             after = self.backbone.continue_(embeds, self._mask, self.positions, grown)
@@ -281,14 +284,18 @@ class _ReadOnly(DynamicCache):
 
 
 @contextmanager
-def _checkpointed(decoder: torch.nn.Module) -> Iterator[None]:
-    """Recompute the layers in the backward pass. transformers' own switch takes the cache away from them."""
+def _checkpointed(decoder: torch.nn.Module, memory: Memory) -> Iterator[None]:
+    """Recompute the policy's layers in the backward pass. transformers' own switch takes the cache away from them."""
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), memory.acting()
+
     for layer in layers:
         plain = layer.forward
 
         def again(*args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
-            return checkpoint(_plain, *args, use_reentrant=False, **kwargs)
+            return checkpoint(_plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
         vars(layer)["forward"] = again
     try:

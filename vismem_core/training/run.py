@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..config import Config, StageConfig, TrainConfig, to_dict
 from ..data import Sample
-from ..errors import TrainingError
+from ..errors import ConfigError, TrainingError
 from ..evaluation import evaluate
 from ..memory import Memory
 from ..reward import parse
@@ -89,6 +89,8 @@ class Run:
     def __init__(self, memory: Memory, config: Config, output: Path, console: Console) -> None:
         self.memory, self.config, self.output = memory, config, output
         parse(config.train.grpo.rewards)  # a misspelt one is told before anything is written
+        if memory.policy and config.train.objective == "sft":
+            raise ConfigError("memory.policy.trains=lora: only GRPO trains it; use --objective grpo or sft+grpo")
         self.processes = Processes()
         self.done: tuple[str, int, dict[str, Tensor]] | None = None
         self.display = Display(console, shown=self.processes.first)
