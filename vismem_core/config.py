@@ -113,6 +113,9 @@ class GrpoConfig(Section):
     )
     rewards: tuple[str, ...] = ("exact",)
     """Specs ``[WEIGHT*]NAME[:ARGUMENT]``; their weighted mean is S."""
+    resample: Count = 0
+    """How often a step may draw further prompts in place of those whose trajectories all scored alike, which teach
+    nothing (dynamic sampling of DAPO, arXiv 2503.14476)."""
     group: Positive = 16
     """G, trajectories per prompt."""
     temperature: Amount = 1.0

@@ -19,6 +19,7 @@ from . import grpo
 from .batches import Batch
 from .processes import Processes
 from .replay import Replay, micro_batches
+from .resample import resampled
 from .rollout import Prompts, Sampling, Trajectory, read_prompts, rollouts
 from .stage import Stage
 
@@ -30,11 +31,15 @@ class Group:
     Attributes:
         rewards: what the advantages are made of, (P, G).
         figures: means over all trajectories, for the log.
+        heard: which prompts (P,) the loss is about; by default all.
+        resampled: how many of the prompts were drawn in place of silent ones, in all processes.
     """
 
     trajectories: list[Trajectory]
     rewards: Tensor
     figures: dict[str, float]
+    heard: Tensor | None = None
+    resampled: int = 0
 
 
 class GroupStage(Stage):
@@ -65,7 +70,7 @@ class GroupStage(Stage):
 
     @abstractmethod
     def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
-        """Roll out and score one group per prompt."""
+        """Roll out and score one group per prompt. It must wait for no other process: these may have more to do."""
 
     @abstractmethod
     def counted(self, trajectory: Trajectory) -> list[bool]:
@@ -83,6 +88,7 @@ class GroupStage(Stage):
         with self.memory.triggered("policy"):
             prompts = read_prompts(self.memory, batch.inputs)
         group = self.sample(prompts, batch, key, progress)
+        prompts, group = resampled(self, prompts, batch, group, key, progress)
         means = self.processes.total(torch.tensor(list(group.figures.values()))) / self.processes.count
         return {**dict(zip(group.figures, means.tolist(), strict=True)), **self.learn(prompts, group)}
 
@@ -105,6 +111,8 @@ class GroupStage(Stage):
         told, settings = group.trajectories, self.grpo
         gain = grpo.advantages(group.rewards, scaled=settings.scaled).flatten()
         counted = _padded([self.counted(own) for own in told], False)
+        if group.heard is not None:
+            counted &= group.heard.repeat_interleave(settings.group)[:, None]
         weight = self._weights(counted)
         active = counted.any(1).nonzero().flatten().tolist()
         sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
@@ -176,6 +184,7 @@ class GroupStage(Stage):
             "clipped": clipped / max(tokens, 1),
             "entropy": entropy / max(free, 1),
             "silent": silent / prompts,
+            "resampled": float(group.resampled),
             "short": short / rows,
             "long": long / rows,
             "tokens": ids,

@@ -22,7 +22,7 @@ from ..evaluation import evaluate
 from ..memory import Memory
 from ..reward import parse
 from . import state
-from .batches import Sampler, make_batch
+from .batches import Batch, Sampler, make_batch
 from .display import Display
 from .formation import Formation
 from .formation_grpo import FormationGrpo
@@ -135,19 +135,26 @@ class Run:
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
         sampler = Sampler(len(data), settings.batch * self.processes.count, seed)
         first = skipped = 0
+
+        def draw(count: int) -> Batch | None:
+            drawn = sorted((data[at] for at in sampler.draw(count)), key=lambda own: -len(own.answer or ""))
+            own = self.processes.part(drawn)
+            return make_batch(memory.backbone, own) if own else None
+
+        stage.draw = draw
         if self.done and self.done[0] == name:
             first = self.done[1]
             state.restore(optimizer, self.done[2])
             stage.restore(state.part(self.done[2], "stage."))
-        sampler.position = first * sampler.batch
+            sampler.position = int(self.done[2]["sampler.position"])
         metrics = Metrics(self.output / METRICS, list(STAGES), name, first, self.processes.first)
         self.display.begin(name, settings.steps, first)
         with _only(memory, parameters), metrics:
             for step in range(first, settings.steps):
                 key = f"{seed}/{name}/{step}"
                 torch.manual_seed(Random(key).getrandbits(63))
-                drawn = sorted((data[at] for at in sampler.draw()), key=lambda own: -len(own.answer or ""))
-                batch = make_batch(memory.backbone, self.processes.part(drawn))
+                batch = draw(sampler.batch)
+                assert batch is not None
                 memory.zero_grad()
                 optimizer.zero_grad()
                 figures = stage.accumulate(batch, key, step / settings.steps)
@@ -165,15 +172,15 @@ class Run:
                 self.display.step(row)
                 if (step + 1) % self.config.train.save_every == 0:
                     metrics.flush()
-                    self._save(optimizer, stage, name, step + 1)
+                    self._save(optimizer, stage, name, step + 1, sampler.position)
             memory.eval()
             if first < settings.steps:
                 stage.finish()
-        self._save(optimizer, stage, name, settings.steps)
+        self._save(optimizer, stage, name, settings.steps, sampler.position)
 
-    def _save(self, optimizer: torch.optim.Optimizer, stage: Stage, name: str, steps: int) -> None:
+    def _save(self, optimizer: torch.optim.Optimizer, stage: Stage, name: str, steps: int, position: int) -> None:
         if self.processes.first:
-            state.save(self.output, self.memory, optimizer, name, steps, stage.state())
+            state.save(self.output, self.memory, optimizer, name, steps, position, stage.state())
 
     def _update(
         self,
