@@ -78,8 +78,10 @@ class Adapter:
         before = {path: (layer._disable_adapters, layer._active_adapter) for path, layer in self.layers.items()}
         with ExitStack() as stack:
             self._switch(off=tokens is not None)
-            for layer in self.layers.values() if tokens is not None else ():
-                stack.callback(layer.register_forward_hook(self._add(tokens)).remove)
+            if tokens is not None:
+                for path in self.layers:
+                    handle = self._model.get_submodule(path).register_forward_hook(self._add(tokens))
+                    stack.callback(handle.remove)
             try:
                 yield
             finally:

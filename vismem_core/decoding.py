@@ -342,13 +342,14 @@ class _Record:
     def result(self, ids: Tensor, cache: Any) -> Tensor | GenerateDecoderOnlyOutput:
         if not self.wanted:
             return ids
+        held: dict[str, Any] = {"past_key_values": cache}  # the name since 5.24 is another, for which this one stands
         return GenerateDecoderOnlyOutput(
             sequences=ids,  # type: ignore[arg-type]
             scores=self.scores,  # type: ignore[arg-type]
             logits=self.logits,  # type: ignore[arg-type]
             attentions=self.attentions,
             hidden_states=self.hidden,
-            past_key_values=cache,
+            **held,
         )
 
 

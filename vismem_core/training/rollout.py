@@ -105,7 +105,8 @@ class _Rollout(Decoder):
     def _begin(self, model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
         self.rows = [Row(seed=seed) for seed in self.seeds]
         logits = self.session.backbone.head(self.session.hidden[:, -1:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self.session.cache)
+        held: dict[str, Any] = {"past_key_values": self.session.cache}
+        return CausalLMOutputWithPast(logits=logits, **held)
 
     def _drops_images(self, row: int) -> bool:
         return self.trajectories[self.order[row]].drops_images
