@@ -41,11 +41,12 @@ class Sequence:
 
 
 @torch.no_grad()
-def one_pass(memory: Memory, inputs: Any, answer: list[int], row: int = 0) -> Sequence:
+def one_pass(memory: Memory, inputs: Any, answer: list[int], row: int = 0, hidden: bool = False) -> Sequence:
     """The answer of ``row`` in the last ``generate`` call, read by the base model in one go.
 
     Args:
         inputs: that row's prompt alone.
+        hidden: whether all that follows the first invocation token does not see the images.
     """
     model = memory.model
     embeds = embed(memory, inputs["input_ids"])
@@ -72,12 +73,17 @@ def one_pass(memory: Memory, inputs: Any, answer: list[int], row: int = 0) -> Se
     positions = prompt_positions(model, inputs)
     further = positions.max() + 1 + torch.arange(length - positions.shape[-1])
     positions = torch.cat([positions, further.expand(*positions.shape[:-1], -1)], dim=-1)
-    hidden = model.model.language_model(
-        inputs_embeds=embeds, position_ids=positions, attention_mask=torch.ones(1, length), use_cache=False
+    mask = torch.ones(1, length)
+    if hidden and latents:
+        allowed = torch.ones(length, length).tril()
+        allowed[places[min(latents)] + 1 :, : visual.shape[1]] *= ~visual[0]
+        mask = torch.where(allowed.bool(), 0.0, -1e9)[None, None]
+    states = model.model.language_model(
+        inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
     ).last_hidden_state
-    before = hidden[0, [inputs["input_ids"].shape[1] - 1, *places[:-1]]]  # latents predict nothing
+    before = states[0, [inputs["input_ids"].shape[1] - 1, *places[:-1]]]  # latents predict nothing
     asks = before @ memory.tokens.head.T
-    return Sequence(embeds, positions, visual, places, hidden, F.linear(before, model.lm_head.weight), asks)
+    return Sequence(embeds, positions, visual, places, states, F.linear(before, model.lm_head.weight), asks)
 
 
 def prompt_positions(model: Any, inputs: Any) -> Tensor:

@@ -22,6 +22,12 @@ def even(answers: Sequence[Written], samples: Sequence[Sample]) -> list[float]:
     return [sum(token % 2 == 0 for token in own.ids) / len(own.ids) for own in answers]
 
 
+def fickle(answers: Sequence[Written], samples: Sequence[Sample]) -> list[float]:
+    """As :func:`even` for samples with an odd number for an id; all others' groups are silent."""
+    scores = zip(even(answers, samples), samples, strict=True)
+    return [score if sample.id.isdigit() and int(sample.id) % 2 else 0.0 for score, sample in scores]
+
+
 def right_arm(answers: Sequence[Written], samples: Sequence[Sample]) -> list[float]:
     """1 for an answer whose first invocation is of the kind that its sample names, .5 for one without any."""
     scores = []

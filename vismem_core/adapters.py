@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -68,24 +68,25 @@ class Adapter:
 
     @contextmanager
     def on(self, tokens: slice | None = None) -> Iterator[None]:
-        """Apply the adapter to every forward pass inside the context.
+        """Apply the adapter to every forward pass inside the context, and no other that shares its layers.
+
+        Contexts may be nested: the innermost one counts. With ``tokens`` several count, each for its own.
 
         Args:
             tokens: of a packed sequence (1, M, d), the ones it applies to; by default all.
         """
-        if tokens is not None:
-            handles = [self._model.get_submodule(path).register_forward_hook(self._add(tokens)) for path in self.layers]
+        before = {path: (layer._disable_adapters, layer._active_adapter) for path, layer in self.layers.items()}
+        with ExitStack() as stack:
+            self._switch(off=tokens is not None)
+            if tokens is not None:
+                for path in self.layers:
+                    handle = self._model.get_submodule(path).register_forward_hook(self._add(tokens))
+                    stack.callback(handle.remove)
             try:
                 yield
             finally:
-                for handle in handles:
-                    handle.remove()
-            return
-        self._switch(off=False)
-        try:
-            yield
-        finally:
-            self._switch(off=True)
+                for path, layer in self.layers.items():
+                    layer._disable_adapters, layer._active_adapter = before[path]
 
     def _add(self, tokens: slice) -> Callable[[Any, Any, Tensor], Tensor]:
         """What peft's layer adds to its output, for some tokens."""

@@ -178,7 +178,7 @@ class Backbone(ABC):
 
         Args:
             embeds: (R, E, d)
-            attention_mask: (R, past + E)
+            attention_mask: (R, past + E); or additive, what each token may look at, (R, 1, E, past + E).
             positions: (.., R, E)
 
         Returns:

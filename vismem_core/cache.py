@@ -77,7 +77,7 @@ def upto(cache: DynamicCache, mask: Tensor, rows: Sequence[int], stops: Sequence
     """The first ``stops`` columns of some rows, right-aligned again, and their mask: the cache as it once was.
 
     Args:
-        mask: (B, W) over ``cache``.
+        mask: (R, W) over ``cache``, one row for each of ``rows``.
         rows: of the batch; one may be named several times.
         stops: columns that each of them keeps.
     """
@@ -87,12 +87,34 @@ def upto(cache: DynamicCache, mask: Tensor, rows: Sequence[int], stops: Sequence
     branch = fork(cache)
     for layer in _layers(branch):
         own, places = index.to(layer.keys.device)[:, None], columns.clamp(min=0).to(layer.keys.device)
-        layer.keys, layer.values = (
-            whole.transpose(1, 2)[own, places].transpose(1, 2) for whole in (layer.keys, layer.values)
-        )
+        layer.keys, layer.values = (_columns(whole, own, places) for whole in (layer.keys, layer.values))
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = width
-    return branch, mask[index].gather(1, columns.clamp(min=0)) * (columns >= 0)
+    return branch, mask.gather(1, columns.clamp(min=0)) * (columns >= 0)
+
+
+def whole(cache: DynamicCache) -> bool:
+    """Whether every layer holds all tokens: none has a sliding window."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def compact(cache: DynamicCache, mask: Tensor, columns: int) -> Tensor:
+    """Take so many masked-out columns out of every row, wherever they are, in place; what is left is right-aligned.
+
+    Rows that have more of them keep the rest as left padding.
+
+    Args:
+        mask: (B, W) over ``cache``, whose layers hold all tokens (:func:`whole`).
+
+    Returns:
+        The mask (B, W - columns).
+    """
+    order = mask.bool().long().argsort(dim=-1, stable=True)[:, columns:]
+    for layer in _layers(cache):
+        places = order.to(layer.keys.device)
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        layer.keys, layer.values = (_columns(own, rows, places) for own in (layer.keys, layer.values))
+    return mask.gather(1, order)
 
 
 def graft(cache: DynamicCache, grown: DynamicCache, rows: Sequence[int], padding: int) -> None:
@@ -123,6 +145,11 @@ def graft_mask(mask: Tensor, rows: Sequence[int], length: int, padding: int) -> 
     mask = torch.cat([mask.new_zeros(mask.shape[0], padding), mask], dim=-1)
     mask[index] = grown[:, -mask.shape[-1] :]
     return mask
+
+
+def _columns(states: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Keys or values (B, heads, W, w) -> (R, heads, W', w) with other rows (R, 1) and columns (R, W')."""
+    return states.transpose(1, 2)[rows, columns].transpose(1, 2)
 
 
 def _layers(cache: DynamicCache) -> list[Any]:

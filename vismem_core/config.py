@@ -47,12 +47,23 @@ class FormerConfig(Section):
 
 
 @dataclass(frozen=True)
+class PolicyConfig(Section):
+    """What of the policy Stage II trains by GRPO."""
+
+    trains: Literal["rows", "lora"] = "rows"
+    """The four tokens' rows, or a LoRA on the language model as well; it acts on what follows the prompt."""
+    rank: Positive = 16
+    alpha: Positive = 32
+
+
+@dataclass(frozen=True)
 class MemoryConfig(Section):
     """What is attached to a model, and saved beside the trained weights."""
 
     query: QueryConfig = field(default_factory=QueryConfig)
     short: FormerConfig = field(default_factory=lambda: FormerConfig(length=8))
     long: FormerConfig = field(default_factory=lambda: FormerConfig(length=16))
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     trigger: str = "policy"
     """Trigger spec ``NAME[:ARGUMENT][@KIND]``, such as ``random:0.5`` or ``policy@short``."""
     budget: Count = 8
@@ -61,6 +72,9 @@ class MemoryConfig(Section):
     """Tokens that must lie between an end token and the next invocation."""
     delimiters: tuple[str, ...] = (",", ".", ";", ":", "?", "!", "\n")
     """Where a thought ends: triggers may invoke there, and the four tokens start as copies of the first one."""
+    drop_image_after_invocation: bool = False
+    """Image tokens leave a row's KV cache once its first memory is formed: long answers without them. Their columns are
+    given up where no row of the batch needs them any more, always so for one row, and else only masked."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,9 @@ class GrpoConfig(Section):
     )
     rewards: tuple[str, ...] = ("exact",)
     """Specs ``[WEIGHT*]NAME[:ARGUMENT]``; their weighted mean is S."""
+    resample: Count = 0
+    """How often a step may draw further prompts in place of those whose trajectories all scored alike, which teach
+    nothing (dynamic sampling of DAPO, arXiv 2503.14476)."""
     group: Positive = 16
     """G, trajectories per prompt."""
     temperature: Amount = 1.0
@@ -144,6 +161,8 @@ class TrainConfig(Section):
     formation: StageConfig = field(default_factory=StageConfig)
     invocation: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-5, warmup=0.1, anywhere=0.5))
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    image_dropout: Share = 0.0
+    """Chance that an answer's image tokens are hidden from all that follows an invocation, so that memory must tell."""
     trackers: tuple[str, ...] = ()
     """Where figures go besides ``metrics.jsonl``: ``tensorboard``, ``wandb``, ``trackio``, by way of accelerate."""
     end_rate: Amount = 0.1

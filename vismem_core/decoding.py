@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +81,7 @@ class Decoder:
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
             latents = self._form(fed, input_ids.shape[1] - prompt - 1)
+            padded = self._forget(latents) or padded
             logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
             room = None if limit is None else limit - input_ids.shape[1]
             logits, forced = self._choices(logits, room, running.tolist())
@@ -99,14 +100,19 @@ class Decoder:
             if not running.any():
                 break
             input_ids, running, fed, latents = self._retire(input_ids, running, fed, latents, model_kwargs)
-            output, padded = self._feed(model, input_ids, fed, latents, model_kwargs, padded)
+            with self.memory.acting() if self.trigger.active else nullcontext():
+                output, padded = self._feed(model, input_ids, fed, latents, model_kwargs, padded)
             self.session.observe([row for row, token in enumerate(fed) if token >= self.tokens.first + len(KINDS)])
             self.session.advance()
         if self.streamer is not None:
             self.streamer.end()
-        return record.result(input_ids, model_kwargs.get(kv.NAME))
+        return record.result(input_ids, self.session.cache)
 
     # What rollouts do otherwise
+
+    def _drops_images(self, row: int) -> bool:
+        """Whether the images of ``row`` leave the cache once memory is formed."""
+        return self.memory.config.drop_image_after_invocation
 
     def _begin(self, model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
         """Read the prompts; what the first tokens are chosen from."""
@@ -156,6 +162,12 @@ class Decoder:
                 Invocation(self.order[row], kind, position, vectors[at]) for at, row in enumerate(own)
             ]
         return latents
+
+    def _forget(self, latents: Latents) -> bool:
+        """Let rows that have formed memory lose sight of their images; whether there are such rows."""
+        rows = [row for own, _ in latents.values() for row in own if self._drops_images(row)]
+        self.session.hide_images(rows)
+        return bool(rows)
 
     def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
         """Append the memory tokens' logits, and say which rows have no choice."""
@@ -256,6 +268,8 @@ class Decoder:
             model_kwargs["position_ids"] = session.positions
         behind = [vectors.flatten(0, 1) for own in (latents, riders) for _, vectors in own.values()]
         with packing.on(session.backbone.decoder, session.cache) as cache, ExitStack() as stack:
+            if formers:
+                stack.enter_context(self.memory.acting(slice(packing.slices()[0].start)))
             for former, tokens in zip(formers, packing.slices(), strict=True):
                 stack.enter_context(former.on(tokens))
             output = model(

@@ -30,6 +30,21 @@ class Needs:
         return Needs(*(any(column) for column in zip(*flags, strict=True)))
 
 
+@dataclass(frozen=True)
+class History:
+    """All that R rows fed to the language model, right-aligned: for ``context="recompute"``.
+
+    Attributes:
+        embeds: (R, W, d)
+        mask: (R, W)
+        positions: (.., R, W)
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
 @dataclass
 class MemoryContext:
     """What memory may look at when R rows invoke the same kind at the same time.
@@ -44,8 +59,7 @@ class MemoryContext:
         next_position: (.., R, 1), the position id of the next token.
         vision: the vision encoder's states of the whole batch.
         rows: the R rows' numbers in the batch, for ``vision``.
-        history: for ``context="recompute"``, the embeddings of the whole context (R, W, d), and
-        history_positions: its position ids (.., R, W).
+        history: where the former needs it; of all memory may look at, images included that the cache has no more.
     """
 
     states: Tensor
@@ -57,8 +71,7 @@ class MemoryContext:
     next_position: Tensor
     vision: VisionStates
     rows: Sequence[int]
-    history: Tensor | None = None
-    history_positions: Tensor | None = None
+    history: History | None = None
 
 
 class MemoryFormer(nn.Module, ABC):

@@ -38,6 +38,8 @@ def load_base(
     name = backbone or _backbone_of(source, trust_remote_code, revision)
     family = registry("backbones").get(name)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if place == "cuda":  # each process that ``accelerate launch`` starts has a GPU of its own
+        place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     options["dtype"] = ("auto" if place != "cpu" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     if place == "map":

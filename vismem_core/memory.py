@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import trigger as triggers
+from .adapters import Adapter
 from .backbone import Backbone
 from .config import KINDS, Kind, MemoryConfig
 from .controls import REPLACEMENTS, Replacement
@@ -23,6 +24,8 @@ from .tokens import MemoryTokens, delimiter_ids
 from .trace import Trace
 from .trigger import Row, Trigger
 
+FORMATION = ("builder.", "short.", "long.")
+"""How the names of what Stage I trains begin; all the rest belongs to the policy."""
 ROOM = 3
 """Ids an invocation needs before ``max_length``: its two tokens and one that can profit from it."""
 
@@ -33,6 +36,7 @@ class Memory(nn.Module):
     Attributes:
         config: its settings.
         tokens, builder, short, long: the four tokens, the query builder B and the formers F_s and F_l.
+        policy: the policy's own LoRA, if it has one.
         trace: the invocations of the last ``generate`` call.
         replacement: what enters instead of latents that were formed; see :mod:`vismem_core.controls`.
     """
@@ -42,6 +46,7 @@ class Memory(nn.Module):
         vars(self)["_backbone"] = backbone  # it holds the base model, which is no part of this module
         self.config, self.trace = config, Trace()
         self.replacement: Replacement | None = None
+        self.policy: Adapter | None = None
         tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
         ids = delimiter_ids(tokenizer, config.delimiters)
         if not ids:
@@ -56,6 +61,9 @@ class Memory(nn.Module):
         try:
             self.short = self._make("short")
             self.long = self._make("long")
+            if config.policy.trains == "lora":
+                targets, own = backbone.lora_targets["long"], config.policy
+                self.policy = Adapter(backbone.model, "policy", targets, own.rank, own.alpha, 0.0)
         except BaseException:
             self.detach()
             raise
@@ -127,6 +135,20 @@ class Memory(nn.Module):
         finally:
             self.hook.enabled = before
 
+    @contextmanager
+    def acting(self, tokens: slice | None = None) -> Iterator[None]:
+        """Passes inside the context are the policy's own: its LoRA is on, if it has one.
+
+        These are the passes after the prompt: latents, end tokens, text, invocation tokens. Prompts are read by the
+        base, so that their cache serves the policy, its reference and tau_base alike and carries no gradient; memory is
+        formed without it too, from a cache in which it acted.
+
+        Args:
+            tokens: of a packed sequence, the policy's own; by default all.
+        """
+        with self.policy.on(tokens) if self.policy else nullcontext():
+            yield
+
     def allows(self, row: Row, room: int | None) -> bool:
         """Whether ``row`` may invoke now: its budget, its distance from the last one, and ids left to write."""
         distant = row.invocations == 0 or row.since_end >= self.config.distance
@@ -137,6 +159,8 @@ class Memory(nn.Module):
         for kind in KINDS:
             if hasattr(self, kind):
                 self.former(kind).detach()
+        if self.policy:
+            self.policy.eject()
         self.hook.remove()
 
     # Trained state
@@ -147,6 +171,8 @@ class Memory(nn.Module):
         for kind in KINDS:
             adapters = self.former(kind).adapter_parameters()
             tensors |= {f"{kind}.adapter.{name}": tensor for name, tensor in adapters.items()}
+        if self.policy:
+            tensors |= {f"policy.adapter.{name}": tensor for name, tensor in self.policy.parameters().items()}
         return tensors
 
     def save(self, folder: str | Path, **about: Any) -> None:

@@ -17,7 +17,7 @@ from . import cache as kv
 from .backbone import Backbone
 from .config import Kind
 from .errors import AttachError
-from .former import MemoryContext, MemoryFormer, Needs, RidingFormer
+from .former import History, MemoryContext, MemoryFormer, Needs, RidingFormer
 from .packing import Packing
 from .query import QueryBuilder
 from .vision import VisionStates
@@ -44,6 +44,7 @@ class Session:
         self._embeds: Tensor
         self._visual: Tensor
         self._visual_mask: Tensor
+        self._images: list[Tensor] = []  # each row's visual tokens that it may see, counted from its first token
         self._source: list[int]  # each row's row of the visual tokens, which copies of a prompt share
         self._recording = ExitStack()
         self._started = self._forming = False
@@ -118,6 +119,7 @@ class Session:
         seen = torch.stack(media).any(0)
         tokens = [self._embeds[row, seen[row].to(self._embeds.device)] for row in range(len(input_ids))]
         counts = torch.tensor([len(own) for own in tokens], device=self._embeds.device)
+        self._images = [own.nonzero().flatten() - start for own, start in zip(seen, self._padding, strict=True)]
         self._visual = pad_sequence(tokens, batch_first=True).float()
         self._source = list(range(len(input_ids)))
         self._visual_mask = torch.arange(self._visual.shape[1], device=counts.device) < counts[:, None]
@@ -157,6 +159,7 @@ class Session:
         self.hidden = self.hidden[index.to(self.hidden.device), -1:]
         self._written = [states[index.to(states.device)] for states in self._written]
         self._source = [self._source[row] for row in rows]
+        self._images = [self._images[row] for row in rows]
         self._segment = [self._segment[row] for row in rows]
         self._padding = [self._padding[row] for row in rows]
         self._history = [list(self._history[row]) for row in rows] if self._history else []
@@ -190,7 +193,6 @@ class Session:
         """What memory may look at for ``rows``, with an empty query."""
         index = torch.as_tensor(rows, device=self.mask.device)
         states, mask = self._states(rows, len(self._written) - 1)  # the last one is the invocation token's own
-        history, history_positions = self.history(rows) if self.needs.history else (None, None)
         return MemoryContext(
             states=states,
             mask=mask,
@@ -201,8 +203,7 @@ class Session:
             next_position=self.positions[..., index, :],
             vision=self.vision,
             rows=rows,
-            history=history,
-            history_positions=history_positions,
+            history=self.history(rows) if self.needs.history else None,
         )
 
     def _states(self, rows: Sequence[int], stop: int) -> tuple[Tensor, Tensor]:
@@ -219,22 +220,47 @@ class Session:
         source = torch.as_tensor([self._source[row] for row in rows], device=self._visual.device)
         return self._visual[source], self._visual_mask[source]
 
-    def history(
-        self, rows: Sequence[int], told: Sequence[tuple[Tensor, Tensor]] = (), width: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """All that ``rows`` fed to the language model: embeddings (R, W, d) and positions (.., R, W), right-aligned.
+    def history(self, rows: Sequence[int], told: Sequence[tuple[Tensor, Tensor]] = ()) -> History:
+        """All that ``rows`` fed to the language model, images that have left the cache included.
 
         Args:
             told: what each row fed besides: (L, d) and (.., L).
-            width: W, by default the cache's.
         """
         pieces = [[*self._history[row], *told[at : at + 1]] for at, row in enumerate(rows)]
         embeds = [torch.cat([piece[0] for piece in own]) for own in pieces]
         places = [torch.cat([piece[1] for piece in own], dim=-1) for own in pieces]
-        width = width or self.mask.shape[1]
+        width = max(map(len, embeds))
         history = torch.stack([torch.nn.functional.pad(own, (0, 0, width - len(own), 0)) for own in embeds])
         positions = [torch.nn.functional.pad(own, (width - own.shape[-1], 0)) for own in places]
-        return history, torch.stack(positions, dim=-2)
+        lengths = self.mask.new_tensor([len(own) for own in embeds])
+        mask = self.mask.new_ones(history.shape[:2]).cumsum(-1) > width - lengths[:, None]
+        return History(history, mask.to(self.mask), torch.stack(positions, dim=-2))
+
+    # Forgetting images
+
+    def image_columns(self) -> Tensor:
+        """Where in the cache the visual tokens are that rows may see, (B, W)."""
+        found = torch.zeros_like(self.mask, dtype=torch.bool)
+        for row, (start, own) in enumerate(zip(self._padding, self._images, strict=True)):
+            found[row, own + start] = True
+        return found
+
+    def hide_images(self, rows: Sequence[int]) -> None:
+        """Nothing that ``rows`` take in from now on sees their images in the cache; positions go on as they were.
+
+        Columns that no row needs any more leave the cache, unless a layer has a sliding window: distances count there.
+        """
+        if not any(len(self._images[row]) for row in rows):
+            return
+        hidden = self.image_columns()
+        hidden[[row for row in range(len(hidden)) if row not in set(rows)]] = False
+        self.mask = self.mask.masked_fill(hidden, 0)
+        for row in rows:
+            self._images[row] = self._images[row][:0]
+        spare = int((self.mask == 0).sum(-1).min())
+        if spare and kv.whole(self.cache):
+            self.mask = kv.compact(self.cache, self.mask, spare)
+            self._padding = (self.mask == 0).sum(-1).tolist()
 
     # Inserting
 

@@ -26,6 +26,11 @@ class Stage(str, Enum):
     all = "all"
 
 
+class Policy(str, Enum):
+    rows = "rows"
+    lora = "lora"
+
+
 class Objective(str, Enum):
     sft = "sft"
     grpo = "grpo"
@@ -47,6 +52,13 @@ def train(
     objective: Annotated[
         Objective | None, typer.Option(metavar="NAME", help="sft, grpo, or sft+grpo: a warm start, then GRPO.")
     ] = None,
+    policy: Annotated[
+        Policy | None, typer.Option(metavar="NAME", help="What of the policy trains: the tokens' rows, or lora too.")
+    ] = None,
+    image_dropout: Annotated[
+        float | None,
+        typer.Option(metavar="P", min=0.0, max=1.0, help="Chance that memory has to do without the image after it."),
+    ] = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     seed: Annotated[
@@ -65,10 +77,12 @@ def train(
 
     Writes memory.safetensors, vismem.json, metrics.jsonl and report.json.
 
-    Settings come from --config, then --set, then --stage, --objective and --seed, each over the ones before.
+    Settings come from --config, then --set, then --stage and other flags, each over the ones before.
     """
-    flags = {"stage": stage and stage.value, "objective": objective and objective.value, "seed": seed}
+    flags: dict[str, Any] = {"stage": stage and stage.value, "objective": objective and objective.value, "seed": seed}
+    flags["image_dropout"] = image_dropout
     overrides = [f"train.{key}={value}" for key, value in flags.items() if value is not None]
+    overrides += [f"memory.policy.trains={policy.value}"] if policy else []
     suited = embedded(backbone)[1].settings if model is None else None
     run = load(config, [*(settings or []), *overrides], base=load(suited))
     check_names(backbone, run.memory, rewards=run.train.grpo.rewards)

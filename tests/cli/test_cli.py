@@ -234,11 +234,13 @@ def test_train_passes_everything_on(vismem: Callable[..., Run], core: Core, ques
     config = tmp_path / "run.yaml"
     config.write_text("train: {seed: 1, save_every: 7}\nmemory: {budget: 3}\n")
     args = ["--config", config, "--set", "train.seed=2", "--seed", 3, "--stage", "formation", "--resume"]
+    args += ["--policy", "lora", "--image-dropout", 0.5]
     done = vismem("train", "--data", questions, "--on-bad-sample", "skip", "--json", "--dtype", "float32", *args)
     assert done.code == 0, done.err
     count, run, output, how = core.calls["train"]
     assert (count, output, how) == (3, Path("runs/qwen2_5_vl"), {"resume": True, "groups": None})
     assert (run.train.seed, run.train.save_every, run.train.stage, run.memory.budget) == (3, 7, "formation", 3)
+    assert (run.train.image_dropout, run.memory.policy.trains) == (0.5, "lora")
     assert core.calls["attach"][1] == {"config": run.memory, "backbone": "qwen2_5_vl", "seed": 3}
     assert core.calls["load_base"][2]["dtype"] == "float32"
     assert core.calls["load_base"][2]["trust_remote_code"] is False

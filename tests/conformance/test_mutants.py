@@ -210,7 +210,7 @@ MUTANTS: list[tuple[type[Backbone], str, dict[str, Any], str]] = [
     (Shifted, "continue_equals_one_pass", {}, "not close"),
     (Shifted, "ragged_insertion_equals_one_pass", {"packs": False}, "row 0 differs"),
     (Shifted, "packing_changes_nothing", {}, r"row \d forms other memory when packed"),
-    (Shifted, "replay_equals_rollout", {"context": "cache"}, "not close"),
+    (Shifted, "replay_equals_rollout", {"context": "cache", "dropout": 0.0}, "not close"),
     (Unmasked, "continue_equals_one_pass", {}, "not close"),
     (Unmasked, "ragged_insertion_equals_one_pass", {"packs": False}, "row 0 differs"),
     (Unmasked, "rows_alone_and_together", {"context": "cache", "packs": False}, r"row \d forms other memory alone"),

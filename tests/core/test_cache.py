@@ -110,6 +110,20 @@ def test_sliding_windows_go_on_as_if_alone() -> None:
     assert offset + length == 8
 
 
+def test_compacted_rows_are_padded_on_the_left_again() -> None:
+    """Masked columns leave from wherever they are; what a row has of them beyond its neighbours becomes padding."""
+    cache = filled(5)
+    cache.layers = cache.layers[:1]
+    keys, values = content(cache)[0]
+    mask = torch.tensor([[1, 0, 0, 1, 1], [0, 1, 1, 1, 1], [0, 0, 1, 0, 1]])
+    assert kv.whole(cache) and not kv.whole(filled(5))
+    assert kv.compact(cache, mask, 1).tolist() == [[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
+    for own, before in ((cache.layers[0].keys, keys), (cache.layers[0].values, values)):
+        assert own.shape[-2] == cache.get_seq_length() == 4
+        for row, kept in enumerate(([0, 3, 4], [1, 2, 3, 4], [2, 4])):
+            assert own[row, :, -len(kept) :].equal(before[row, :, kept])
+
+
 class Odd(DynamicLayer):  # type: ignore[misc]
     """Stands for layers that hold more than keys and values, such as quantised ones."""
 

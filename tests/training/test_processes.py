@@ -8,17 +8,26 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
+from bases import tied
 from safetensors.torch import load_file
+from samples import SAMPLES
+
+from vismem_core.config import Config
+from vismem_core.errors import TrainingError
+from vismem_core.training.processes import Processes
+from vismem_core.training.run import train
 
 HERE = Path(__file__).parent
 SETTINGS = {
     "sft": ["train.objective=sft", "train.formation={steps: 3, lr: 3e-4}", "train.invocation={steps: 0, lr: 1e-2}"],
     "grpo": [
         "train.objective=grpo",
-        "train.grpo={group: 4, max_new_tokens: 8, rewards: ['call:samples:even']}",
+        "train.grpo={group: 4, resample: 2, max_new_tokens: 8, rewards: ['call:samples:fickle']}",
         "train.grpo.formation={steps: 2, lr: 1e-3}",
         "train.grpo.invocation={steps: 2, lr: 1e-2}",
     ],
@@ -34,7 +43,7 @@ run(Path(sys.argv[1]), sys.argv[2:])
 
 
 def launch(output: Path, processes: int, batch: int, objective: str) -> None:
-    """What ``accelerate launch --cpu --num_processes N`` starts."""
+    """What ``ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`` starts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -57,6 +66,36 @@ def launch(output: Path, processes: int, batch: int, objective: str) -> None:
         assert own.returncode == 0, errors
 
 
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_what_does_not_shard_says_so(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(TrainingError, match=r"not supported.*ddp\.yaml"):
+        train(tied().attach(), SAMPLES, SAMPLES, Config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_do_not_see_each_other_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=r"one of 2 processes.*ACCELERATE_USE_CPU=true"):
+        Processes()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_work_is_dealt_evenly(count: int) -> None:
+    """Parts of a batch sorted by length: totals differ by less than two lengths do, and each has a longest one."""
+    everyone = [object.__new__(Processes) for _ in range(count)]
+    for index, own in enumerate(everyone):
+        vars(own)["_state"] = SimpleNamespace(process_index=index, num_processes=count)
+    for seed in range(20):
+        rng = Random(seed)
+        lengths = sorted((round(rng.lognormvariate(4, 1)) for _ in range(8 * count)), reverse=True)
+        parts = [own.part(lengths) for own in everyone]
+        assert sorted(length for part in parts for length in part) == sorted(lengths)
+        totals = [sum(part) for part in parts]
+        assert max(totals) - min(totals) <= lengths[0] - lengths[-1]
+        assert sorted((max(part) for part in parts), reverse=True) == lengths[:count]
+
+
 @pytest.mark.parametrize("objective", SETTINGS)
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, objective: str) -> None:
     launch(tmp_path / "two", 2, 2, objective)
@@ -71,6 +110,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, objective: s
         for name in ("two", "one")
     ]
     assert len(rows[0]) == len(rows[1]) > 0
+    assert objective == "sft" or any(row["resampled"] for row in rows[0])
     for ours, theirs in zip(*rows, strict=True):
         assert ours.keys() == theirs.keys()
         for figure, value in theirs.items():

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from bases import Base, config, mini, tied, untied
+from bases import Base, config, internvl, llava, llava_next, llava_onevision, mini, tied, untied
+from replays import gradients, recorded, told
 from samples import SAMPLES
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from vismem_core import Memory
+from vismem_core.errors import AttachError
 from vismem_core.training.batches import make_batch
 from vismem_core.training.replay import Replay, micro_batches
-from vismem_core.training.rollout import Prompts, Sampling, Trajectory, read_prompts, rollouts
+from vismem_core.training.rollout import Trajectory, read_prompts
 from vismem_core.training.teacher import bring_up, likelihood
 
 SETTINGS = {
@@ -22,18 +22,6 @@ SETTINGS = {
     "recompute": config(context="recompute", trigger="policy"),
     "transformer": config("transformer", builder="cross", trigger="policy"),
 }
-
-
-def told(memory: Memory, trigger: str, temperature: float = 1.0) -> tuple[Prompts, list[Trajectory]]:
-    """Three trajectories for each sample, in which memory is invoked many times."""
-    read = read_prompts(memory, make_batch(memory.backbone, SAMPLES).inputs)
-    with memory.triggered(trigger):
-        copies = [prompt for prompt in range(len(SAMPLES)) for _ in range(3)]
-        return read, rollouts(memory, read, copies, list(range(12)), Sampling(temperature, 1.0, 20))
-
-
-def recorded(trajectories: list[Trajectory]) -> Tensor:
-    return pad_sequence([torch.tensor(own.logprobs) for own in trajectories], batch_first=True)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -51,6 +39,32 @@ def test_a_replay_says_what_the_rollout_said(make: Any, settings: Any, trigger: 
         torch.testing.assert_close(replayed, recorded(trajectories), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("make", [tied, untied, mini, llava, llava_next, llava_onevision, internvl])
+def test_a_replay_hides_the_images_that_the_rollout_hid(make: Any, settings: Any) -> None:
+    """Some trajectories drop them and others of the same prompt do not, each from its own first invocation on."""
+    memory = make().attach(settings)
+    read, trajectories = told(memory, "anywhere:0.4", 1.5, 0.5)
+    hidden = [own.drops_images for own in trajectories if own.latents]
+    assert any(hidden) and not all(hidden)
+    assert max(len(own.latents) for own in trajectories if own.drops_images) > 1
+    for form in (True, False):
+        replayed = Replay(memory, read, trajectories, 1.5).logprobs(form=form)
+        torch.testing.assert_close(replayed, recorded(trajectories), atol=1e-4, rtol=1e-4)
+    for own in trajectories:
+        own.drops_images = False
+    seeing = Replay(memory, read, trajectories, 1.5).logprobs(form=False)
+    assert not torch.allclose(seeing, recorded(trajectories), atol=1e-2)
+
+
+def test_hidden_images_need_an_attention_that_can_hide_them() -> None:
+    memory = tied().attach(SETTINGS["cache"])
+    read, trajectories = told(memory, "anywhere:0.2", dropout=1.0)
+    memory.backbone.decoder.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(AttachError, match="attn_implementation='sdpa'"):
+        Replay(memory, read, trajectories).logprobs(form=False)
+
+
 def test_memory_that_changed_says_something_else() -> None:
     memory = tied().attach(SETTINGS["cache"])
     read, trajectories = told(memory, "anywhere:0.2")
@@ -62,14 +76,6 @@ def test_memory_that_changed_says_something_else() -> None:
     after, kept = (Replay(memory, read, trajectories).logprobs(form=form) for form in (True, False))
     assert not torch.allclose(after, before, atol=1e-3)
     torch.testing.assert_close(kept, before, atol=1e-4, rtol=1e-4)  # the rollout's own latents
-
-
-def gradients(memory: Memory, total: Tensor) -> dict[str, Tensor]:
-    memory.zero_grad()
-    for tensor in memory.trained().values():
-        tensor.grad = None
-    total.backward()
-    return {name: own.grad.clone() for name, own in memory.trained().items() if own.grad is not None}
 
 
 def test_gradients_of_one_invocation_are_those_of_teacher_forcing() -> None:

@@ -63,15 +63,17 @@ def test_another_seed_is_another_trajectory(base: Base) -> None:
     assert len({tuple(own.ids) for own in told}) > 4
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_are_those_of_one_plain_pass(base: Base, temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "dropout"), [(1.0, 0.0), (0.7, 0.0), (1.0, 0.5)])
+def test_log_probabilities_are_those_of_one_plain_pass(base: Base, temperature: float, dropout: float) -> None:
     memory = eager(base)
-    told = rollouts(memory, prompts(memory, base), COPIES, list(range(12)), replace(SAMPLING, temperature=temperature))
+    sampling = replace(SAMPLING, temperature=temperature, image_dropout=dropout)
+    told = rollouts(memory, prompts(memory, base), COPIES, list(range(12)), sampling)
+    assert any(own.drops_images for own in told) == bool(dropout)
     first = memory.tokens.first
     assert sum(len(own.latents) for own in told) > 4
     for own in told:
         memory.trace = Trace([Invocation(0, "short", at, vectors) for at, vectors in own.latents.items()])
-        plain = one_pass(memory, base.inputs(QUESTIONS[own.prompt]), own.ids)
+        plain = one_pass(memory, base.inputs(QUESTIONS[own.prompt]), own.ids, hidden=own.drops_images)
         for at, token in enumerate(own.ids):
             asks = plain.asks[at].masked_fill(~torch.tensor(own.offered[at]), float("-inf"))
             everything = torch.cat([plain.logits[at, :first], asks]) / temperature
@@ -97,8 +99,11 @@ def test_greedy_without_memory_is_generate(base: Base) -> None:
 def test_the_other_kind_meets_the_same_chances(base: Base) -> None:
     memory = eager(base)
     read = prompts(memory, base)
-    told = rollouts(memory, read, COPIES, list(range(12)), SAMPLING)
-    other = rollouts(memory, read, COPIES, list(range(12)), SAMPLING, swapped=True)
+    sampling = replace(SAMPLING, image_dropout=0.5)
+    told = rollouts(memory, read, COPIES, list(range(12)), sampling)
+    other = rollouts(memory, read, COPIES, list(range(12)), sampling, swapped=True)
+    assert len({own.drops_images for own in told}) == 2
+    assert [own.drops_images for own in told] == [own.drops_images for own in other]
     kinds = memory.tokens.kind
     compared = 0
     for own, turned in zip(told, other, strict=True):

@@ -53,6 +53,9 @@ GRPO = [
 ]
 
 
+RESAMPLING = [own.replace("even'", "fickle'").replace("{group", "{resample: 2, group") for own in GRPO]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "whole"
@@ -64,6 +67,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_grpo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "whole"
     run(output, GRPO)
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished_resampling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    run(output, RESAMPLING)
     return output
 
 
@@ -147,13 +157,13 @@ run(Path(sys.argv[2]), sys.argv[4:])
 """
 
 
-@pytest.mark.parametrize("steps", [3, 5])
-@pytest.mark.parametrize("objective", ["sft", "grpo"])
+@pytest.mark.parametrize(("objective", "steps"), [("sft", 3), ("sft", 5), ("grpo", 3), ("grpo", 5), ("resampling", 3)])
 def test_a_killed_run_resumes_to_the_same_numbers(
     objective: str, tmp_path: Path, steps: int, request: pytest.FixtureRequest
 ) -> None:
-    whole_run: Path = request.getfixturevalue({"sft": "finished", "grpo": "finished_grpo"}[objective])
-    overrides = {"sft": [], "grpo": GRPO}[objective]
+    fixture = {"sft": "finished", "grpo": "finished_grpo", "resampling": "finished_resampling"}
+    whole_run: Path = request.getfixturevalue(fixture[objective])
+    overrides = {"sft": [], "grpo": GRPO, "resampling": RESAMPLING}[objective]
     output, here = tmp_path / "killed", Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     child = subprocess.Popen(

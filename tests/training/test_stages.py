@@ -13,7 +13,7 @@ from reference import long_latents, one_pass, query, short_latents
 from samples import SAMPLES
 
 from vismem_core import Invocation, Memory, Trace
-from vismem_core.config import GrpoConfig, Kind, StageConfig, TrainConfig
+from vismem_core.config import GrpoConfig, Kind, PolicyConfig, StageConfig, TrainConfig
 from vismem_core.data import Sample
 from vismem_core.training import formation as stages
 from vismem_core.training.batches import Batch, make_batch
@@ -24,7 +24,7 @@ from vismem_core.training.invocation_grpo import InvocationGrpo
 
 
 def told(
-    memory: Memory, kinds: list[Kind], points: list[int], patch: pytest.MonkeyPatch
+    memory: Memory, kinds: list[Kind], points: list[int], patch: pytest.MonkeyPatch, dropout: float = 0.0
 ) -> Callable[[Batch], torch.Tensor]:
     """Stage I's loss with the kinds and points of a test's choice."""
 
@@ -33,7 +33,7 @@ def told(
         rng.choice = lambda options: next(draws)  # type: ignore[method-assign, assignment]
         patch.setattr(stages, "Random", lambda key: rng)
         patch.setattr(stages, "invocation_point", lambda *args: next(places))
-        return formation(memory).loss(batch, "")[0]
+        return Formation(memory, StageConfig(anywhere=0.5), image_dropout=dropout).loss(batch, "")[0]
 
     return loss
 
@@ -62,7 +62,15 @@ STAGES = [formation, invocation, formation_grpo, invocation_grpo]
 
 @pytest.mark.parametrize("make", [tied, untied, mini])
 @pytest.mark.parametrize("start", STAGES)
-@pytest.mark.parametrize("settings", [config(), config(context="recompute"), config("transformer", builder="cross")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        config(),
+        config(context="recompute"),
+        config("transformer", builder="cross"),
+        config(policy=PolicyConfig("lora", rank=4)),
+    ],
+)
 def test_what_trains_changes_and_nothing_else(make: Any, start: Any, settings: Any) -> None:
     base = make()
     memory = base.attach(settings)
@@ -98,24 +106,32 @@ def test_every_trained_tensor_belongs_to_one_stage() -> None:
 
 @pytest.mark.parametrize("make", [tied, untied, mini])
 @pytest.mark.parametrize("kind", ["short", "long"])
-@pytest.mark.parametrize("context", ["cache", "recompute"])
+@pytest.mark.parametrize(("context", "hidden"), [("cache", False), ("recompute", False), ("cache", True)])
 def test_stage_one_is_the_answers_likelihood(
-    make: Any, kind: Kind, context: str, monkeypatch: pytest.MonkeyPatch
+    make: Any, kind: Kind, context: str, hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pristine, base = make(), make()
     memory = base.attach(config(context=context))
     batch = make_batch(memory.backbone, SAMPLES)
     points = [0, 1, 2, len(batch.answers[3]) - 1]
     with torch.no_grad():
-        loss = told(memory, [kind] * 4, points, monkeypatch)(batch)
+        loss = told(memory, [kind] * 4, points, monkeypatch, float(hidden))(batch)
     rows = zip(SAMPLES, batch.answers, points, strict=True)
-    losses = [nll(pristine, base, memory, sample, answer, kind, point, context) for sample, answer, point in rows]
+    losses = [nll(pristine, base, memory, *own, kind, context, hidden) for own in rows]
     torch.testing.assert_close(loss, torch.cat(losses).mean(), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 def nll(
-    pristine: Base, base: Base, memory: Memory, sample: Sample, answer: list[int], kind: Kind, point: int, context: str
+    pristine: Base,
+    base: Base,
+    memory: Memory,
+    sample: Sample,
+    answer: list[int],
+    point: int,
+    kind: Kind,
+    context: str,
+    hidden: bool,
 ) -> torch.Tensor:
     """Per token, of the answer from ``point`` on, memory being invoked there; one row, one pass, no cache."""
     inputs = base.inputs((sample.prompt, sample.load_images()))
@@ -130,7 +146,7 @@ def nll(
         latents = short_latents(pristine.model, memory, inputs, asked, context)
     memory.trace = Trace([Invocation(0, kind, point, latents)])
     whole = [*answer[:point], *pair, *answer[point:]]
-    logits = one_pass(memory, inputs, whole).logits[point + 2 :]
+    logits = one_pass(memory, inputs, whole, hidden=hidden).logits[point + 2 :]
     return torch.nn.functional.cross_entropy(logits, torch.tensor(answer[point:]), reduction="none")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from .. import cache as kv
 from ..checkpoint import ABOUT, WEIGHTS
 from ..config import StageConfig
 from ..data import Sample
@@ -28,17 +29,19 @@ ANSWERS = ("a bag , a coat .", "boot", "the coat , the bag , the boot .", "a boo
 class Training(Contract):
     """Memory is trained through the same doors by which it is used."""
 
-    @pytest.mark.parametrize("context", ["cache", "recompute"])
+    @pytest.mark.parametrize(("context", "dropout"), [("cache", 0.0), ("recompute", 0.0), ("cache", 0.5)])
     @holds(
         "promise 5: log-probabilities of a replayed trajectory must equal those of its rollout",
         "vismem_core.backbone.Backbone.positions and .continue_",
     )
-    def test_replay_equals_rollout(self, context: str) -> None:
+    def test_replay_equals_rollout(self, context: str, dropout: float) -> None:
         base, questions = self.base(), self.questions()
         memory = base.attach(staggered("policy"), context=context)
         prompts = read_prompts(memory, base.inputs(*questions))
+        if dropout and not kv.whole(prompts.session.cache):
+            pytest.skip("images cannot be hidden from sliding-window layers")
         copies = [row for row in range(len(questions)) for _ in range(2)]
-        sampling = Sampling(temperature=0.9, max_new_tokens=14)
+        sampling = Sampling(temperature=0.9, max_new_tokens=14, image_dropout=dropout)
         trajectories = rollouts(memory, prompts, copies, range(len(copies)), sampling)
         assert sum(len(own.latents) for own in trajectories) >= len(copies), "memory was hardly invoked"
         for form in (True, False):

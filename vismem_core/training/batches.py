@@ -87,13 +87,13 @@ class Sampler:
         while True:
             yield self.draw()
 
-    def draw(self) -> list[int]:
-        """The next batch; it may run over the end of an epoch into the next one."""
-        drawn = []
-        for place in range(self.position, self.position + self.batch):
+    def draw(self, count: int | None = None) -> list[int]:
+        """The next batch, or so many indices; it may run over the end of an epoch into the next one."""
+        drawn, count = [], self.batch if count is None else count
+        for place in range(self.position, self.position + count):
             epoch, offset = divmod(place, self.size)
             drawn.append(self._order(epoch)[offset])
-        self.position += self.batch
+        self.position += count
         return drawn
 
     def _order(self, epoch: int) -> list[int]:

@@ -13,19 +13,32 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from ..config import KINDS
+from ..config import KINDS, StageConfig
+from ..memory import FORMATION, Memory
 from .batches import Batch
+from .dropout import drops_images
+from .processes import Processes
 from .stage import LikelihoodStage
 from .teacher import bring_up, groups, likelihood
 
 
 class Formation(LikelihoodStage):
-    """Stage I."""
+    """Stage I.
+
+    Args:
+        image_dropout: chance that an answer drops its images (:mod:`vismem_core.training.dropout`).
+    """
+
+    def __init__(
+        self, memory: Memory, settings: StageConfig, processes: Processes | None = None, image_dropout: float = 0.0
+    ) -> None:
+        super().__init__(memory, settings, processes)
+        self.image_dropout = image_dropout
 
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         """What trains: name, tensor, learning rate relative to the stage's."""
         trained = self.memory.trained()
-        return [(name, tensor, 1.0) for name, tensor in trained.items() if not name.startswith("tokens.")]
+        return [(name, tensor, 1.0) for name, tensor in trained.items() if name.startswith(FORMATION)]
 
     def loss(self, batch: Batch, key: str) -> tuple[Tensor, dict[str, float]]:
         """The mean negative log-likelihood per token."""
@@ -36,12 +49,14 @@ class Formation(LikelihoodStage):
             invocation_point(answer, memory.delimiters, rng, self.settings.anywhere)
             for answer, rng in zip(batch.answers, chances, strict=True)
         ]
+        drops = [drops_images(memory, self.image_dropout, f"{key}/{sample.id}") for sample in batch.samples]
         forced = bring_up(memory, batch, kinds, points)
         own = torch.zeros(len(KINDS), 2)  # log-likelihood and tokens, by kind
         everyone = processes.total(torch.tensor(float(sum(map(len, forced.rests))))).item()
         losses = []
         for kind, rows in groups(kinds).items():
             latents = forced.session.form(rows, memory.builder, memory.former(kind))
+            forced.session.hide_images([row for row in rows if drops[row]])
             end = memory.tokens.vectors(torch.full((len(rows), 1), memory.tokens.end(kind)), latents)
             told = likelihood(memory, forced, rows, torch.cat([latents, end], dim=1)).sum()
             losses.append(-told / everyone)

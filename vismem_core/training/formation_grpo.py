@@ -15,7 +15,7 @@ from random import Random
 from torch import nn
 
 from ..config import KINDS, TrainConfig
-from ..memory import Memory
+from ..memory import FORMATION, Memory
 from ..trigger import Decision, Row, Trigger
 from .batches import Batch
 from .group import Group, GroupStage, together
@@ -32,7 +32,7 @@ class FormationGrpo(GroupStage):
         super().__init__(memory, config, config.grpo.formation, processes)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return {name: own for name, own in self.memory.trained().items() if not name.startswith("tokens.")}
+        return {name: own for name, own in self.memory.trained().items() if name.startswith(FORMATION)}
 
     def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
         between = self.grpo.between if progress >= self.grpo.between_from else 0.0

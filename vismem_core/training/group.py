@@ -19,6 +19,7 @@ from . import grpo
 from .batches import Batch
 from .processes import Processes
 from .replay import Replay, micro_batches
+from .resample import resampled
 from .rollout import Prompts, Sampling, Trajectory, read_prompts, rollouts
 from .stage import Stage
 
@@ -38,13 +39,19 @@ class Group:
     Attributes:
         rewards: what the advantages are made of, (P, G).
         figures: means over all trajectories, for the log.
-        weights: what each group weighs in the loss, (P,); by default 1.
+        weights: what each group weighs in the loss, (P,).
+        tried: states (P, d) in which all choices were tried, and their mean rewards (P, 3), where Stage II dealt some.
+        heard: which prompts (P,) the loss is about; by default all.
+        resampled: how many of the prompts were drawn in place of silent ones, in all processes.
     """
 
     trajectories: list[Trajectory]
     rewards: Tensor
     figures: dict[str, float]
-    weights: Tensor | None = None
+    weights: Tensor
+    tried: tuple[Tensor, Tensor] | None = None
+    heard: Tensor | None = None
+    resampled: int = 0
 
 
 class GroupStage(Stage):
@@ -64,7 +71,8 @@ class GroupStage(Stage):
         self.config, self.grpo = config, config.grpo
         self.reward = parse(self.grpo.rewards)
         self.kl = grpo.AdaptiveKL(settings.beta, settings.target_kl)
-        self.sampling = Sampling(self.grpo.temperature, self.grpo.top_p, self.grpo.max_new_tokens)
+        own = self.grpo
+        self.sampling = Sampling(own.temperature, own.top_p, own.max_new_tokens, config.image_dropout)
         self.base_scores: dict[str, float] = {}
         self.reference = {name: tensor.detach().clone() for name, tensor in self.trained().items()}
 
@@ -74,7 +82,7 @@ class GroupStage(Stage):
 
     @abstractmethod
     def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
-        """Roll out and score one group per prompt."""
+        """Roll out and score one group per prompt. It must wait for no other process: these may have more to do."""
 
     @abstractmethod
     def counted(self, trajectory: Trajectory) -> list[bool]:
@@ -92,6 +100,7 @@ class GroupStage(Stage):
         with self.memory.triggered("policy"):
             prompts = read_prompts(self.memory, batch.inputs)
         group = self.sample(prompts, batch, key, progress)
+        prompts, group = resampled(self, prompts, batch, group, key, progress)
         means = self.processes.total(torch.tensor(list(group.figures.values()))) / self.processes.count
         return {**dict(zip(group.figures, means.tolist(), strict=True)), **self.learn(prompts, group)}
 
@@ -114,9 +123,9 @@ class GroupStage(Stage):
         told, settings = group.trajectories, self.grpo
         gain = grpo.advantages(group.rewards, scaled=settings.scaled).flatten()
         counted = _padded([self.counted(own) for own in told], False)
-        weight = self._weights(counted)
-        if group.weights is not None:
-            weight = weight * group.weights.repeat_interleave(settings.group)[:, None]
+        if group.heard is not None:
+            counted &= group.heard.repeat_interleave(settings.group)[:, None]
+        weight = self._weights(counted) * group.weights.repeat_interleave(settings.group)[:, None]
         pulls = counted.any(1) & ((gain != 0) | (self.kl.beta > 0))  # what gives no gradient is not replayed
         active = pulls.nonzero().flatten().tolist()
         sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
@@ -183,6 +192,7 @@ class GroupStage(Stage):
             "clipped": clipped / max(tokens, 1),
             "entropy": entropy / max(free, 1),
             "silent": silent / prompts,
+            "resampled": float(group.resampled),
             "short": short / rows,
             "long": long / rows,
             "tokens": ids,

@@ -20,10 +20,11 @@ from ..config import KINDS, Kind, TrainConfig
 from ..memory import Memory
 from .batches import Batch
 from .choices import Choices
+from .dropout import drops_images
 from .formation import invocation_point
 from .processes import Processes
 from .stage import LikelihoodStage
-from .teacher import Forced, bring_up, likelihood
+from .teacher import bring_up, likelihood
 
 
 class InvocationStage(LikelihoodStage):
@@ -57,10 +58,11 @@ class InvocationStage(LikelihoodStage):
             invocation_point(answer, memory.delimiters, Random(f"{key}/{sample.id}"), self.settings.anywhere)
             for answer, sample in zip(batch.answers, batch.samples, strict=True)
         ]
+        drops = [drops_images(memory, self.config.image_dropout, f"{key}/{sample.id}") for sample in batch.samples]
         plain = bring_up(memory, batch, [None] * len(batch), points)
         lengths = torch.tensor([len(rest) for rest in plain.rests], device=memory.backbone.device)
         with torch.no_grad():
-            told = [likelihood(memory, plain, rows), *(self._with_memory(batch, plain, kind, points) for kind in KINDS)]
+            told = [likelihood(memory, plain, rows), *(self._with_memory(batch, kind, points, drops) for kind in KINDS)]
         scores = torch.stack([own.sum(1) / lengths for own in told], dim=1).exp()
         scores[:, 1:] -= self.config.cost
         hidden = plain.session.hidden[:, -1].float()
@@ -74,12 +76,11 @@ class InvocationStage(LikelihoodStage):
         figures |= {f"asks_{kind}": means[1 + at] for at, kind in enumerate(KINDS)}
         return loss, figures | {f"worth_{kind}": means[3 + at] for at, kind in enumerate(KINDS)}
 
-    def _with_memory(self, batch: Batch, plain: Forced, kind: Kind, points: list[int]) -> Tensor:
+    def _with_memory(self, batch: Batch, kind: Kind, points: list[int], drops: list[bool]) -> Tensor:
         """Log-likelihoods (B, T) after memory of ``kind``."""
         memory, tokens, rows = self.memory, self.memory.tokens, list(range(len(batch)))
         invoked = bring_up(memory, batch, [kind] * len(batch), points)
         latents = invoked.session.form(rows, memory.builder, memory.former(kind))
-        pair = torch.tensor([[tokens.invocation(kind), tokens.end(kind)]]).expand(len(batch), -1)
-        vectors = tokens.vectors(pair, latents)
-        opening = torch.cat([vectors[:, :1], latents, vectors[:, 1:]], dim=1)
-        return likelihood(memory, plain, rows, opening)
+        invoked.session.hide_images([row for row in rows if drops[row]])
+        end = tokens.vectors(torch.full((len(rows), 1), tokens.end(kind)), latents)
+        return likelihood(memory, invoked, rows, torch.cat([latents, end], dim=1))

@@ -1,8 +1,9 @@
 """Stage II by GRPO: the policy learns when to ask for which memory (Eq. 8).
 
 The reward of a trajectory is S(tau) - S(tau_base) - alpha (p_type + p_neg), less a cost for each invocation. tau_rev
-of p_type meets the same chances with the other kind at every invocation. Only the four tokens' rows train, the end
-tokens' at a lower rate. What counts are text and invocation tokens, whatever the policy had a choice of.
+of p_type meets the same chances with the other kind at every invocation. The four tokens' rows train, the end tokens'
+at a lower rate, and the policy's LoRA where it has one. What counts are text and invocation tokens, whatever the policy
+had a choice of.
 
 One thing differs from the paper, whose own form is ``explore: 0``. Where the base is sure of its next token an
 invocation is never sampled, so never learnt. So part of each group is dealt its choice at one place, evenly between
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import KINDS, TrainConfig
-from ..memory import Memory
+from ..memory import FORMATION, Memory
 from . import grpo
 from .batches import Batch
 from .choices import CHOICES, Choices
@@ -43,15 +44,16 @@ class InvocationGrpo(GroupStage):
         self.choices = Choices(memory, self.processes, config.temperature, trials=True)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return {name: own for name, own in self.memory.trained().items() if name.startswith("tokens.")}
+        return {name: own for name, own in self.memory.trained().items() if not name.startswith(FORMATION)}
 
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         rates = {"tokens.close": self.config.end_rate}
         return [(name, own, rates.get(name, 1.0)) for name, own in self.trained().items()]
 
-    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
-        figures = super().accumulate(batch, key, progress)
-        if self.grpo.explore:
+    def learn(self, prompts: Prompts, group: Group) -> dict[str, float]:
+        figures = super().learn(prompts, group)
+        if group.tried is not None:
+            self.choices.add(*group.tried)
             loss = self.choices.loss()
             loss.backward()
             figures["choices"] = loss.item() * self.processes.count
@@ -82,9 +84,9 @@ class InvocationGrpo(GroupStage):
         spent = self.grpo.cost * torch.tensor([float(len(own.latents)) for own in told]).view_as(scores)
         figures = {"reward": scores, "gain": gains, "p_type": p_type, "p_neg": p_neg}
         rewards = gains - self.grpo.alpha * (p_type + p_neg) - spent
-        if self.grpo.explore:
-            self.choices.add(*self._tried(prompts, told, deals, rewards))
-        return Group(told, rewards, {name: own.mean().item() for name, own in figures.items()})
+        tried = self._tried(prompts, told, deals, rewards) if self.grpo.explore else None
+        means = {name: own.mean().item() for name, own in figures.items()}
+        return Group(told, rewards, means, torch.ones(len(batch)), tried)
 
     def counted(self, trajectory: Trajectory) -> list[bool]:
         return [free and at != trajectory.dealt for at, free in enumerate(trajectory.chosen)]

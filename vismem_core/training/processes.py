@@ -1,11 +1,16 @@
 """Several processes as one: accelerate is the engine, and all a stage needs of it is here.
 
-Every process holds the whole memory and a part of each batch. Sums run over all of them, so that a step on two
+Every process holds the whole base and memory and a part of each batch. Sums run over all of them, so that a step on two
 processes is the step of one process on both parts.
+
+The base is not sharded. A layer that is gathered from all processes must run equally often in all of them, forward and
+backward; but rollouts end at different steps, memory is formed where it is invoked, and the replay is cut into as many
+parts as it takes.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -14,14 +19,35 @@ from accelerate import Accelerator
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
+from ..errors import TrainingError
+
+SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+"""Engines of accelerate that expect the model to be handed to them, by the name in the variable that asks for them."""
+
 Item = TypeVar("Item")
 
 
 class Processes:
-    """The processes that train together; one, unless ``accelerate launch`` started more."""
+    """The processes that train together; one, unless ``accelerate launch`` or ``torchrun`` started more.
+
+    Raises:
+        TrainingError: the configuration asks for the base to be sharded, or there are others that cannot be reached.
+    """
 
     def __init__(self) -> None:
+        for variable, name in SHARDING.items():
+            if os.environ.get(f"ACCELERATE_USE_{variable}", "").lower() in ("1", "true"):
+                raise TrainingError(
+                    f"{name} is not supported: every process holds the whole base; launch with "
+                    "examples/accelerate/ddp.yaml, or load a smaller or quantised base"
+                )
         self._state = Accelerator()  # reads what ``accelerate launch`` set
+        started = os.environ.get("WORLD_SIZE", "1")
+        if started != str(self.count):
+            raise TrainingError(
+                f"started as one of {started} processes, which do not see each other: on the CPU, set "
+                "ACCELERATE_USE_CPU=true"
+            )
 
     @property
     def count(self) -> int:
@@ -34,7 +60,11 @@ class Processes:
         return bool(self._state.is_main_process)
 
     def part(self, items: Sequence[Item]) -> list[Item]:
-        """This process's part of a batch; neighbours go to different processes."""
+        """This process's part of a batch; neighbours go to different processes.
+
+        So if items come sorted by length, no part is longer than another by more than the longest item is than the
+        shortest, and each has one of the longest.
+        """
         return list(items[self._state.process_index :: self.count])
 
     def total(self, value: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .. import cache as kv
 from ..config import KINDS, Kind
 from ..decoding import NEVER
+from ..errors import AttachError
 from ..former import MemoryContext
 from ..memory import Memory
 from .rollout import Prompts, Trajectory
@@ -53,7 +54,8 @@ class Replay:
         self.slots = [_slots(own) for own in self.trajectories]
         self.length = max(slots[-1] for slots in self.slots)
         device = self.prompts.mask.device
-        self.mask = torch.tensor([[1] * slots[-1] + [0] * (self.length - slots[-1]) for slots in self.slots]).to(device)
+        fed = torch.tensor([[1] * slots[-1] + [0] * (self.length - slots[-1]) for slots in self.slots])
+        self.columns = torch.cat([self.prompts.mask, fed.to(self.prompts.mask)], dim=1)
         self.positions = self.prompts.positions + torch.arange(self.length, device=device)
 
     def logprobs(self, *, form: bool) -> Tensor:
@@ -67,6 +69,44 @@ class Replay:
         return self._choices(hidden)
 
     # The sequence
+
+    @cached_property
+    def _hidden_from(self) -> Tensor:
+        """The first slot (R,) from which each row does not see its images; there is none at S."""
+        first = [
+            slots[own.invocations[0]] + 1 if own.drops_images and own.invocations else self.length
+            for own, slots in zip(self.trajectories, self.slots, strict=True)
+        ]
+        return torch.tensor(first, device=self.columns.device)
+
+    @cached_property
+    def _images(self) -> Tensor:
+        """Which columns of cache and answer are images, (R, W + S)."""
+        return F.pad(self.prompts.image_columns(), (0, self.length))
+
+    @cached_property
+    def _mask(self) -> Tensor:
+        """What slots may look at: (R, W + S), or (R, 1, S, W + S) if images are hidden from some of them."""
+        slots = torch.arange(self.length, device=self.columns.device)
+        blind = slots >= self._hidden_from[:, None]
+        if not blind.any():
+            return self.columns
+        self._check()
+        earlier = self.columns.new_ones(self.length, self.columns.shape[1]).tril(self.prompts.mask.shape[1])
+        seen = self.columns[:, None] * earlier * ~(blind[:, :, None] & self._images[:, None])
+        dtype = self.backbone.dtype
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(seen == 0, torch.finfo(dtype).min)[:, None]
+
+    def _check(self) -> None:
+        """Hidden images take a mask of the passes' own, which not every attention reads."""
+        config: Any = self.backbone.decoder.config
+        if config._attn_implementation not in ("sdpa", "eager"):
+            raise AttachError(
+                f"image dropout needs attention of type sdpa or eager, not {config._attn_implementation}: "
+                "load the model with attn_implementation='sdpa'"
+            )
+        if not kv.whole(self.prompts.cache):
+            raise AttachError("image dropout does not work with sliding-window layers: train with image_dropout=0")
 
     def _embeds(self, latents: Sequence[tuple[Kind, list[tuple[int, int]], Tensor]]) -> Tensor:
         """What is fed, (R, S, d); latents are given as kind, places (row, index of the token), vectors (n, N, d)."""
@@ -105,10 +145,12 @@ class Replay:
         before = self.prompts.hidden[:, -1:]
         if not self.length:
             return before
-        mask = torch.cat([self.prompts.mask, self.mask.to(self.prompts.mask)], dim=1)
         cache = _ReadOnly(self.prompts.cache)
-        with _checkpointed(self.backbone.decoder) if self.checkpointing else nullcontext():
-            after = self.backbone.continue_(embeds, mask, self.positions, cache)
+        with (
+            self.memory.acting(),
+            _checkpointed(self.backbone.decoder, self.memory) if self.checkpointing else nullcontext(),
+        ):
+            after = self.backbone.continue_(embeds, self._mask, self.positions, cache)
         return torch.cat([before.to(after), after], dim=1)
 
     def _formed(self) -> list[tuple[Kind, list[tuple[int, int]], Tensor]]:
@@ -127,10 +169,10 @@ class Replay:
     def _past(self) -> tuple[Tensor, Tensor, DynamicCache]:
         """The answers as they were written, without gradients: what was fed (R, S, d), the states before each slot and
         after the last one (R, S + 1, d), and the cache."""
-        with torch.no_grad():
-            embeds, mask = self._embeds(self._recorded()), torch.cat([self.prompts.mask, self.mask], dim=1)
+        with torch.no_grad(), self.memory.acting():
+            embeds = self._embeds(self._recorded())
             grown = kv.fork(self.prompts.cache)
-            after = self.backbone.continue_(embeds, mask, self.positions, grown)
+            after = self.backbone.continue_(embeds, self._mask, self.positions, grown)
             return embeds, torch.cat([self.prompts.hidden[:, -1:].to(after), after], dim=1), grown
 
     def _context(
@@ -146,13 +188,15 @@ class Replay:
         index = torch.tensor(rows, device=self.positions.device)
         steps = torch.tensor(stops, device=self.positions.device)[:, None]
         width = self.prompts.mask.shape[1]
-        cache, mask = kv.upto(grown, torch.cat([self.prompts.mask, self.mask], dim=1), rows, [width + s for s in stops])
-        history, history_positions = None, None
+        late = steps > self._hidden_from[index, None]  # memory formed first still sees the images
+        columns = self.columns[index].masked_fill(self._images[index] & late, 0)
+        cache, mask = kv.upto(grown, columns, rows, [width + stop for stop in stops])
+        history = None
         if self.prompts.needs.history:
             told = [
                 (embeds[row, :stop], self.positions[..., row, :stop]) for row, stop in zip(rows, stops, strict=True)
             ]
-            history, history_positions = self.prompts.history(rows, told, mask.shape[1])
+            history = self.prompts.history(rows, told)
         return MemoryContext(
             states=torch.cat([visual, written.to(visual)], dim=1),
             mask=torch.cat([seen, fresh.to(seen.device)], dim=1),
@@ -164,7 +208,6 @@ class Replay:
             vision=self.prompts.vision,
             rows=rows,
             history=history,
-            history_positions=history_positions,
         )
 
     def _segment(self, row: int, index: int) -> list[int]:
@@ -236,14 +279,18 @@ class _ReadOnly(DynamicCache):
 
 
 @contextmanager
-def _checkpointed(decoder: torch.nn.Module) -> Iterator[None]:
-    """Recompute the layers in the backward pass. transformers' own switch takes the cache away from them."""
+def _checkpointed(decoder: torch.nn.Module, memory: Memory) -> Iterator[None]:
+    """Recompute the policy's layers in the backward pass. transformers' own switch takes the cache away from them."""
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), memory.acting()
+
     for layer in layers:
         plain = layer.forward
 
         def again(*args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
-            return checkpoint(_plain, *args, use_reentrant=False, **kwargs)
+            return checkpoint(_plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
         vars(layer)["forward"] = again
     try:

@@ -22,6 +22,7 @@ from ..memory import Memory
 from ..session import Session
 from ..trace import Trace
 from ..trigger import Row
+from .dropout import drops_images
 
 Deal = Kind | Literal["none"]
 
@@ -40,6 +41,7 @@ class Trajectory:
         latents: (N, d) that followed the invocation token at that index.
         dealt: index of the id that was dealt, and not the policy's own choice.
         state: (d,), the last hidden state in which it was dealt.
+        drops_images: whether its images were out of sight once memory had been formed.
     """
 
     prompt: int
@@ -51,6 +53,7 @@ class Trajectory:
     latents: dict[int, Tensor] = field(default_factory=dict)
     dealt: int | None = None
     state: Tensor | None = None
+    drops_images: bool = False
 
     @property
     def invocations(self) -> list[int]:
@@ -70,11 +73,15 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How trajectories are drawn; temperature 0 takes the likeliest token."""
+    """How trajectories are drawn; temperature 0 takes the likeliest token.
+
+    ``image_dropout`` is the chance that a trajectory drops its images (:mod:`vismem_core.training.dropout`).
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 256
+    image_dropout: float = 0.0
 
 
 class _Rollout(Decoder):
@@ -106,6 +113,9 @@ class _Rollout(Decoder):
         output = CausalLMOutputWithPast(logits=logits)
         output[kv.NAME] = self.session.cache
         return output
+
+    def _drops_images(self, row: int) -> bool:
+        return self.trajectories[self.order[row]].drops_images
 
     def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
         extended, self._forced = super()._choices(logits, room, running)
@@ -213,7 +223,8 @@ def rollouts(
         swapped: every invocation that the policy chooses is one of the other kind (tau_rev of Eq. 8).
     """
     decoder = _Rollout(memory, prompts.session.branch(copies), sampling, seeds, deals, swapped)
-    decoder.trajectories = [Trajectory(prompt) for prompt in copies]
+    drops = [drops_images(memory, sampling.image_dropout, str(seed)) for seed in seeds]
+    decoder.trajectories = [Trajectory(prompt, drops_images=own) for prompt, own in zip(copies, drops, strict=True)]
     index = torch.as_tensor(copies, device=prompts.ids.device)
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..config import Config, StageConfig, TrainConfig, to_dict
 from ..data import Sample
-from ..errors import TrainingError
+from ..errors import ConfigError, TrainingError
 from ..evaluation import evaluate
 from ..memory import Memory
 from ..reward import parse
 from . import state
-from .batches import Sampler, make_batch
+from .batches import Batch, Sampler, make_batch
 from .display import Display
 from .formation import Formation
 from .formation_grpo import FormationGrpo
@@ -89,6 +89,8 @@ class Run:
     def __init__(self, memory: Memory, config: Config, output: Path, console: Console) -> None:
         self.memory, self.config, self.output = memory, config, output
         parse(config.train.grpo.rewards)  # a misspelt one is told before anything is written
+        if memory.policy and config.train.objective == "sft":
+            raise ConfigError("memory.policy.trains=lora: only GRPO trains it; use --objective grpo or sft+grpo")
         self.processes = Processes()
         self.done: tuple[str, int, dict[str, Tensor]] | None = None
         self.display = Display(console, shown=self.processes.first)
@@ -133,19 +135,26 @@ class Run:
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
         sampler = Sampler(len(data), settings.batch * self.processes.count, seed)
         first = skipped = 0
+
+        def draw(count: int) -> Batch | None:
+            drawn = sorted((data[at] for at in sampler.draw(count)), key=lambda own: -len(own.answer or ""))
+            own = self.processes.part(drawn)
+            return make_batch(memory.backbone, own) if own else None
+
+        stage.draw = draw
         if self.done and self.done[0] == name:
             first = self.done[1]
             state.restore(optimizer, self.done[2])
             stage.restore(state.part(self.done[2], "stage."))
-        sampler.position = first * sampler.batch
+            sampler.position = int(self.done[2]["sampler.position"])
         metrics = Metrics(self.output / METRICS, list(STAGES), name, first, self.processes.first)
         self.display.begin(name, settings.steps, first)
         with _only(memory, parameters), metrics:
             for step in range(first, settings.steps):
                 key = f"{seed}/{name}/{step}"
                 torch.manual_seed(Random(key).getrandbits(63))
-                drawn = sorted((data[at] for at in sampler.draw()), key=lambda own: -len(own.answer or ""))
-                batch = make_batch(memory.backbone, self.processes.part(drawn))
+                batch = draw(sampler.batch)
+                assert batch is not None
                 memory.zero_grad()
                 optimizer.zero_grad()
                 figures = stage.accumulate(batch, key, step / settings.steps)
@@ -163,15 +172,15 @@ class Run:
                 self.display.step(row)
                 if (step + 1) % self.config.train.save_every == 0:
                     metrics.flush()
-                    self._save(optimizer, stage, name, step + 1)
+                    self._save(optimizer, stage, name, step + 1, sampler.position)
             memory.eval()
             if first < settings.steps:
                 stage.finish()
-        self._save(optimizer, stage, name, settings.steps)
+        self._save(optimizer, stage, name, settings.steps, sampler.position)
 
-    def _save(self, optimizer: torch.optim.Optimizer, stage: Stage, name: str, steps: int) -> None:
+    def _save(self, optimizer: torch.optim.Optimizer, stage: Stage, name: str, steps: int, position: int) -> None:
         if self.processes.first:
-            state.save(self.output, self.memory, optimizer, name, steps, stage.state())
+            state.save(self.output, self.memory, optimizer, name, steps, position, stage.state())
 
     def _update(
         self,
@@ -230,7 +239,7 @@ def _rate(step: int, settings: StageConfig) -> float:
 
 
 def _formation(memory: Memory, config: TrainConfig, processes: Processes) -> Stage:
-    return Formation(memory, config.formation, processes)
+    return Formation(memory, config.formation, processes, config.image_dropout)
 
 
 STAGES: dict[str, tuple[str, Callable[[Memory, TrainConfig, Processes], Stage]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -18,10 +19,15 @@ class Stage(ABC):
     Args:
         settings: its steps, batch, rate and limits.
         processes: that train together.
+
+    Attributes:
+        draw: gives so many further samples of the data, this process's part of them, None if that is none; all
+            processes must ask for the same number.
     """
 
     def __init__(self, memory: Memory, settings: StageConfig, processes: Processes | None = None) -> None:
         self.memory, self.settings, self.processes = memory, settings, processes or Processes()
+        self.draw: Callable[[int], Batch | None] | None = None
 
     @abstractmethod
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:

@@ -1,7 +1,7 @@
 """The state of a run on disk: one safetensors file, replaced atomically, from which ``--resume`` goes on.
 
 All randomness of a step comes from the seed, the stage and the step's number, so the trained tensors, the
-optimiser's moments and two numbers are the whole state.
+optimiser's moments and three numbers are the whole state.
 """
 
 from __future__ import annotations
@@ -27,10 +27,16 @@ def save(
     optimizer: torch.optim.Optimizer,
     stage: str,
     step: int,
+    position: int,
     extra: Mapping[str, Tensor],
 ) -> None:
-    """Write the state after ``step`` steps of ``stage``, with what the stage itself wants kept (``extra``)."""
+    """Write the state after ``step`` steps of ``stage``, with what the stage itself wants kept (``extra``).
+
+    Args:
+        position: how many samples the stage has drawn.
+    """
     tensors: dict[str, Tensor] = {f"memory.{name}": tensor for name, tensor in memory.trained().items()}
+    tensors["sampler.position"] = torch.tensor(position)
     tensors |= {f"stage.{name}": tensor for name, tensor in extra.items()}
     names = {parameter: group["name"] for group in optimizer.param_groups for parameter in group["params"]}
     for parameter, moments in optimizer.state.items():

@@ -108,14 +108,15 @@ class LanguageLora(_LoraFormer, RidingFormer):
         extra = self.rider(context.query)
         steps = torch.arange(extra.shape[1], device=context.next_position.device)
         positions = context.next_position + steps
-        ones = context.attention_mask.new_ones(extra.shape[:2])
-        mask = torch.cat([context.attention_mask, ones], dim=1)
+        mask = context.attention_mask
         cache: DynamicCache | None = context.cache
+        ones = mask.new_ones(extra.shape[:2])
         if self.config.context == "recompute":
-            assert context.history is not None and context.history_positions is not None
-            extra = torch.cat([context.history, extra], dim=1)
-            positions = torch.cat([context.history_positions, positions], dim=-1)
-            cache = None
+            assert context.history is not None
+            extra = torch.cat([context.history.embeds, extra], dim=1)
+            positions = torch.cat([context.history.positions, positions], dim=-1)
+            mask, cache = context.history.mask, None
+        mask = torch.cat([mask, ones], dim=1)
         with self.adapter.on():
             hidden = backbone.continue_(extra, mask, positions, cache)
         return self.read(hidden)

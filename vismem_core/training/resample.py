@@ -1,0 +1,63 @@
+"""Further prompts in place of those whose trajectories all scored alike, in the same step.
+
+A group with equal scores has no advantages: it teaches nothing (DAPO, arXiv 2503.14476, Sec. 3.2). Silent groups leave
+the loss if any group of the step has something to say, and as many prompts are drawn anew as are lacking to a full
+batch, up to ``train.grpo.resample`` times. What is drawn depends on all processes' groups together, so that two
+processes draw what one with twice the batch draws. Figures of reward and gain stay those of the first draw: prompts
+that were kept because their scores differ would say little about the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import grpo
+from .batches import Batch, make_batch
+from .rollout import Prompts, read_prompts
+
+if TYPE_CHECKING:
+    from .group import Group, GroupStage
+
+
+def resampled(
+    stage: GroupStage, prompts: Prompts, batch: Batch, group: Group, key: str, progress: float
+) -> tuple[Prompts, Group]:
+    """The prompts and groups of a step with further ones added, and its silent ones marked as not to be heard."""
+    rounds, total = stage.grpo.resample, stage.processes.total
+    if not rounds or stage.draw is None:
+        return prompts, group
+    batches, groups, extra = [batch], [group], 0
+    size = int(total(torch.tensor(float(len(batch)))).item())
+    for number in range(rounds):
+        loud = sum(int((~grpo.silent(own.rewards)).sum()) for own in groups)
+        lacking = size - int(total(torch.tensor(float(loud))).item())
+        if lacking <= 0:
+            break
+        further, extra = stage.draw(lacking), extra + lacking
+        if further is not None:
+            with stage.memory.triggered("policy"):
+                read = read_prompts(stage.memory, further.inputs)
+            groups.append(stage.sample(read, further, f"{key}/again/{number}", progress))
+            batches.append(further)
+    if len(batches) > 1:
+        samples = [sample for own in batches for sample in own.samples]
+        with stage.memory.triggered("policy"):
+            prompts = read_prompts(stage.memory, make_batch(stage.memory.backbone, samples).inputs)
+    whole = _joined(groups)
+    heard = ~grpo.silent(whole.rewards)
+    anything = total(heard.sum().float()).item() > 0
+    return prompts, replace(whole, heard=heard if anything else None, resampled=extra)
+
+
+def _joined(groups: Sequence[Group]) -> Group:
+    """One after the other, prompts numbered through; figures and what was tried are the first one's."""
+    start, trajectories = 0, []
+    for own in groups:
+        trajectories += [replace(told, prompt=told.prompt + start) for told in own.trajectories]
+        start += len(own.rewards)
+    rewards, weights = (torch.cat([getattr(own, name) for own in groups]) for name in ("rewards", "weights"))
+    return replace(groups[0], trajectories=trajectories, rewards=rewards, weights=weights)
