@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from vismem_core.errors import AttachError
 from vismem_core.vision import VisionStates
 
-from .probing import blocks_in, targets_in
+from .probing import TARGETS
 from .tiles import Tiles
 
 
@@ -40,7 +41,7 @@ class TimmLM(Tiles):
         name = model.config.vision_config.architecture
         if (why := refusal(self.vit)) is not None:
             raise AttachError(f"memory cannot work with timm's {name!r}: {why}")
-        if not self.lora_targets["long"]:
+        if not any(re.fullmatch(self.lora_targets["long"], name) for name, _ in model.named_modules()):
             kind = model.config.text_config.model_type
             raise AttachError(
                 f"memory cannot work with language model type {kind!r}: no linear layers that make queries and values "
@@ -80,11 +81,9 @@ class TimmLM(Tiles):
 
     @property
     def lora_targets(self) -> dict[str, str]:
-        stack = blocks_in(self.decoder)
-        path = next(name for name, own in self.model.named_modules() if own is stack)
         return {
-            "short": targets_in("model.vision_tower.timm_model.blocks", self.vit.blocks),
-            "long": targets_in(path, list(stack or ())),
+            "short": r"model\.vision_tower\.timm_model\.blocks\.\d+\.attn\.qkv",
+            "long": rf"model\.language_model\..+\.({TARGETS.pattern})",
         }
 
     def tokens(self, length: int) -> int:
