@@ -144,7 +144,8 @@ def _join(config: PerceptionLMConfig, vit: Any, lm: Any) -> Any:
         "lm_head.": head,
     }
     state = {prefix + name: own for prefix, part in parts.items() for name, own in part.state_dict().items()}
-    model, info = PerceptionLMForConditionalGeneration.from_pretrained(
+    family: Any = PerceptionLMForConditionalGeneration
+    model, info = family.from_pretrained(
         None, config=config, state_dict=state, dtype=lm.dtype, output_loading_info=True
     )
     if strange := sorted(str(name) for key in ("missing_keys", "unexpected_keys") for name in info[key]):
