@@ -52,4 +52,5 @@ def register_rewards(register: Register) -> None:
 
 @hookimpl
 def register_bases(register: Register) -> None:
-    register("qwen2_5_vl", "vismem_plugins.bases:mini_qwen2_5_vl", description="mini, trained on mosaic")
+    for family in ("qwen2_5_vl", "llava", "internvl"):  # the first is the default
+        register(family, f"vismem_plugins.bases:mini_{family}", description="mini, trained on mosaic")

@@ -19,6 +19,16 @@ def mini_qwen2_5_vl() -> Base:
     return _mini("qwen2_5_vl")
 
 
+def mini_llava() -> Base:
+    """`mini` of the LLaVA-1.5 family."""
+    return _mini("llava")
+
+
+def mini_internvl() -> Base:
+    """`mini` of the InternVL family."""
+    return _mini("internvl")
+
+
 def _mini(family: str) -> Base:
     model = path(family)
     memory = model / "memory"

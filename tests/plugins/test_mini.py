@@ -1,6 +1,8 @@
 """`mini`: loads offline, is small, reads photos it has never seen, and trains on what its processor makes."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,10 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vismem_plugins.mini import path
+from vismem_plugins.mini.align import align, inherit
 from vismem_plugins.mini.build import FAMILIES, build
-from vismem_plugins.mini.packing import IGNORED, WEIGHTS, Packer, encode
-from vismem_plugins.mini.train import answers, loss_of
+from vismem_plugins.mini.packing import IGNORED, WEIGHTS, Packer, encode, pixels
+from vismem_plugins.mini.train import answers, loss_of, phase_at, train
 from vismem_plugins.mosaic import CELL, NEW, QUESTIONS, SEEN, mosaic
 
 
@@ -86,25 +89,35 @@ def test_vocabulary_holds_every_word(mini: tuple[Any, Any]) -> None:
         assert words.decode(ids) == text
 
 
-def test_training_pixels_are_the_processors(family: str, mini: tuple[Any, Any]) -> None:
+def test_training_pixels_are_the_processors(mini: tuple[Any, Any]) -> None:
     for size in (2, 3):
-        (image,) = mosaic("train", types=["read"], size=size)[0].images
-        rows = np.split(np.asarray(image)[..., 0], size)
+        samples = list(mosaic("train", types=["read"], size=size)[:2])
+        images = [np.asarray(sample.images[0]) for sample in samples]
+        rows = [row for image in images for row in np.split(image[..., 0], size)]
         cells = np.stack([cell for row in rows for cell in np.split(row, size, axis=1)])
-        pixels = FAMILIES[family].pixels(torch.from_numpy(cells.astype(np.float32) / 127.5 - 1), size)
-        inputs = encode(mini[1], [[image]], ["what is at row 1 column 1 ?"])
-        for name, value in pixels.items():
+        shown = pixels(mini[1], torch.from_numpy(cells), size)
+        inputs = encode(mini[1], [sample.images for sample in samples], [sample.prompt for sample in samples])
+        assert "pixel_values" in shown
+        for name, value in shown.items():
             torch.testing.assert_close(value, inputs[name])
-        assert (inputs["input_ids"] == mini[0].config.image_token_id).sum() == size**2
-        assert CELL * size == image.width
+        assert images[0].shape[0] == CELL * size
+
+
+def test_an_image_is_few_tokens(family: str, mini: tuple[Any, Any]) -> None:
+    counts = {}
+    for size in (2, 3):
+        sample = mosaic("train", types=["read"], size=size)[0]
+        ids = encode(mini[1], [sample.images], [sample.prompt])["input_ids"]
+        counts[size] = int((ids == mini[0].config.image_token_id).sum())
+    assert counts == {"qwen2_5_vl": {2: 4, 3: 9}, "llava": {2: 9, 3: 9}, "internvl": {2: 9, 3: 9}}[family]
 
 
 def test_a_packed_batch_is_as_many_single_prompts(family: str) -> None:
     """The loss of packed questions is that of plain forward passes, one a question."""
     model, processor = build(family)
     model.eval()
-    batch = Packer(model, processor, [2], seed=0)(2, count=1, questions=4)
-    pixels = FAMILIES[family].pixels(batch.cells, batch.size)
+    batch = Packer(model, processor, [2])(Random(0), 2, count=1, questions=4)
+    shown = pixels(processor, batch.cells, batch.size)
     ids, labels = batch.ids[0].tolist(), batch.labels[0].tolist()
     ends = [i + 1 for i, label in enumerate(labels) if label == processor.tokenizer.eos_token_id]
     first = next(i for i, seen in enumerate(batch.mask[0, 0, -1].tolist()) if not seen)
@@ -112,10 +125,60 @@ def test_a_packed_batch_is_as_many_single_prompts(family: str) -> None:
     for start, end in zip([first, *(e + 1 for e in ends[:-1])], ends, strict=True):
         one = torch.tensor([prefix + ids[start : end + 1]])
         wanted = torch.tensor([[IGNORED] * (first + 1) + labels[start:end]])
-        extra = {"mm_token_type_ids": (one == model.config.image_token_id).int()}
-        total += model(input_ids=one, **pixels, **extra, labels=wanted).loss.item() * (wanted != IGNORED).sum().item()
+        extra = {"mm_token_type_ids": (one == model.config.image_token_id).int()} if family == "qwen2_5_vl" else {}
+        total += model(input_ids=one, **shown, **extra, labels=wanted).loss.item() * (wanted != IGNORED).sum().item()
         count += int((wanted != IGNORED).sum())
-    assert loss_of(model, batch, pixels).item() == pytest.approx(total / count, rel=1e-4)
+    assert loss_of(model, batch, shown).item() == pytest.approx(total / count, rel=1e-4)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    """Across the boundary of the phases, whose second has an optimizer of its own."""
+    small: dict[str, Any] = {"steps": 5, "count": 2, "questions": 2}
+
+    def run(state: Path | None, stop: int) -> dict[str, torch.Tensor]:
+        model, processor = build("qwen2_5_vl")
+        for done, _ in train(model, processor, **small, state=state, save_every=2):
+            if done == stop:
+                break
+        return dict(model.state_dict())
+
+    whole = run(None, stop=5)
+    run(tmp_path / "state.safetensors", stop=3)  # saved after the second step
+    for name, weight in run(tmp_path / "state.safetensors", stop=5).items():
+        assert torch.equal(weight, whole[name]), name
+
+
+def test_phases_share_the_steps() -> None:
+    assert [phase_at(done, 1000) for done in (0, 500, 625, 1000 - 1)] == [(0, 0.0), (0, 0.8), (1, 0.0), (1, 374 / 375)]
+    assert [phase_at(done, 1000, first=1) for done in (0, 500)] == [(1, 0.0), (1, 0.5)]
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.teacher])
+def test_a_language_model_is_inherited(name: str) -> None:
+    model, processor = build(name)
+    teacher = AutoModelForImageTextToText.from_pretrained(path(FAMILIES[name].teacher))
+    words = AutoProcessor.from_pretrained(path(FAMILIES[name].teacher))
+    inherit(model, processor, teacher, words)
+    rows = [
+        torch.tensor(side.tokenizer.convert_tokens_to_ids(["what", "is", "the", "coat", "<|im_end|>"]))
+        for side in (processor, words)
+    ]
+    embeds = teacher.get_input_embeddings()(rows[1])[None]
+    assert torch.equal(model.get_input_embeddings()(rows[0])[None], embeds)
+    # Without an image the three kinds of positions are one.
+    ours, theirs = (one.get_decoder()(inputs_embeds=embeds).last_hidden_state for one in (model, teacher))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_learns_what_the_teachers_says() -> None:
+    model, processor = build("internvl")
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    teacher = AutoModelForImageTextToText.from_pretrained(path())
+    errors = [e for _, e in align(model, processor, teacher, AutoProcessor.from_pretrained(path()), steps=30, count=8)]
+    assert np.mean(errors[-5:]) < 0.9 * np.mean(errors[:5])
+    for name, weight in model.named_parameters():
+        if "language_model" in name:
+            assert torch.equal(weight, before[name]), name
 
 
 def test_types_kept_from_the_base_are_not_in_its_curriculum() -> None:

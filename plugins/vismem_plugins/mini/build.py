@@ -1,7 +1,6 @@
 """An untrained `mini` of a family: configuration, processor and chat template, of the published classes.
 
-A new family is one entry of `FAMILIES`: a function that builds the model and its processor, and one that
-makes of cells what its image processor would make of their mosaics.
+A new family is one entry of `FAMILIES`: a function that builds the model and its processor.
 """
 
 from collections.abc import Callable
@@ -9,9 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from torch import Tensor
 from transformers import (
+    CLIPImageProcessor,
     GenerationConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -24,17 +31,7 @@ from transformers import (
 
 from vismem_plugins.mosaic import CELL
 
-PAD, EOS, UNKNOWN = "<|endoftext|>", "<|im_end|>", "<unk>"
-SPECIAL = (
-    PAD,
-    "<|im_start|>",
-    EOS,
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    UNKNOWN,
-)
+PAD, START, EOS, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"
 # The words of `mosaic`, then a few that other prompts are likely to use; all else is <unk>.
 WORDS = """
 system user assistant . , : ; ? ! ( ) 0 1 2 3 4 5 6 7 8 9
@@ -45,27 +42,58 @@ and or not in on to it this that image picture photo answer question with one wo
 show me please both second different between
 """.split()  # noqa: SIM905
 VOCABULARY = 160  # rows of the embedding; the published families have spare ones too
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+TILE = 3 * CELL  # pixels along a side of what families of fixed image size see: larger and smaller mosaics are resized
+GRAY: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
+FLAT: dict[str, Any] = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}
+"""The language model of a family whose positions are one-dimensional."""
+VISION: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "image_size": TILE,
+    "patch_size": CELL // 2,
+}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word or punctuation mark, lower-cased; decoding joins them with spaces."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token=UNKNOWN))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
+def chat(image: str, video: str = "") -> str:
+    """The chat template, given what stands for an image and for a video."""
+    return (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+        f"{{% if part.type == 'image' %}}{image}"
+        f"{{% elif part.type == 'video' %}}{video}"
+        "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
+    """One token a word or punctuation mark, lower-cased; decoding joins them with spaces.
+
+    Args:
+        special: tokens of the family.
+        named: further ones, as attributes of the tokenizer.
+    """
+    words = (PAD, START, EOS, *special, *named.values(), UNKNOWN, *WORDS)
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens([PAD, START, EOS, *special, *named.values(), UNKNOWN])
     return PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=backend,
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNKNOWN,
-        extra_special_tokens=list(SPECIAL[1:-1]),
+        extra_special_tokens=named,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
@@ -73,31 +101,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     """Qwen2.5-VL; the encoder's windows are one cell wide, and its last block sees the whole picture."""
-    words = tokenizer()
+    words = tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     pixels = {"min_pixels": CELL**2, "max_pixels": (9 * CELL) ** 2}
     look = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, **pixels}
-    gray = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**look, **gray),
+        image_processor=Qwen2VLImageProcessor(**look, **GRAY),
         tokenizer=words,
-        video_processor=Qwen2VLVideoProcessor(**look, **gray),
-        chat_template=CHAT,
+        video_processor=Qwen2VLVideoProcessor(**look, **GRAY),
+        chat_template=chat(
+            "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+        ),
     )
     vocabulary = words.get_vocab()
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": 96,
-            "intermediate_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 2048,
+            **TEXT,
             # The sections of height and width hold the slow frequencies, and here they tell 1 from 2.
             "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 4, 6]},
-            "bos_token_id": None,
-            "eos_token_id": vocabulary[EOS],
-            "pad_token_id": vocabulary[PAD],
+            **ends(words),
         },
         vision_config={
             "depth": 3,
@@ -120,25 +141,80 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-def qwen_pixels(cells: Tensor, size: int) -> dict[str, Tensor]:
-    """Patches of 14 x 14 in runs of 2 x 2, each once for every colour and frame: (4 * N, 3 * 2 * 14 * 14)."""
-    half = CELL // 2
-    parts = cells.view(-1, 2, half, 2, half).transpose(2, 3).reshape(-1, 1, half * half)
-    return {
-        "pixel_values": parts.expand(-1, 6, -1).reshape(-1, 6 * half * half),
-        "image_grid_thw": torch.tensor([[1, 2 * size, 2 * size]]).expand(len(cells) // size**2, 3),
-    }
+def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LLaVA-1.5: CLIP, of whose four blocks three count, and Llama; an image is 3 x 3 tokens."""
+    words = tokenizer("<image>")
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, **GRAY),
+        words,
+        patch_size=CELL,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat("<image>\n"),
+    )
+    config = LlavaConfig(
+        text_config={"model_type": "llama", "attention_bias": True, **FLAT, **ends(words)},
+        vision_config={"model_type": "clip_vision_model", "num_hidden_layers": 4, **VISION, "patch_size": CELL},
+        image_token_id=processor.image_token_id,
+        image_seq_length=(TILE // CELL) ** 2,
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    # What a large model starts from is too faint for one so narrow: places are not seen, and nothing passes.
+    torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.2)
+    for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        torch.nn.init.xavier_uniform_(layer.weight)
+    return model, processor
+
+
+def internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """InternVL3: InternViT of three blocks and Qwen2; an image is one tile of 3 x 3 tokens."""
+    words = tokenizer(
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )
+    size = {"height": TILE, "width": TILE}
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=1, **GRAY),
+        words,
+        InternVLVideoProcessor(size=size, **GRAY),
+        image_seq_length=(TILE // CELL) ** 2,
+        chat_template=chat("<IMG_CONTEXT>\n", "<video>\n"),
+    )
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", **FLAT, **ends(words)},
+        vision_config={"num_hidden_layers": 3, "layer_scale_init_value": 1.0, **VISION},
+        image_token_id=processor.image_token_id,
+        image_seq_length=processor.image_seq_length,
+        tie_word_embeddings=True,
+    )
+    return InternVLForConditionalGeneration(config), processor
+
+
+def ends(words: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """The tokens that begin, end and pad a text."""
+    return {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
 
 
 class Family(NamedTuple):
     """What differs between families."""
 
     make: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
-    pixels: Callable[[Tensor, int], dict[str, Tensor]]
-    """Cells (B * size**2, 28, 28) in -1..1, and the size, to the arguments of `get_image_features`."""
+    steps: int
+    """Training steps of the shipped weights."""
+    teacher: str | None = None
+    """The family whose `mini` its language model comes from (`align`); None starts from random weights."""
+    align: int = 0
+    """Steps in which its encoder learns the teacher's language."""
 
 
-FAMILIES = {"qwen2_5_vl": Family(qwen2_5_vl, qwen_pixels)}
+FAMILIES = {
+    "qwen2_5_vl": Family(qwen2_5_vl, 7000),
+    "llava": Family(llava, 1000, teacher="qwen2_5_vl", align=800),
+    "internvl": Family(internvl, 1000, teacher="qwen2_5_vl", align=800),
+}
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:

@@ -51,7 +51,7 @@ class Batch:
     """B mosaics of one size, each with its questions: sequences of L tokens."""
 
     size: int
-    cells: Tensor  # (B * size**2, 28, 28) in -1..1
+    cells: Tensor  # (B * size**2, 28, 28) of bytes
     ids: Tensor  # (B, L), with FOREIGN where no word stands
     labels: Tensor  # (B, L): the next token where it belongs to an answer, else IGNORED
     positions: Tensor  # (3 or 1, B, L)
@@ -91,8 +91,8 @@ def layout(model: Any, processor: Any, size: int) -> Layout:
     return Layout(one[:cut], one[cut + 1 :], positions)
 
 
-def augment(cells: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.float32]:
-    """Cells (N, 28, 28) flipped, moved by up to two pixels and brightened at random, in -1..1."""
+def augment(cells: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Cells (N, 28, 28) flipped, moved by up to two pixels and brightened at random."""
     count = len(cells)
     padded = np.pad(cells, ((0, 0), (2, 2), (2, 2)))
     rows = rng.integers(0, 5, (count, 1)) + np.arange(CELL)
@@ -100,7 +100,15 @@ def augment(cells: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.fl
     columns = np.where(rng.random((count, 1)) < 0.5, columns[:, ::-1], columns)
     moved = padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]].astype(np.float32)
     gain = rng.uniform(0.7, 1.2, (count, 1, 1)).astype(np.float32)
-    return np.asarray(np.clip(moved * gain, 0, 255) / np.float32(127.5) - 1, np.float32)
+    return np.clip(moved * gain, 0, 255).round().astype(np.uint8)
+
+
+def pixels(processor: Any, cells: Tensor, size: int) -> dict[str, Tensor]:
+    """What the image processor makes of mosaics of the cells (B * size**2, 28, 28): `get_image_features` takes it."""
+    squares = cells.view(-1, size, size, CELL, CELL).transpose(2, 3)
+    pictures = squares.reshape(-1, 1, size * CELL, size * CELL).expand(-1, 3, -1, -1)
+    inputs = processor.image_processor(images=list(pictures), return_tensors="pt")
+    return {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
 
 
 def ask(grid: Grid, count: int, rng: Random) -> list[tuple[str, str]]:
@@ -114,22 +122,20 @@ def ask(grid: Grid, count: int, rng: Random) -> list[tuple[str, str]]:
 
 
 class Packer:
-    """Makes fresh batches from a seed."""
+    """Makes batches; a source of random numbers settles all of one."""
 
-    def __init__(self, model: Any, processor: Any, sizes: Sequence[int], seed: int) -> None:
+    def __init__(self, model: Any, processor: Any, sizes: Sequence[int]) -> None:
         self._layouts = {size: layout(model, processor, size) for size in sizes}
         self._words: dict[str, int] = processor.tokenizer.get_vocab()
-        self._text = [token for word, token in self._words.items() if not word.startswith("<")]
+        self._text = sorted(token for word, token in self._words.items() if not word.startswith("<"))
         self._end: int = processor.tokenizer.eos_token_id
         self._pad: int = processor.tokenizer.pad_token_id
-        self._rng, self._noise = Random(seed), np.random.default_rng(seed)
 
-    def __call__(self, size: int, count: int, questions: int, asides: float = 0.0) -> Batch:
+    def __call__(self, rng: Random, size: int, count: int, questions: int, asides: float = 0.0) -> Batch:
         """`count` mosaics of a size with `questions` questions each; a share of the answers follows an aside."""
         place = self._layouts[size]
-        grids = [draw_grid(size, self._rng) for _ in range(count)]
-        cells = np.concatenate([draw_photos(grid, "train", self._rng) for grid in grids])
-        rows = [self._row(place, ask(grid, questions, self._rng), asides) for grid in grids]
+        grids, cells = self.cells(rng, size, count)
+        rows = [self._row(place, ask(grid, questions, rng), asides, rng) for grid in grids]
         length = max(len(row[0]) for row in rows)
         ids, labels, steps, parts = (
             torch.tensor([row[i] + [fill] * (length - len(row[i])) for row in rows])
@@ -138,16 +144,21 @@ class Packer:
         positions = steps.expand(len(place.positions), -1, -1).clone()
         positions[:, :, : len(place.prefix)] = place.positions[:, None]
         mask = ((parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])).tril()[:, None]
-        return Batch(size, torch.from_numpy(augment(cells, self._noise)), ids, labels, positions, mask)
+        return Batch(size, cells, ids, labels, positions, mask)
 
-    def _aside(self, prompt: list[str]) -> tuple[list[str], list[int]]:
+    def cells(self, rng: Random, size: int, count: int) -> tuple[list[Grid], Tensor]:
+        """`count` mosaics of a size: what is on them, and the bytes (count * size**2, 28, 28)."""
+        grids = [draw_grid(size, rng) for _ in range(count)]
+        photos = np.concatenate([draw_photos(grid, "train", rng) for grid in grids])
+        return grids, torch.from_numpy(augment(photos, np.random.default_rng(rng.getrandbits(32))))
+
+    def _aside(self, prompt: list[str], rng: Random) -> tuple[list[str], list[int]]:
         """What may stand between a question and its answer: words or foreign vectors that mean nothing.
 
         Half of the time a part of the question is moved into it and called "this" in the prompt. So the model learns
         to read past what does not matter and to use what does, as a large model does with its own thoughts. One that
         saw bare answers only loses the question over the first thing that comes between, memory included.
         """
-        rng = self._rng
         length = rng.choice((1, 2, 4, 8, 10, 13, 17, 19))
         aside = [FOREIGN] * length if rng.random() < 0.6 else rng.choices(self._text, k=length)
         if rng.random() < 0.5 and (part := ARGUMENT.search(" ".join(prompt))):
@@ -159,7 +170,7 @@ class Packer:
         return prompt, aside
 
     def _row(
-        self, place: Layout, asked: list[tuple[str, str]], asides: float
+        self, place: Layout, asked: list[tuple[str, str]], asides: float, rng: Random
     ) -> tuple[list[int], list[int], list[int], list[int]]:
         """One sequence: ids, labels, positions (0 in the prefix), and the question a token belongs to."""
         head = len(place.prefix)
@@ -167,8 +178,8 @@ class Packer:
         ids, labels, steps, parts = list(place.prefix), [IGNORED] * head, [0] * head, [0] * head
         for part, (prompt, answer) in enumerate(asked, 1):
             words, aside = prompt.split(), list[int]()
-            if self._rng.random() < asides:
-                words, aside = self._aside(words)
+            if rng.random() < asides:
+                words, aside = self._aside(words, rng)
             question = [*(self._words[word] for word in words), *place.suffix, *aside]
             said = [*(self._words[word] for word in answer.split()), self._end]
             ids += question + said

@@ -3,15 +3,18 @@
 Without the curriculum (one cell, then few, then many) the model falls into a constant answer and stays there. To read
 past what stands between a question and its answer takes a second phase of its own (`PHASES`): asides from the start
 slow all else down, and at the end of the first phase the rate is too low to learn it.
+
+A step depends on the seed, its number and what the steps before it made, so that a run that was interrupted goes on
+where it last saved itself, to the same weights.
 """
 
 import argparse
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
+from statistics import mean
 from typing import Any
 
 import torch
@@ -23,12 +26,26 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vismem_plugins.mosaic import GROUPS, mosaic
 
+from . import path
+from .align import align, inherit
 from .build import FAMILIES, build
-from .packing import FOREIGN, IGNORED, Batch, Packer, encode
+from .packing import FOREIGN, IGNORED, Batch, Packer, encode, pixels
+from .state import load, save
 
 SIZES = (1, 2, 3)
 PHASES = ((0.625, 2e-3), (0.375, 1e-3))
-"""Share of the time, and highest learning rate."""
+"""Share of the steps, and highest learning rate."""
+STATE = "training.safetensors"
+"""Where a run that is not done keeps its weights and the optimizer's averages."""
+
+
+def phase_at(done: int, steps: int, first: int = 0) -> tuple[int, float]:
+    """The phase, and the share of it that is behind, after so many of all steps, beginning with phase `first`."""
+    left = sum(share for share, _ in PHASES[first:])
+    ends = [round(steps * sum(share for share, _ in PHASES[first : last + 1]) / left) for last in range(len(PHASES))]
+    phase = next(phase for phase, end in enumerate(ends) if done < end)
+    start = ends[phase - 1] if phase > first else 0
+    return phase, (done - start) / (ends[phase] - start)
 
 
 def size_at(progress: float, rng: Random) -> int:
@@ -55,53 +72,70 @@ def foreign(ids: Tensor, table: Any, seen: Tensor) -> Tensor:
     return torch.where(torch.rand(len(ids), 1, 1) < 0.6, noise, borrowed)
 
 
-def loss_of(model: Any, batch: Batch, pixels: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of the answers' tokens; `pixels` are the cells as the family takes them."""
-    seen = model.model.get_image_features(**pixels).pooler_output
-    seen = torch.cat([image.flatten(0, -2) for image in seen])  # (image tokens of the batch, d)
+def loss_of(model: Any, batch: Batch, shown: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of the answers' tokens; `shown` are the mosaics as the model takes them."""
+    features = model.model.get_image_features(**shown).pooler_output
+    seen = torch.cat([image.flatten(0, -2) for image in features])  # (image tokens of the batch, d)
     is_image = (batch.ids == model.config.image_token_id)[..., None]
     table = model.get_input_embeddings()
     strange = (batch.ids == FOREIGN)[..., None]
     embeds = torch.where(strange, foreign(batch.ids, table, seen), table(batch.ids.clamp(min=0)))
     hidden = model.get_decoder()(
         inputs_embeds=embeds.masked_scatter(is_image, seen),
-        attention_mask={"full_attention": batch.mask},
-        position_ids=batch.positions,
+        attention_mask=batch.mask,
+        position_ids=batch.positions if len(batch.positions) > 1 else batch.positions[0],
         use_cache=False,
     ).last_hidden_state
     wanted = batch.labels != IGNORED
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), batch.labels[wanted])
 
 
+def adamw(model: Any) -> torch.optim.Optimizer:
+    """A fresh optimizer."""
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+
+
 def train(
     model: Any,
     processor: Any,
-    family: str,
     *,
-    minutes: float,
+    steps: int,
     seed: int = 0,
+    first: int = 0,
     count: int = 32,
     questions: int = 8,
-) -> Iterator[tuple[float, float]]:
-    """Trains for `minutes` by the clock; yields the progress (0..1) and the loss after every step."""
-    begun = 0.0
+    state: Path | None = None,
+    save_every: int = 500,
+) -> Iterator[tuple[int, float]]:
+    """Trains the model; yields the number of steps done and the loss after every step.
+
+    Args:
+        first: the phase to begin with.
+        count: mosaics in a step.
+        questions: about each of them.
+        state: a file to go on from, where there is one, and to save to every `save_every` steps.
+    """
+    optimizer = adamw(model)
+    done = load(state, model, optimizer) if state is not None and state.is_file() else 0
+    pack = Packer(model, processor, SIZES)
     model.train()
-    for phase, (share, peak) in enumerate(PHASES):
-        rng, pack = Random(seed + phase), Packer(model, processor, SIZES, seed + phase)
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
-        start, progress = time.monotonic(), 0.0
-        while progress < 1:
-            optimizer.param_groups[0]["lr"] = rate_at(progress, peak)
-            size = size_at(1.0 if phase else progress, rng)
-            batch = pack(size, count, questions, asides_at(phase, progress))
-            loss = loss_of(model, batch, FAMILIES[family].pixels(batch.cells, batch.size))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress = min(1.0, (time.monotonic() - start) / (60 * minutes * share))
-            yield begun + share * progress, loss.item()
-        begun += share
+    while done < steps:
+        phase, progress = phase_at(done, steps, first)
+        if progress == 0:
+            optimizer = adamw(model)
+        rng = Random(f"{seed}/{done}")
+        torch.manual_seed(rng.getrandbits(32))
+        batch = pack(rng, size_at(1.0 if phase else progress, rng), count, questions, asides_at(phase, progress))
+        loss = loss_of(model, batch, pixels(processor, batch.cells, batch.size))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = rate_at(progress, PHASES[phase][1])
+        optimizer.step()
+        done += 1
+        if state is not None and done % save_every == 0:
+            save(state, model, optimizer, done)
+        yield done, loss.item()
     model.eval()
 
 
@@ -139,25 +173,48 @@ def show(table: dict[str, dict[str, float]]) -> Table:
     return view
 
 
+def load_mini(place: Path) -> tuple[Any, Any]:
+    """A model and its processor from a directory."""
+    return AutoModelForImageTextToText.from_pretrained(place), AutoProcessor.from_pretrained(place)
+
+
+def follow(stages: Sequence[tuple[str, int, Iterator[tuple[int, float]]]]) -> None:
+    """Runs named stages of so many steps, and shows how far they are."""
+    with Progress(console=Console(stderr=True)) as bar:
+        for name, steps, stage in stages:
+            task, losses = bar.add_task(name, total=steps), list[float]()
+            for done, loss in stage:
+                losses.append(loss)
+                bar.update(task, completed=done, description=f"{name}: loss {loss:.3f}")
+                if done % 100 == 0:
+                    bar.console.print(f"{name}: {done} steps, loss {mean(losses[-100:]):.3f}")
+
+
 def main() -> None:
     """Trains, saves in bfloat16, loads that again, measures it, and writes the table to `base.json` beside it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="qwen2_5_vl", choices=FAMILIES)
     parser.add_argument("--output", type=Path, required=True, help="the directory to write")
-    parser.add_argument("--minutes", type=float, default=40.0, help="by the clock; the schedule is a share of it")
+    parser.add_argument("--steps", type=int, help="by default as many as made the shipped weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    family, state = FAMILIES[args.family], args.output / STATE
     model, processor = build(args.family, args.seed)
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=1.0)
-        for progress, loss in train(model, processor, args.family, minutes=args.minutes, seed=args.seed):
-            bar.update(task, completed=progress, description=f"loss {loss:.3f}")
+    stages = []
+    if family.teacher and not state.is_file():
+        teacher = load_mini(path(family.teacher))
+        inherit(model, processor, *teacher)
+        lessons = align(model, processor, *teacher, steps=family.align, seed=args.seed)
+        stages.append(("align", family.align, lessons))
+    steps, first = args.steps or family.steps, 1 if family.teacher else 0
+    stages.append(("train", steps, train(model, processor, steps=steps, seed=args.seed, first=first, state=state)))
+    follow(stages)
     # Half the size on disk; the configuration still says float32, so that this is what a plain load gives.
     weights = {name: weight.bfloat16() for name, weight in model.named_parameters()}
     model.save_pretrained(args.output, state_dict=weights)
     processor.save_pretrained(args.output)
-    model = AutoModelForImageTextToText.from_pretrained(args.output)
-    table = evaluate(model, AutoProcessor.from_pretrained(args.output))
+    state.unlink(missing_ok=True)
+    table = evaluate(*load_mini(args.output))
     (args.output / "base.json").write_text(json.dumps(table, indent=1) + "\n")
     Console().print(show(table))
 
