@@ -75,14 +75,14 @@ def compose(
         raise AttachError(f"timm's {encoder!r} has {registers} register tokens, which cannot be pooled: use pooling=1")
     if isinstance(lm, PreTrainedModel) and tokenizer is None:
         raise AttachError("a language model that is given as such needs tokenizer=")
-    source = lm if isinstance(lm, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(lm)
+    source: Any = lm if isinstance(lm, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(lm)
     words = AutoTokenizer.from_pretrained(lm) if tokenizer is None else tokenizer
     words.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     words.pad_token = words.pad_token or words.eos_token
     words.padding_side = "left"
     if len(words) > source.get_input_embeddings().weight.shape[0]:
         source.resize_token_embeddings(len(words), mean_resizing=False)
-    token = words.convert_tokens_to_ids(image_token)
+    token: Any = words.convert_tokens_to_ids(image_token)
     model = _join(
         PerceptionLMConfig(
             vision_config=TimmWrapperConfig(
@@ -119,7 +119,7 @@ def _encoder(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
     if not timm.is_model(name):
         raise AttachError(f"timm has no model {name!r}; {nearest(name.partition('.')[0], timm.list_models())}")
     try:
-        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments).eval()
+        vit: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments).eval()
     except (OSError, RuntimeError, TypeError) as error:
         raise AttachError(f"timm's {name!r} cannot be made: {' '.join(str(error).split())[:300]}") from error
     why = refusal(vit)
