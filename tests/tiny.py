@@ -28,6 +28,9 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
     LlavaProcessor,
+    PerceptionLMConfig,
+    PerceptionLMForConditionalGeneration,
+    PerceptionLMImageProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -273,6 +276,35 @@ def internvl(tied: bool = True, seed: int = 0, vision: dict[str, Any] | None = N
     vit = {"model_type": "internvl_vision", "num_hidden_layers": 2, "image_size": [TILE] * 2, "patch_size": [PATCH] * 2}
     kinds = InternVLForConditionalGeneration, InternVLConfig
     return _assemble(*kinds, processor, "qwen3", vit | (vision or {}), tied, seed, **options)
+
+
+def timm_lm(
+    tied: bool = True, seed: int = 0, vision: dict[str, Any] | None = None, pooling: int = 1, **options: Any
+) -> tuple[Any, Any]:
+    """A random ViT of timm of 2 blocks, Qwen2; every image 16 x 16 pixels.
+
+    Args:
+        vision: other arguments of ``timm.create_model``, such as ``reg_tokens``.
+        pooling: side of the squares of visual tokens that become one.
+    """
+    sizes = {"img_size": TILE, "patch_size": PATCH, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
+    arguments = sizes | (vision or {})
+    processor = LlavaProcessor(
+        PerceptionLMImageProcessor(vision_input_type="vanilla", tile_size=TILE),
+        _tokenizer("<image>"),
+        patch_size=PATCH * pooling,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=arguments.get("reg_tokens", 0),
+        chat_template=_template("<image>\n", ""),
+    )
+    kinds = PerceptionLMForConditionalGeneration, PerceptionLMConfig
+    options = {
+        "vision_use_cls_token": arguments.get("class_token", True),
+        "projector_pooling_ratio": pooling,
+        "video_token_id": processor.image_token_id,
+    } | options
+    vit = {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224", "model_args": arguments}
+    return _assemble(*kinds, processor, "qwen2", vit, tied, seed, **options)
 
 
 def rice(tied: bool = False, seed: int = 0) -> tuple[Any, Any]:

@@ -22,13 +22,21 @@ def encode(ground: Any, adapted: Any, inputs: Any, extra: Tensor) -> tuple[Tenso
         gets them.
     """
     with torch.no_grad():
-        return (rice if hasattr(ground.model, "visual") else tiles)(ground.model, adapted.model, inputs, extra)
+        if hasattr(ground.model, "visual"):
+            return rice(ground.model, adapted.model, inputs, extra)
+        way = timm if hasattr(ground.model.vision_tower, "timm_model") else tiles
+        return way(ground.model, adapted.model, inputs, extra)
 
 
 def project(model: Any, tokens: Tensor) -> Tensor:
     """The model's own projector over consecutive tokens of an encoder: (N * merge, D) -> (N, d)."""
     if hasattr(model.model, "visual"):
         return model.model.visual.merger(tokens)  # type: ignore[no-any-return]
+    if hasattr(model.config, "projector_pooling_ratio"):
+        each = model.model.multi_modal_projector.linear_2(
+            torch.nn.functional.gelu(model.model.multi_modal_projector.linear_1(tokens))
+        )
+        return each.unflatten(0, (-1, model.config.projector_pooling_ratio**2)).mean(1)
     if hasattr(model.config, "downsample_ratio"):
         tokens = torch.cat([tokens[place::4] for place in range(4)], dim=-1)
     return model.model.multi_modal_projector(tokens)  # type: ignore[no-any-return]
@@ -52,6 +60,8 @@ def entering(model: Any, inputs: Any) -> Tensor:
 
 def stack(tower: Any) -> Any:
     """The blocks of an encoder that takes tiles."""
+    if hasattr(tower, "timm_model"):
+        return tower.timm_model.blocks
     return tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
 
 
@@ -87,6 +97,23 @@ def tiles(ground: Any, adapted: Any, inputs: Any, extra: Tensor) -> tuple[Tensor
     if hasattr(ground.vision_tower, "layernorm") and layers == -1:
         leaving = ground.vision_tower.layernorm(leaving)
     return tokens, leaving
+
+
+def timm(ground: Any, adapted: Any, inputs: Any, extra: Tensor) -> tuple[Tensor, Tensor]:
+    """timm's ViT: queries, keys and values from one matrix, normalised head by head, and scaled branches."""
+    tokens, groups = extra[:0], torch.zeros(0)
+    if "pixel_values" in inputs:
+        entered = entering(ground, inputs)
+        tokens, groups = entered.flatten(0, 1), torch.arange(len(entered)).repeat_interleave(entered.shape[1])
+    count, both = len(tokens), torch.cat([tokens, extra])
+    for block, other in zip(stack(ground.vision_tower), stack(adapted.vision_tower), strict=True):
+        normed, mine = block.norm1(both), block.attn
+        fused = torch.cat([mine.qkv(normed[:count]), other.attn.qkv(normed[count:])])
+        queries, keys, values = (own.unflatten(-1, (mine.num_heads, -1)) for own in fused.chunk(3, dim=-1))
+        branch = mine.proj(mine.norm(dense(mine.q_norm(queries), mine.k_norm(keys), values, groups)))
+        both = both + branch * getattr(block.ls1, "gamma", 1)
+        both = both + block.mlp(block.norm2(both)) * getattr(block.ls2, "gamma", 1)
+    return both[:count], ground.vision_tower.timm_model.norm(both[count:])
 
 
 def rice(ground: Any, adapted: Any, inputs: Any, extra: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def load_base(
         loaded, processor = family.load(source, **options)
         if place != "map":
             loaded = loaded.to(place)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise AttachError(_reason(source, error)) from error
     if not family.matches(loaded):
         raise AttachError(f"{source}: backbone {name!r} does not know model type {loaded.config.model_type!r}")
@@ -58,7 +58,7 @@ def load_base(
 def _backbone_of(source: str, trust_remote_code: bool, revision: str | None) -> str:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise AttachError(_reason(source, error)) from error
     backbones = registry("backbones")
     known: dict[str, str] = {}

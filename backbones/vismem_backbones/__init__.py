@@ -54,6 +54,14 @@ def register_backbones(register: Register) -> None:
         features=("several images",),
     )
     register(
+        "timm_lm",
+        "vismem_backbones.timm_lm:TimmLM",
+        description="A ViT of timm with any causal language model (as PerceptionLM; pip install 'vismem[timm]')",
+        families=("your own: vismem_backbones.compose",),
+        model_types=("perception_lm",),
+        features=("several images",),
+    )
+    register(
         "generic",
         "vismem_backbones.generic:Generic",
         description="Any other image-text-to-text model of transformers whose parts can be found out",

@@ -101,16 +101,44 @@ class Tiles(Backbone):
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tiles, length = output.last_hidden_state.shape[:2]
             states.patches += [length] * tiles
-            states.tokens += [(length - self.class_tokens) // self.merge] * tiles
+            states.tokens += [self.tokens(length)] * tiles
             if inputs:
                 states.inputs.append({"pixel_values": args[0] if args else kwargs["pixel_values"]})
 
         with ExitStack() as stack:
             stack.callback(self.tower.register_forward_hook(leave, with_kwargs=True).remove)
             for index, block in enumerate(self.blocks if keep else []):
-                for handle in _keep_keys_and_values(getattr(block, self.attention), index, states):
+                for handle in self.keep(getattr(block, self.attention), index, states):
                     stack.callback(handle.remove)
             yield
+
+    def tokens(self, length: int) -> int:
+        """Language tokens that a tile of ``length`` tokens, class tokens among them, comes to."""
+        return (length - self.class_tokens) // self.merge
+
+    def keep(self, attention: Any, block: int, states: VisionStates) -> list[RemovableHandle]:
+        """Hooks that add a block's keys and values to ``states``."""
+        kept: dict[str, Tensor] = {}
+
+        def after_attention(module: nn.Module, args: Any, output: Any) -> None:
+            keys, values = (
+                kept.pop(name).flatten(0, 1).unflatten(-1, (-1, attention.head_dim)) for name in ("keys", "values")
+            )
+            states.extend(block, keys, values)
+
+        last = getattr(attention, "k_norm", attention.k_proj)
+        return [
+            last.register_forward_hook(lambda module, args, output: kept.update(keys=output)),
+            attention.v_proj.register_forward_hook(lambda module, args, output: kept.update(values=output)),
+            attention.register_forward_hook(after_attention),
+        ]
+
+    def heads(self, attention: Any, normed: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values of tokens (.., D), each (.., heads, head width)."""
+        fused = [getattr(attention, f"{name}_proj")(normed) for name in "qkv"]
+        if hasattr(attention, "q_norm"):
+            fused[:2] = attention.q_norm(fused[0]), attention.k_norm(fused[1])
+        return [own.unflatten(-1, (-1, attention.head_dim)) for own in fused]
 
     def encode(self, inputs: dict[str, Tensor]) -> None:
         self.tower(**inputs)
@@ -121,7 +149,7 @@ class Tiles(Backbone):
         for index, block in enumerate(self.blocks):
             attention = getattr(block, self.attention)
             normed = getattr(block, self.norm)(passed[-1])
-            queries, keys, values = (own.transpose(1, 2) for own in _heads(attention, normed))
+            queries, keys, values = (own.transpose(1, 2) for own in self.heads(attention, normed))
             mixed = attend(queries, keys, values, states, index, where)
             passed.append(self.step(block, passed[-1], mixed))
         return torch.cat([passed[layer] for layer in self.layers], dim=-1)
@@ -158,28 +186,3 @@ def listen(owner: Any, name: str, note: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before) if own else delattr(owner, name)
-
-
-def _heads(attention: Any, normed: Tensor) -> list[Tensor]:
-    """Queries, keys and values, each (.., heads, head width)."""
-    fused = [getattr(attention, f"{name}_proj")(normed) for name in "qkv"]
-    if hasattr(attention, "q_norm"):
-        fused[:2] = attention.q_norm(fused[0]), attention.k_norm(fused[1])
-    return [own.unflatten(-1, (-1, attention.head_dim)) for own in fused]
-
-
-def _keep_keys_and_values(attention: Any, block: int, states: VisionStates) -> list[RemovableHandle]:
-    kept: dict[str, Tensor] = {}
-
-    def after_attention(module: nn.Module, args: Any, output: Any) -> None:
-        keys, values = (
-            kept.pop(name).flatten(0, 1).unflatten(-1, (-1, attention.head_dim)) for name in ("keys", "values")
-        )
-        states.extend(block, keys, values)
-
-    last = getattr(attention, "k_norm", attention.k_proj)
-    return [
-        last.register_forward_hook(lambda module, args, output: kept.update(keys=output)),
-        attention.v_proj.register_forward_hook(lambda module, args, output: kept.update(values=output)),
-        attention.register_forward_hook(after_attention),
-    ]

@@ -29,6 +29,11 @@ def mini_internvl() -> Base:
     return _mini("internvl")
 
 
+def mini_timm_lm() -> Base:
+    """`mini` of a ViT of timm with Qwen2."""
+    return _mini("timm_lm")
+
+
 def _mini(family: str) -> Base:
     model = path(family)
     memory = model / "memory"

@@ -32,6 +32,12 @@ MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "internvl": tiny.internvl,
     "internvl, layer -2": lambda: tiny.internvl(vision_feature_layer=-2),
     "internvl, as 6B": lambda: tiny.internvl(vision={"use_qk_norm": True, "norm_type": "rms_norm"}),
+    "timm_lm": tiny.timm_lm,
+    "timm_lm, as SigLIP": lambda: tiny.timm_lm(vision={"class_token": False, "global_pool": "map"}),
+    "timm_lm, as DINOv2": lambda: tiny.timm_lm(vision={"reg_tokens": 4, "init_values": 0.5, "no_embed_class": True}),
+    "timm_lm, as CLIP": lambda: tiny.timm_lm(vision={"pre_norm": True, "act_layer": "quick_gelu"}),
+    "timm_lm, norms": lambda: tiny.timm_lm(vision={"qk_norm": True, "scale_attn_norm": True, "final_norm": False}),
+    "timm_lm, pooled": lambda: tiny.timm_lm(pooling=2),
     "internvl, last norm": lambda: tiny.internvl(vision={"use_mean_pooling": False}),
 }
 
@@ -41,7 +47,7 @@ def backbone(request: pytest.FixtureRequest) -> Tiles:
     model, processor = request.param()
     with torch.no_grad():  # all ones and zeros in a fresh model, so that nobody would miss them
         for name, own in model.model.vision_tower.named_parameters():
-            if "norm" in name or "lambda" in name:
+            if "norm" in name or "lambda" in name or "gamma" in name:
                 own.add_(0.3 * torch.randn_like(own))
     return find_backbone(model)(model, processor)  # type: ignore[return-value]
 
@@ -78,6 +84,10 @@ def again(backbone: Tiles, tiles: Tensor, extra: Tensor) -> Tensor:
 
     tower, config = backbone.model.model.vision_tower, backbone.model.config
     states = [torch.cat([tiles.flatten(0, 1), extra])[None]]
+    if config.model_type == "perception_lm":
+        for block in towers.stack(tower):
+            states.append(block(states[-1], attn_mask=mask))
+        return tower.timm_model.norm(states[-1])[0, count * length :]
     for block in towers.stack(tower):
         attention = getattr(block, "self_attn", None) or block.attention
         handle = attention.register_forward_pre_hook(masked, with_kwargs=True)
@@ -123,7 +133,7 @@ def test_tiles_belong_to_their_rows(backbone: Tiles) -> None:
             torch.testing.assert_close(states.values[block][mine], alone.values[block], atol=1e-5, rtol=1e-5)
         assert sum(alone.tokens) == sum(states.tokens[tile] for tile in states.rows[row])
     assert counts[2] == 0
-    if backbone.name != "llava":
+    if backbone.name not in ("llava", "timm_lm"):
         assert len(set(counts)) > 2  # sizes make a difference
     placeholders = torch.stack([inputs["input_ids"] == token for token in backbone.placeholders.values()]).any(0)
     assert sum(states.tokens) == int(placeholders.sum())
@@ -179,7 +189,8 @@ def test_adapters_sit_where_they_are_trained(backbone: Tiles) -> None:
     base = Base(backbone.model, backbone.processor)
     memory = base.attach()
     adapters = memory.short.adapter_parameters()
-    assert len(adapters) == 2 * 2 * max(backbone.layers)
+    targets = 1 if backbone.name == "timm_lm" else 2  # qkv, or q_proj and v_proj
+    assert len(adapters) == 2 * targets * max(backbone.layers)
     memory.trigger = "schedule:0=short"
     inputs = base.inputs(*QUESTIONS)
     with backbone.record(states := VisionStates(), keep=True, inputs=False):

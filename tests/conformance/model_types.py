@@ -46,6 +46,7 @@ MADE: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": tiny.llava,
     "llava_next": tiny.llava_next,
     "llava_onevision": tiny.llava_onevision,
+    "perception_lm": tiny.timm_lm,
 }
 IMAGE, VIDEO, START, END = "<image>", "<video>", "<start>", "<end>"
 MARKS = {

@@ -19,6 +19,9 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PerceptionLMConfig,
+    PerceptionLMForConditionalGeneration,
+    PerceptionLMImageProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -193,6 +196,40 @@ def internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
     return InternVLForConditionalGeneration(config), processor
 
 
+def timm_lm() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A ViT of timm, of three blocks, and Qwen2; an image is 6 x 6 patches, of which 2 x 2 make a token."""
+    words = tokenizer("<image>")
+    processor = LlavaProcessor(
+        PerceptionLMImageProcessor(vision_input_type="vanilla", tile_size=TILE, **GRAY),
+        words,
+        patch_size=CELL,
+        vision_feature_select_strategy="full",
+        chat_template=chat("<image>\n"),
+    )
+    arguments = {"img_size": TILE, "patch_size": VISION["patch_size"], "embed_dim": VISION["hidden_size"], "depth": 3}
+    arguments |= {"num_heads": VISION["num_attention_heads"], "class_token": False, "global_pool": ""}
+    config = PerceptionLMConfig(
+        text_config={"model_type": "qwen2", **FLAT, **ends(words)},
+        vision_config={
+            "model_type": "timm_wrapper",
+            "architecture": "vit_tiny_patch16_224",
+            "model_args": arguments,
+            "do_pooling": False,
+        },
+        vision_use_cls_token=False,
+        projector_pooling_ratio=CELL // VISION["patch_size"],
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.image_token_id,  # there are no videos, and it must name one
+        tie_word_embeddings=True,
+    )
+    model = PerceptionLMForConditionalGeneration(config)
+    # As in `llava`.
+    torch.nn.init.normal_(model.model.vision_tower.timm_model.pos_embed, std=0.2)
+    for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        torch.nn.init.xavier_uniform_(layer.weight)
+    return model, processor
+
+
 def ends(words: PreTrainedTokenizerFast) -> dict[str, int | None]:
     """The tokens that begin, end and pad a text."""
     return {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
@@ -215,6 +252,7 @@ FAMILIES = {
     "qwen2_5_vl": Family(qwen2_5_vl, 7000),
     "llava": Family(llava, 700, teacher="qwen2_5_vl", align=600),
     "internvl": Family(internvl, 1000, teacher="qwen2_5_vl", align=800),
+    "timm_lm": Family(timm_lm, 1000, teacher="qwen2_5_vl", align=800),
 }
 
 
