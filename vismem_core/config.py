@@ -133,9 +133,9 @@ class GrpoConfig(Section):
     """Stage I: the same chance at any other token, once the curriculum gets there."""
     between_from: Share = 0.5
     """Stage I: share of the steps after which memory is invoked between delimiters too."""
-    settled: Share = 0.25
-    """Stage I: what a group weighs whose prompt the base answers right without memory. 1 is the paper's form, in which
-    memory mostly learns not to disturb such answers."""
+    settled: Share = 0.1
+    """Stage I: share that is kept of the prompts which the base answers right without memory; further ones are drawn in
+    place of the others. 1 is the paper's form, in which memory mostly learns not to disturb such answers."""
     alpha: Amount = 0.3
     """Stage II: weight of p_type + p_neg (Eq. 8)."""
     cost: Amount = 0.1

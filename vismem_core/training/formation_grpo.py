@@ -4,23 +4,28 @@ We invoke, at random and short or long with equal chance: first only where a tho
 too. Query builder and formers train; the policy is frozen. What counts are the tokens that the policy chose after the
 first invocation. The reward is S(tau) - S(tau_base); since S(tau_base) is the same for a whole group it cancels in the
 advantages. It says how much there is to gain, though: where the base is right already, memory can only do harm, and
-since Stage II decides whether it is asked there at all, such groups weigh less (``settled``; the paper's form is 1).
-Else they are the most, and teach memory to say nothing.
+Stage II decides whether it is asked there at all. Such prompts are the most where the base is any good, and teach
+memory to say nothing, so all but a share of them (``settled``) give way to further ones. The paper's form is 1.
 """
 
 from __future__ import annotations
 
 from random import Random
 
+import torch
 from torch import nn
 
 from ..config import KINDS, TrainConfig
+from ..data import Sample
 from ..memory import FORMATION, Memory
 from ..trigger import Decision, Row, Trigger
-from .batches import Batch
+from .batches import Batch, make_batch
 from .group import Group, GroupStage, together
 from .processes import Processes
-from .rollout import Prompts, Trajectory, rollouts
+from .rollout import Prompts, Trajectory, read_prompts, rollouts
+
+DRAWS = 4
+"""How often a step draws, its first batch included, before it makes do with fewer prompts."""
 
 
 class FormationGrpo(GroupStage):
@@ -34,15 +39,38 @@ class FormationGrpo(GroupStage):
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: own for name, own in self.memory.trained().items() if name.startswith(FORMATION)}
 
+    def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
+        self.memory.eval()
+        return super().accumulate(self._open(batch, key), key, progress)
+
+    def _open(self, batch: Batch, key: str) -> Batch:
+        """The batch with further prompts in place of settled ones; as many as all processes lack together are drawn."""
+        if self.grpo.settled == 1 or self.draw is None:
+            return batch
+        total, kept, further = self.processes.total, list[Sample](), batch if len(batch) else None
+        size = int(total(torch.tensor(float(len(batch)))).item())
+        for number in range(DRAWS):
+            kept += self._kept(further, f"{key}/{number}") if further else []
+            lacking = size - int(total(torch.tensor(float(len(kept)))).item())
+            if not lacking or number == DRAWS - 1:
+                break
+            further = self.draw(lacking)
+        return make_batch(self.memory.backbone, kept) if kept else batch
+
+    def _kept(self, batch: Batch, key: str) -> list[Sample]:
+        with self.memory.triggered("never"):
+            scores = self.base(read_prompts(self.memory, batch.inputs), batch)
+        chances = 1 - (1 - self.grpo.settled) * scores
+        drawn = [Random(f"{key}/{sample.id}/kept").random() for sample in batch.samples]
+        return [own for own, chance, at in zip(batch.samples, chances.tolist(), drawn, strict=True) if at < chance]
+
     def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
         between = self.grpo.between if progress >= self.grpo.between_from else 0.0
         with self.memory.triggered(curriculum(self.grpo.density, between)):
             told = rollouts(self.memory, prompts, self.copies(batch), self.seeds(batch, key), self.sampling)
         scores = self.scores(told, batch)
-        base = self.base(prompts, batch)
-        gains = scores - base[:, None]
-        figures = {"reward": scores.mean().item(), "gain": gains.mean().item()}
-        return Group(told, gains, figures, 1 - (1 - self.grpo.settled) * base)
+        gains = scores - self.base(prompts, batch)[:, None]
+        return Group(told, gains, {"reward": scores.mean().item(), "gain": gains.mean().item()})
 
     def counted(self, trajectory: Trajectory) -> list[bool]:
         first = min(trajectory.latents, default=len(trajectory.ids))

@@ -39,7 +39,6 @@ class Group:
     Attributes:
         rewards: what the advantages are made of, (P, G).
         figures: means over all trajectories, for the log.
-        weights: what each group weighs in the loss, (P,).
         tried: states (P, d) in which all choices were tried, and their mean rewards (P, 3), where Stage II dealt some.
         heard: which prompts (P,) the loss is about; by default all.
         resampled: how many of the prompts were drawn in place of silent ones, in all processes.
@@ -48,7 +47,6 @@ class Group:
     trajectories: list[Trajectory]
     rewards: Tensor
     figures: dict[str, float]
-    weights: Tensor
     tried: tuple[Tensor, Tensor] | None = None
     heard: Tensor | None = None
     resampled: int = 0
@@ -125,7 +123,7 @@ class GroupStage(Stage):
         counted = _padded([self.counted(own) for own in told], False)
         if group.heard is not None:
             counted &= group.heard.repeat_interleave(settings.group)[:, None]
-        weight = self._weights(counted) * group.weights.repeat_interleave(settings.group)[:, None]
+        weight = self._weights(counted)
         pulls = counted.any(1) & ((gain != 0) | (self.kl.beta > 0))  # what gives no gradient is not replayed
         active = pulls.nonzero().flatten().tolist()
         sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}

@@ -86,7 +86,7 @@ class InvocationGrpo(GroupStage):
         rewards = gains - self.grpo.alpha * (p_type + p_neg) - spent
         tried = self._tried(prompts, told, deals, rewards) if self.grpo.explore else None
         means = {name: own.mean().item() for name, own in figures.items()}
-        return Group(told, rewards, means, torch.ones(len(batch)), tried)
+        return Group(told, rewards, means, tried)
 
     def counted(self, trajectory: Trajectory) -> list[bool]:
         return [free and at != trajectory.dealt for at, free in enumerate(trajectory.chosen)]

@@ -59,5 +59,4 @@ def _joined(groups: Sequence[Group]) -> Group:
     for own in groups:
         trajectories += [replace(told, prompt=told.prompt + start) for told in own.trajectories]
         start += len(own.rewards)
-    rewards, weights = (torch.cat([getattr(own, name) for own in groups]) for name in ("rewards", "weights"))
-    return replace(groups[0], trajectories=trajectories, rewards=rewards, weights=weights)
+    return replace(groups[0], trajectories=trajectories, rewards=torch.cat([own.rewards for own in groups]))
