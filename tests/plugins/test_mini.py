@@ -165,6 +165,9 @@ def test_a_language_model_is_inherited(name: str) -> None:
     ]
     embeds = teacher.get_input_embeddings()(rows[1])[None]
     assert torch.equal(model.get_input_embeddings()(rows[0])[None], embeds)
+    for module in model.get_decoder().modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = teacher.get_decoder().norm.variance_epsilon
     # Without an image the three kinds of positions are one.
     ours, theirs = (one.get_decoder()(inputs_embeds=embeds).last_hidden_state for one in (model, teacher))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
