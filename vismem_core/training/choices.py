@@ -18,7 +18,7 @@ REMEMBERED = 8192
 """States whose worth is kept, the latest ones."""
 TETHER = 1e-5
 """How strongly the last fit holds the output rows where training had brought them."""
-RIDGE = 0.001
+RIDGE = 0.01
 """Share of the mean variance that is added to every direction's, so that few states make no wild worth."""
 CHOICES = 3
 """Going on, asking for short, asking for long."""
