@@ -155,7 +155,7 @@ def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
     config = LlavaConfig(
         text_config={"model_type": "llama", "attention_bias": True, **FLAT, **ends(words)},
         vision_config={"model_type": "clip_vision_model", "num_hidden_layers": 4, **VISION, "patch_size": CELL},
-        image_token_id=processor.image_token_id,
+        image_token_index=processor.image_token_id,
         image_seq_length=(TILE // CELL) ** 2,
         tie_word_embeddings=True,
     )
