@@ -1,4 +1,4 @@
-"""`mini`: tiny but real vision-language models, trained on `mosaic` from scratch, shipped with the package.
+"""`mini`: tiny but real vision-language models, trained on `mosaic`, shipped with the package.
 
 Each is a directory in the published layout of its family, to be loaded like any other checkpoint:
 

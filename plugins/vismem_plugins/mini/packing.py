@@ -100,8 +100,7 @@ def augment(cells: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.ui
     columns = np.where(rng.random((count, 1)) < 0.5, columns[:, ::-1], columns)
     moved = padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]].astype(np.float32)
     gain = rng.uniform(0.7, 1.2, (count, 1, 1)).astype(np.float32)
-    changed: NDArray[np.uint8] = np.clip(moved * gain, 0, 255).round().astype(np.uint8)
-    return changed
+    return np.asarray(np.clip(moved * gain, 0, 255).round(), np.uint8)
 
 
 def pixels(processor: Any, cells: Tensor, size: int) -> dict[str, Tensor]:

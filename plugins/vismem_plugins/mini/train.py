@@ -1,4 +1,4 @@
-"""Trains a `mini` from scratch: `python -m vismem_plugins.mini.train --family qwen2_5_vl --output DIR`.
+"""Trains a `mini`: `python -m vismem_plugins.mini.train --family qwen2_5_vl --output DIR`.
 
 Without the curriculum (one cell, then few, then many) the model falls into a constant answer and stays there. To read
 past what stands between a question and its answer takes a second phase of its own (`PHASES`): asides from the start
