@@ -4,8 +4,8 @@ Without the curriculum (one cell, then few, then many) the model falls into a co
 past what stands between a question and its answer takes a second phase of its own (`PHASES`): asides from the start
 slow all else down, and at the end of the first phase the rate is too low to learn it.
 
-A family with one-dimensional positions did not learn to find cells in 3,500 such steps. It builds on another's `mini`
-instead (`align`), needs the second phase alone, and is done sooner.
+With one-dimensional positions it takes longer: the one run of `llava` from scratch did not find cells in 3,500 such
+steps. So these families build on the `mini` of Qwen2.5-VL (`align`), need the second phase alone, and are done sooner.
 
 A step depends on the seed, its number and what the steps before it made, so that a run that was interrupted goes on
 where it last saved itself, to the same weights.
