@@ -119,7 +119,7 @@ def test_the_other_kind_meets_the_same_chances(base: Base) -> None:
 
 
 def test_dealt_choices_are_made_and_count(base: Base) -> None:
-    """At the first place where a thought ended; their log-probabilities are the policy's own."""
+    """At the first place where the policy may ask; their log-probabilities are the policy's own."""
     memory = base.attach(config(trigger="policy"))
     with torch.no_grad():
         memory.tokens.head.zero_()

@@ -30,8 +30,9 @@ from .processes import Processes
 from .rollout import Deal, Prompts, Trajectory, rollouts
 
 DEALS: tuple[Deal, ...] = ("none", *KINDS)
-LATER = 0.25
-"""Chance that a group decides at a later place where a thought ended than the first, the second, ..."""
+LATER = 0.35
+"""Chance that a group decides at a later place than the first, the second, ...: wherever the policy may ask it has to
+learn when not to, after the last word of an answer above all."""
 
 
 class InvocationGrpo(GroupStage):

@@ -142,11 +142,11 @@ class _Rollout(Decoder):
         return self._swap(tokens) if self.swapped else tokens
 
     def _deal(self, offered: list[list[bool]]) -> dict[int, Deal]:
-        """What rows are dealt now: at the n-th place where a thought ended and every kind was offered."""
+        """What rows are dealt now: at the n-th place where every kind was offered."""
         dealt: dict[int, Deal] = {}
         for row, number in enumerate(self.order):
             own = self.deals.get(number)
-            if own is None or row in self._forced or not (all(offered[row]) and self.rows[row].boundary):
+            if own is None or row in self._forced or not all(offered[row]):
                 continue
             wait, deal = own
             self.deals[number] = None if wait == 0 else (wait - 1, deal)
@@ -218,8 +218,8 @@ def rollouts(
     Args:
         copies: the number of its prompt, for each trajectory.
         seeds: one per trajectory; the same seed draws the same chances.
-        deals: per trajectory (wait, choice): after ``wait`` places where a thought ended and the policy could have
-            invoked, it is made to choose a kind or ``none``.
+        deals: per trajectory (wait, choice): after ``wait`` places where the policy could have invoked, it is made to
+            choose a kind or ``none``.
         swapped: every invocation that the policy chooses is one of the other kind (tau_rev of Eq. 8).
     """
     decoder = _Rollout(memory, prompts.session.branch(copies), sampling, seeds, deals, swapped)
