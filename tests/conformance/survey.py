@@ -74,7 +74,7 @@ def survey(model_type: str) -> Line:
             failed.append(f"{name.removeprefix('test_')}: {_short(error.__cause__ or error)}")
     if failed:
         return family.name, "fails", f"{len(failed)} of {count} checks, first {failed[0]}"
-    return family.name, "passes", f"{count} checks"
+    return family.name, "passes", "every check"
 
 
 def contract(backbone_name: str, model_type: str) -> BackboneContract:
@@ -96,7 +96,10 @@ def checks() -> list[tuple[str, dict[str, Any]]]:
         if name.startswith("test_"):
             marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
             for values in product(*(list(own[1]) for own in marks)):
-                found.append((name, dict(zip((own[0] for own in marks), values, strict=True))))
+                arguments: dict[str, Any] = {}
+                for (names, _), value in zip(marks, values, strict=True):
+                    arguments |= {names: value} if isinstance(names, str) else dict(zip(names, value, strict=True))
+                found.append((name, arguments))
     return found
 
 

@@ -93,13 +93,22 @@ class Short(Qwen2_5_VL):
 
 
 class LeftOn(Qwen2_5_VL):
-    """Adapters are on after extra tokens have passed."""
+    """Adapters are on after the images have been read, and after extra tokens have passed."""
+
+    @contextmanager
+    def record(self, states: VisionStates, *, keep: bool, inputs: bool) -> Iterator[None]:
+        with super().record(states, keep=keep, inputs=inputs):
+            yield
+        self._leave_on()
 
     def project(self, tokens: Tensor) -> Tensor:
+        self._leave_on()
+        return super().project(tokens)
+
+    def _leave_on(self) -> None:
         for module in self.visual.modules():
             if isinstance(module, BaseTunerLayer):
-                module._disable_adapters = False
-        return super().project(tokens)
+                module._disable_adapters, module._active_adapter = False, list(module._get_available_adapters())
 
 
 class Unprojected(Qwen2_5_VL):
