@@ -98,9 +98,11 @@ class GroupStage(Stage):
         with self.memory.triggered("policy"):
             prompts = read_prompts(self.memory, batch.inputs)
         group = self.sample(prompts, batch, key, progress)
+        counted = float(len(group.rewards))  # processes may have kept different numbers of prompts
         prompts, group = resampled(self, prompts, batch, group, key, progress)
-        means = self.processes.total(torch.tensor(list(group.figures.values()))) / self.processes.count
-        return {**dict(zip(group.figures, means.tolist(), strict=True)), **self.learn(prompts, group)}
+        sums = self.processes.total(counted * torch.tensor([*group.figures.values(), 1.0]))
+        means = (sums[:-1] / sums[-1]).tolist()
+        return {**dict(zip(group.figures, means, strict=True)), **self.learn(prompts, group)}
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must know beyond its parameters."""
