@@ -50,6 +50,9 @@ def curves(runs: list[Path], figures: list[str], path: Path, window: int) -> Non
     plot, axes = pyplot.subplots(1, len(figures), figsize=(4 * len(figures), 3), squeeze=False)
     for run in runs:
         lines: list[dict[str, Any]] = [json.loads(line) for line in _text(run / "metrics.jsonl").splitlines()]
+        known_figures = sorted({name for line in lines for name, value in line.items() if not isinstance(value, str)})
+        if unknown := [name for name in figures if name not in known_figures]:
+            raise typer.BadParameter(f"{run} logged no {unknown[0]!r}; it logged {', '.join(known_figures)}")
         for place, figure in zip(axes[0], figures, strict=True):
             known = [(step, line[figure]) for step, line in enumerate(lines, 1) if figure in line]
             steps = [step for step, _ in known]
@@ -68,7 +71,7 @@ def main(
     window: Annotated[int, typer.Option(help="Steps a point is the mean of.", min=1)] = 20,
 ) -> None:
     """Example: python examples/compare.py runs/a runs/b --plot curves.png --figures reward,kl,short,long"""
-    Console().print(table(runs))
+    Console(width=max(Console().width, 110)).print(table(runs))  # cut off, its heads look alike
     if plot:
         curves(runs, figures.split(","), plot, window)
 

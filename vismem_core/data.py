@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,13 @@ class Sample:
             DataError: one that cannot be decoded; the message names the sample and the file.
         """
         return [_decode(image, self.id) for image in self.images]
+
+    def digest(self) -> str:
+        """A fingerprint of what is asked: the prompt and the images' bytes."""
+        told = hashlib.sha256(self.prompt.encode())
+        for image in self.images:
+            told.update(image.read_bytes() if isinstance(image, Path) else image.tobytes())
+        return told.hexdigest()[:16]
 
 
 def _decode(image: Image.Image | Path, sample_id: str) -> Image.Image:
@@ -192,7 +200,9 @@ class _Reader:
     def _image(self, name: str) -> Path:
         path = Path(os.path.abspath(self.folder / name))
         if not self.allow_outside and not path.is_relative_to(self.folder):
-            raise DataError(f"the image {name!r} lies outside the folder of the file; move it there")
+            raise DataError(
+                f"the image {name!r} lies outside the folder of the file; move it there, or pass --allow-outside"
+            )
         if path not in self.verified:
             _verify(path)
             self.verified.add(path)

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vismem_core.data import Sample
 from vismem_core.errors import DataError
 
 
 class Results:
     """Appends rows to a file, each on disk before the next is made.
 
-    Complete rows that the file already holds are kept, and their ids are in ``kept``; a last line that was cut off
-    while it was written is dropped.
+    Complete rows that the file already holds are kept, and ``kept`` says which question (``Sample.digest``) each id
+    answers; a last line that was cut off while it was written is dropped.
 
     Args:
         made: how answers are made (memory, trigger, ...); it is written into every row as ``made``.
 
     Raises:
-        DataError: the file holds something else than rows with an ``id`` and a ``text``, or answers made otherwise.
+        DataError: the file holds something else than answers with their ``question``, or answers made otherwise.
         OSError: it cannot be written; ``filename`` says which file.
     """
 
     def __init__(self, path: Path, made: Mapping[str, Any]) -> None:
         self.path, self.made = path, dict(made)
-        self.kept: set[str] = set()
+        self.kept: dict[str, str] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             file.seek(0)
@@ -36,16 +37,16 @@ class Results:
                 if not line.endswith(b"\n"):
                     self._cut_off(number, line)
                     break
-                self.kept.add(self._id(number, line))
+                self.kept.update([self._read(number, line)])
                 complete += len(line)
             file.truncate(complete)
         self._file = path.open("a", encoding="utf-8")
 
-    def _id(self, number: int, line: bytes) -> str:
+    def _read(self, number: int, line: bytes) -> tuple[str, str]:
         try:
             row = json.loads(line)
             row["text"]  # questions have an id too
-            known, made = str(row["id"]), dict(row["made"])
+            known, made = (str(row["id"]), str(row["question"])), dict(row["made"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}:{number}: not an answer; choose another output file") from error
         for name in sorted(self.made.keys() | made.keys()):
@@ -61,7 +62,21 @@ class Results:
         except ValueError:
             if line.startswith(b'{"id"'[: len(line)]):
                 return
-        self._id(number, line)
+        self._read(number, line)
+
+    def left(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples that have no answer yet.
+
+        Raises:
+            DataError: an answer to another question under a sample's id.
+        """
+        for sample in samples:
+            if sample.id in self.kept and self.kept[sample.id] != sample.digest():
+                raise DataError(
+                    f"{self.path}: {sample.id!r} answers another prompt or image; choose another output file, or "
+                    "remove this one"
+                )
+        return [sample for sample in samples if sample.id not in self.kept]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row, which must have an ``id``."""

@@ -116,14 +116,15 @@ def _answer(load: LoadOptions, sample: Sample, ask: dict[str, Any]) -> Answer:
 def _answer_all(load: LoadOptions, samples: Dataset, output: Path, ask: dict[str, Any]) -> dict[str, Any]:
     """Answers what the output file does not hold yet; returns the summary."""
     with Results(output, _made(load, ask)) as results:
-        left = [sample for sample in samples if sample.id not in results.kept]
+        left = results.left(samples)
         if left:
             memory = open_memory(load)
 
             from vismem_core.inference import answers
 
-            for answer in track(answers(memory, left, **ask), "answering", total=len(left), console=err):
-                results.add({"id": answer.sample_id} | answer.to_dict())
+            told = track(answers(memory, left, **ask), "answering", total=len(left), console=err)
+            for sample, answer in zip(left, told, strict=True):
+                results.add({"id": sample.id, "question": sample.digest()} | answer.to_dict())
     kept = len(samples) - len(left)
     say(f"{len(left)} answers written to {output}, {kept} were there already")
     return {"output": str(output), "answered": len(left), "kept": kept, "skipped": list_skipped(samples)}

@@ -323,7 +323,8 @@ def test_infer_without_arguments(vismem: Callable[..., Run], core: Core) -> None
 def test_infer_goes_on_with_a_file(vismem: Callable[..., Run], core: Core, questions: Path, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     made = {"memory": EMPTY, "model": None, "trigger": "random:0.5", "max_new_tokens": 256}
-    output.write_text(json.dumps({"id": "b", "text": "kept", "made": made}) + '\n{"id": "c", "te')
+    asked = hashlib.sha256(b"hm ?").hexdigest()[:16]
+    output.write_text(json.dumps({"id": "b", "text": "kept", "question": asked, "made": made}) + '\n{"id": "c", "te')
     args = ["infer", "--data", questions, "--output", output, "--on-bad-sample", "skip", "--trigger", "random:0.5"]
     done = vismem(*args, "--batch", 2, "--json")
     assert done.code == 0, done.err

@@ -3,35 +3,53 @@ from pathlib import Path
 
 import pytest
 
+from vismem_core.data import Sample
 from vismem_core.errors import DataError
 from vismem_core.results import Results
 
 MADE = {"memory": "1f", "trigger": "policy"}
-ROW = json.dumps({"id": "a", "text": "", "made": MADE}).encode()
+ROW = json.dumps({"id": "a", "text": "", "question": "q", "made": MADE}).encode()
 
 
 @pytest.mark.parametrize(
     ("before", "kept"),
     [
-        (b"", set()),
-        (ROW + b"\n", {"a"}),
-        (ROW + b'\n{"id": "b', {"a"}),
-        (ROW + b"\n" + ROW.replace(b'"a"', b'"b"'), {"a"}),
-        (ROW + b'\n{"id": "\xc3', {"a"}),
+        (b"", {}),
+        (ROW + b"\n", {"a": "q"}),
+        (ROW + b'\n{"id": "b', {"a": "q"}),
+        (ROW + b"\n" + ROW.replace(b'"a"', b'"b"'), {"a": "q"}),
+        (ROW + b'\n{"id": "\xc3', {"a": "q"}),
     ],
 )
-def test_complete_rows_are_kept_and_half_ones_dropped(tmp_path: Path, before: bytes, kept: set[str]) -> None:
+def test_complete_rows_are_kept_and_half_ones_dropped(tmp_path: Path, before: bytes, kept: dict[str, str]) -> None:
     path = tmp_path / "new" / "answers.jsonl"
     path.parent.mkdir()
     path.write_bytes(before)
     with Results(path, MADE) as results:
         assert results.kept == kept
-        results.add({"id": "é", "text": ""})
+        results.add({"id": "é", "text": "", "question": "p"})
         first, *added = [b"", *path.read_bytes().splitlines()] if not kept else path.read_bytes().splitlines()
         assert first == (ROW if kept else b"")
-        assert [json.loads(line) for line in added] == [{"id": "é", "text": "", "made": MADE}]  # on disk at once
+        assert [json.loads(line) for line in added] == [
+            {"id": "é", "text": "", "question": "p", "made": MADE}
+        ]  # on disk at once
     with Results(path, MADE) as results:
-        assert results.kept == {*kept, "é"}
+        assert results.kept == kept | {"é": "p"}
+
+
+def test_an_id_that_asks_something_else_now_is_told(tmp_path: Path) -> None:
+    path, image = tmp_path / "answers.jsonl", tmp_path / "image.png"
+    image.write_bytes(b"one")
+    asked = [Sample(name, (image,), "what is it ?") for name in "ab"]
+    with Results(path, MADE) as results:
+        results.add({"id": "a", "text": "", "question": asked[0].digest()})
+        results.kept["a"] = asked[0].digest()
+        assert results.left(asked) == asked[1:]
+        with pytest.raises(DataError, match=r"answers\.jsonl: 'a' answers another prompt or image"):
+            results.left([Sample("a", (image,), "what is below ?")])
+        image.write_bytes(b"two")
+        with pytest.raises(DataError, match=r"'a' answers another prompt or image"):
+            results.left(asked)
 
 
 @pytest.mark.parametrize(

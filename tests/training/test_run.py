@@ -129,7 +129,7 @@ def test_a_directory_with_a_run_is_refused_and_a_finished_one_gives_its_report(f
     with pytest.raises(TrainingError, match="--resume"):
         run(finished)
     assert run(finished, resume=True) == json.loads((finished / "report.json").read_text())
-    with pytest.raises(TrainingError, match="other settings"):
+    with pytest.raises(TrainingError, match=r"formation\.lr is .* there and 0\.002 here; give the same settings"):
         run(finished, ["train.formation.lr=2e-3"], resume=True)
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(TrainingError, match="not empty"):

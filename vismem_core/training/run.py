@@ -112,8 +112,11 @@ class Run:
             return False
         if not resume:
             raise TrainingError(f"{self.output}: holds a run; --resume it, or choose another --output")
-        if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
-            raise TrainingError(f"{path}: that run has other settings; give the same ones to --resume it")
+        before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(settings)))
+        for key in before | now:
+            if (was := before.get(key)) != (wanted := now.get(key)):
+                told = f"{key} is {was!r} there and {wanted!r} here"
+                raise TrainingError(f"{path}: {told}; give the same settings to --resume, or choose another --output")
         if (self.output / REPORT).exists():
             return True
         if (self.output / state.FILE).exists():
@@ -211,6 +214,14 @@ class Run:
             max_new_tokens=settings.max_new_tokens,
             progress=self.display.measuring,
         )
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat
 
 
 class _only:
