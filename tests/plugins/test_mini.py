@@ -54,11 +54,11 @@ def test_cannot_answer_what_was_kept_from_it(mini: tuple[Any, Any], type_: str) 
     assert accuracy(mini, type_) < 0.4
 
 
-def test_lists_the_cells_in_sentences(mini: tuple[Any, Any]) -> None:
+def test_lists_the_cells_in_sentences(family: str, mini: tuple[Any, Any]) -> None:
     samples = list(mosaic("heldout", types=["list"], size=2)[:20])
     said = answers(*mini, [sample.images for sample in samples], [sample.prompt for sample in samples])
     sentences = [one.split()[1::2] == [",", ".", ",", "."] for one in said]
-    assert sum(sentences) >= 19  # the smallest stops early now and then
+    assert sentences.count(False) <= (1 if family == "timm_lm" else 0)  # it stops early once, the others never
     assert sum(one == sample.answer for one, sample in zip(said, samples, strict=True)) >= 10
 
 
