@@ -120,12 +120,15 @@ class Stored:
     weights: Path
 
     def fill(self, memory: Memory) -> None:
-        """Copy the stored tensors into ``memory``.
+        """Copy the stored tensors into ``memory``. A LoRA on the policy that was not stored stays as it began.
 
         Raises:
             CheckpointError: if names or shapes differ.
         """
-        fill(memory, _load(self.weights), self.weights)
+        tensors = _load(self.weights)
+        if memory.policy and self.config.policy.trains == "rows":
+            tensors |= {name: own for name, own in memory.trained().items() if name.startswith("policy.")}
+        fill(memory, tensors, self.weights)
 
 
 def fill(memory: Memory, tensors: Mapping[str, Tensor], where: Path) -> None:
@@ -156,11 +159,24 @@ def read(source: str | Path, backbone: Backbone, *, any_base: bool = False) -> S
     folder = locate(source)
     about = description(folder)
     _compare(folder, about.get("base", {}), describe(backbone), any_base=any_base)
+    return Stored(_settings(folder, about), about, folder / WEIGHTS)
+
+
+def settings(source: str | Path) -> MemoryConfig:
+    """The settings that a memory was saved with.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    folder = locate(source)
+    return _settings(folder, description(folder))
+
+
+def _settings(folder: Path, about: Mapping[str, Any]) -> MemoryConfig:
     try:
-        config = from_dict(MemoryConfig, about["memory"])
+        return from_dict(MemoryConfig, about["memory"])
     except (VismemError, KeyError) as error:
         raise CheckpointError(f"{folder / ABOUT}: {error}") from error
-    return Stored(config, about, folder / WEIGHTS)
 
 
 def locate(source: str | Path) -> Path:

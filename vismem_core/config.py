@@ -157,6 +157,8 @@ class TrainConfig(Section):
     stage: Literal["formation", "invocation", "all"] = "all"
     objective: Literal["sft", "grpo", "sft+grpo"] = "sft"
     """Cross-entropy, two-stage GRPO, or GRPO after Stage I by cross-entropy as a warm start."""
+    memory: str = ""
+    """Folder or hub id of a trained memory to go on from; without it memory begins untrained."""
     seed: Count = 0
     formation: StageConfig = field(default_factory=StageConfig)
     invocation: StageConfig = field(default_factory=lambda: StageConfig(lr=1e-5, warmup=0.1, anywhere=0.5))

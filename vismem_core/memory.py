@@ -198,7 +198,7 @@ def attach(
         model: a loaded vision-language model; its weights are not written.
         processor: its processor.
         source: folder or hub id of a trained memory; without it memory is untrained.
-        config: settings of an untrained memory (a trained one brings its own).
+        config: its settings; by default those that a trained memory was saved with, or else :class:`MemoryConfig`'s.
         backbone: registered name; found from the model if not given.
         seed: of the initial values.
         any_base: load a memory that was trained on other weights of the same shape.
@@ -216,7 +216,7 @@ def attach(
     stored = checkpoint.read(source, adapter, any_base=any_base) if source is not None else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        memory = Memory(adapter, stored.config if stored else config or MemoryConfig())
+        memory = Memory(adapter, config or (stored.config if stored else MemoryConfig()))
     if stored:
         try:
             stored.fill(memory)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -58,24 +58,34 @@ def check_names(
 
 def open_memory(options: LoadOptions) -> Memory:
     """The memory of ``--memory``, or the shipped one, attached to the model it was trained on or to ``--model``."""
-    backbone, model, source = options.backbone, options.model, memory_source(options)
-    if options.memory is not None and model is None:
-        recorded, model = base_of(source)
-        backbone = backbone or recorded
-
+    source, options = memory_source(options), with_base(options)
     with err.status("loading"):
         from vismem_core import attach
-        from vismem_core.loading import load_base
 
-        base_model, processor, name = load_base(
-            backbone,
-            model,
-            dtype=options.dtype,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-            revision=options.revision,
-        )
-        return attach(base_model, processor, source, backbone=name, any_base=options.any_base)
+        model, processor, name = open_base(options)
+        return attach(model, processor, source, backbone=name, any_base=options.any_base)
+
+
+def with_base(options: LoadOptions) -> LoadOptions:
+    """The same options, with the model that the trained memory was made for where none is named."""
+    if options.memory is None or options.model is not None:
+        return options
+    recorded, model = base_of(options.memory)
+    return replace(options, backbone=options.backbone or recorded, model=model)
+
+
+def open_base(options: LoadOptions) -> tuple[Any, Any, str]:
+    """The model, its processor, and the name of its backbone."""
+    from vismem_core.loading import load_base
+
+    return load_base(
+        options.backbone,
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        revision=options.revision,
+    )
 
 
 def memory_source(options: LoadOptions) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,13 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from vismem_core.bases import embedded
-from vismem_core.config import load
+from vismem_core.config import Config, load
 from vismem_core.data import open_dataset
 
 from . import options
 from .console import print_json, say, warn
 from .report import list_skipped, print_report, tell_skipped
-from .sources import check_names, default_data
+from .sources import LoadOptions, check_names, default_data, open_base, with_base
 
 EXAMPLE = "Example: vismem train --backbone qwen2_5_vl --set train.formation.steps=200 --output runs/first"
 
@@ -40,6 +41,10 @@ class Objective(str, Enum):
 def train(
     backbone: options.Backbone = None,
     model: options.Model = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|ID", help="A trained memory to go on from; by default it begins untrained."),
+    ] = None,
     data: options.Data = None,
     heldout: Annotated[
         str | None,
@@ -71,6 +76,7 @@ def train(
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    any_base: options.AnyBase = False,
     as_json: options.Json = False,
 ) -> None:
     """Train latent vision memory on a frozen model, and report what it changed.
@@ -80,13 +86,14 @@ def train(
     Settings come from --config, then --set, then --stage and other flags, each over the ones before.
     """
     flags: dict[str, Any] = {"stage": stage and stage.value, "objective": objective and objective.value, "seed": seed}
-    flags["image_dropout"] = image_dropout
-    overrides = [f"train.{key}={value}" for key, value in flags.items() if value is not None]
+    flags |= {"image_dropout": image_dropout, "memory": memory}
+    overrides = [*(settings or []), *(f"train.{key}={value}" for key, value in flags.items() if value is not None)]
     overrides += [f"memory.policy.trains={policy.value}"] if policy else []
-    suited = embedded(backbone)[1].settings if model is None else None
-    run = load(config, [*(settings or []), *overrides], base=load(suited))
-    check_names(backbone, run.memory, rewards=run.train.grpo.rewards)
-    source = data or default_data(backbone, model)
+    began = load(config, overrides).train.memory or None
+    base = with_base(LoadOptions(began, backbone, model, any_base, dtype.value, device, trust_remote_code, revision))
+    run = load(config, overrides, base=_suited(base))
+    check_names(base.backbone, run.memory, rewards=run.train.grpo.rewards)
+    source = data or default_data(base.backbone, base.model)
     rows: dict[str, Any] = {"on_bad": on_bad_sample.value, "allow_outside": allow_outside}
     samples = open_dataset(source, "train", **rows)
     asked = open_dataset(heldout or source, "heldout", **rows)
@@ -94,18 +101,27 @@ def train(
         warn(f"the report will be on the training data, {source}; name other data with --heldout")
 
     from vismem_core import attach
-    from vismem_core.loading import load_base
     from vismem_core.training.run import train as run_training
 
-    base, processor, name = load_base(
-        backbone, model, dtype=dtype.value, device=device, trust_remote_code=trust_remote_code, revision=revision
+    loaded, processor, name = open_base(base)
+    attached = attach(
+        loaded, processor, began, config=run.memory, backbone=name, seed=run.train.seed, any_base=any_base
     )
-    memory = attach(base, processor, config=run.memory, backbone=name, seed=run.train.seed)
     place = output or Path("runs") / name
-    report = run_training(memory, samples, asked, run, place, resume=resume, groups=asked.groups)
+    report = run_training(attached, samples, asked, run, place, resume=resume, groups=asked.groups)
     if as_json:
         print_json(report | {"output": str(place), "skipped": list_skipped(samples)})
         return
     print_report(report)
     tell_skipped(samples)
     say(f"\nwritten to {place}; ask it: vismem infer --memory {place} --image FILE --prompt TEXT")
+
+
+def _suited(base: LoadOptions) -> Config:
+    """What settings begin from: those that suit an embedded model, and those that a trained memory was saved with."""
+    suited = load(embedded(base.backbone)[1].settings if base.model is None else None)
+    if base.memory is None:
+        return suited
+    from vismem_core.checkpoint import settings  # brings torch
+
+    return replace(suited, memory=settings(base.memory))

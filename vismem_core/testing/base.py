@@ -60,11 +60,11 @@ class Base:
 
     def attach(self, trigger: str | Trigger = "never", source: Path | None = None, **settings: Any) -> Memory:
         """Memory whose every trained tensor has an effect, or the trained one in ``source``."""
-        packs = self.backbone.packs
+        packs, wanted = self.backbone.packs, None if source else config(**settings)
         if self.named is not None:
-            memory = attach(self.model, self.processor, source, config=config(**settings), backbone=self.named)
+            memory = attach(self.model, self.processor, source, config=wanted, backbone=self.named)
         else:
-            memory = self._attach(source, config(**settings))
+            memory = self._attach(source, wanted)
         self.backbone = memory.backbone
         self.backbone.packs = packs
         memory.trigger = trigger
@@ -72,12 +72,12 @@ class Base:
             awaken(memory)
         return memory
 
-    def _attach(self, source: Path | None, settings: MemoryConfig) -> Memory:
+    def _attach(self, source: Path | None, settings: MemoryConfig | None) -> Memory:
         # What ``attach`` does, for a class that no entry point names.
         stored = checkpoint.read(source, self.backbone) if source is not None else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            memory = Memory(self.backbone, stored.config if stored else settings)
+            memory = Memory(self.backbone, settings or (stored.config if stored else MemoryConfig()))
         if stored:
             stored.fill(memory)
         return memory

@@ -256,7 +256,6 @@ def _formation(memory: Memory, config: TrainConfig, processes: Processes) -> Sta
 STAGES: dict[str, tuple[str, Callable[[Memory, TrainConfig, Processes], Stage]]] = {
     "formation": ("formation", _formation),
     "invocation": ("invocation", InvocationStage),
-    "warm_start": ("formation", _formation),
     "formation_grpo": ("formation", FormationGrpo),
     "invocation_grpo": ("invocation", InvocationGrpo),
 }
@@ -264,5 +263,5 @@ STAGES: dict[str, tuple[str, Callable[[Memory, TrainConfig, Processes], Stage]]]
 OBJECTIVES = {
     "sft": ("formation", "invocation"),
     "grpo": ("formation_grpo", "invocation_grpo"),
-    "sft+grpo": ("warm_start", "formation_grpo", "invocation_grpo"),
+    "sft+grpo": ("formation", "formation_grpo", "invocation_grpo"),
 }
