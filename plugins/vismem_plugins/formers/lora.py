@@ -6,6 +6,9 @@ Where the paper leaves a choice open:
   is on for them alone; with ``context="recompute"`` the tower runs over its context again with the adapter on.
 - Scale: an output gain per channel is learnt. Short memory starts as the projector gives it, like an image token;
   long memory starts at the rms of the embedding table.
+- Memory leaves through a linear layer that starts as the identity. A frozen tower's outputs have a large common part,
+  and an adapter on q and v turns them little: without this layer training tends to latents that are the same whatever
+  was seen and asked.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class VisionLora(_LoraFormer):
         self.count = count
         self.enter = nn.Linear(backbone.width, width, device=backbone.vision_device)
         self.initial = nn.Parameter(torch.randn(count, width).to(backbone.vision_device))
+        self.leave = _identity(backbone.width, backbone.vision_device)
         self.gain = nn.Parameter(torch.ones(backbone.width, device=backbone.vision_device))
 
     @property
@@ -77,7 +81,7 @@ class VisionLora(_LoraFormer):
             states = self._states(backbone, context)
             extra = backbone.carry(extra, states, context.rows)
         latents = backbone.project(extra[:, -self.count :])
-        return (latents.float() * self.gain).to(backbone.device, backbone.dtype)
+        return (self.leave(latents.float()) * self.gain).to(backbone.device, backbone.dtype)
 
     def _states(self, backbone: Backbone, context: MemoryContext) -> VisionStates:
         if self.config.context == "cache":
@@ -97,6 +101,7 @@ class LanguageLora(_LoraFormer, RidingFormer):
         scale = backbone.embedding_scale()
         self.initial = nn.Parameter(scale * torch.randn(config.length, backbone.width, device=backbone.device))
         self.enter = nn.Parameter(torch.full((backbone.width,), scale, device=backbone.device))
+        self.leave = _identity(backbone.width, backbone.device)
         self.gain = nn.Parameter(torch.full((backbone.width,), scale, device=backbone.device))
 
     @property
@@ -132,7 +137,13 @@ class LanguageLora(_LoraFormer, RidingFormer):
 
     def read(self, hidden: Tensor) -> Tensor:
         latents = nn.functional.rms_norm(hidden[:, -self.config.length :].float(), (hidden.shape[-1],))
-        return (latents * self.gain).to(hidden.dtype)
+        return (self.leave(latents) * self.gain).to(hidden.dtype)
 
     def on(self, tokens: slice) -> AbstractContextManager[None]:
         return self.adapter.on(tokens)
+
+
+def _identity(width: int, device: torch.device) -> nn.Linear:
+    layer = nn.Linear(width, width, bias=False, device=device)
+    nn.init.eye_(layer.weight)
+    return layer
