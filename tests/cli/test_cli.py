@@ -241,12 +241,29 @@ def test_train_passes_everything_on(vismem: Callable[..., Run], core: Core, ques
     assert (count, output, how) == (3, Path("runs/qwen2_5_vl"), {"resume": True, "groups": None})
     assert (run.train.seed, run.train.save_every, run.train.stage, run.memory.budget) == (3, 7, "formation", 3)
     assert (run.train.image_dropout, run.memory.policy.trains) == (0.5, "lora")
-    assert core.calls["attach"][1] == {"config": run.memory, "backbone": "qwen2_5_vl", "seed": 3}
+    how = {"config": run.memory, "backbone": "qwen2_5_vl", "seed": 3, "any_base": False}
+    assert core.calls["attach"] == (None, how)
     assert core.calls["load_base"][2]["dtype"] == "float32"
     assert core.calls["load_base"][2]["trust_remote_code"] is False
     assert done.json["heldout"]["memory"] == {"right": 0.5, "below": 0.25}
     assert [row["line"] for row in done.json["skipped"]] == [4]
     assert "the report will be on the training data" in done.err
+
+
+def test_training_goes_on_from_a_trained_memory_on_its_own_model(
+    vismem: Callable[..., Run], core: Core, tmp_path: Path
+) -> None:
+    about = json.loads((tmp_path / "vismem.json").read_text())
+    about |= {"base": {"backbone": "llava", "name": "some/model"}, "memory": {"budget": 3, "long": {"length": 4}}}
+    (tmp_path / "vismem.json").write_text(json.dumps(about))
+    args = ["--memory", tmp_path, "--data", "mosaic", "--set", "memory.budget=2", "--any-base"]
+    done = vismem("train", *args)
+    assert done.code == 0, done.err
+    _, run, _, _ = core.calls["train"]
+    assert (run.memory.budget, run.memory.long.length, run.train.memory) == (2, 4, str(tmp_path))
+    assert core.calls["load_base"][:2] == ("llava", "some/model")
+    assert core.calls["attach"][0] == str(tmp_path) and core.calls["attach"][1]["any_base"]
+    assert vismem("train", "--memory", tmp_path / "lost").err == f"error: {tmp_path / 'lost'}: no such folder\n"
 
 
 @pytest.mark.parametrize(

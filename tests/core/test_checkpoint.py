@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import vismem_core as vismem
 from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
 from vismem_core import checkpoint
-from vismem_core.config import MemoryConfig
+from vismem_core.config import MemoryConfig, PolicyConfig
 from vismem_core.errors import CheckpointError
 
 
@@ -47,6 +48,23 @@ def test_round_trip(make: Any, settings: MemoryConfig, tmp_path: Path) -> None:
     assert got.sequences.equal(expected.sequences)
     assert all(map(torch.equal, got.logits, expected.logits))
     assert checkpoint.description(tmp_path / "new" / "folder")["trained"] == "on nothing"
+
+
+def test_settings_given_go_over_those_it_was_saved_with(tmp_path: Path) -> None:
+    rows = config(trigger="anywhere:1")
+    memory = tied().attach(rows)
+    memory.save(tmp_path)
+    lora = replace(rows, policy=PolicyConfig("lora", rank=4, alpha=8), budget=1)
+    other = load(tmp_path, config=lora)
+    trained, stored = other.trained(), memory.trained()
+    added = trained.keys() - stored.keys()
+    assert added and all(name.startswith("policy.") for name in added)
+    assert all(trained[name].equal(stored[name]) for name in stored)
+    assert (other.config, other.trigger) == (lora, "anywhere:1")
+    model, processor = (base := tied()).model, base.processor
+    with pytest.raises(CheckpointError, match=r"long\.initial has shape"):
+        vismem.attach(model, processor, tmp_path, config=replace(rows, long=replace(rows.long, length=2)))
+    assert vismem.attach(model, processor, tmp_path).config == rows  # and the refused one left the model free
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ class VisionLora(_LoraFormer):
             states = self._states(backbone, context)
             extra = backbone.carry(extra, states, context.rows)
         latents = backbone.project(extra[:, -self.count :])
-        return (self.leave(latents.float()) * self.gain).to(backbone.device, backbone.dtype)
+        left: Tensor = self.leave(latents.float()) * self.gain
+        return left.to(backbone.device, backbone.dtype)
 
     def _states(self, backbone: Backbone, context: MemoryContext) -> VisionStates:
         if self.config.context == "cache":
@@ -137,7 +138,8 @@ class LanguageLora(_LoraFormer, RidingFormer):
 
     def read(self, hidden: Tensor) -> Tensor:
         latents = nn.functional.rms_norm(hidden[:, -self.config.length :].float(), (hidden.shape[-1],))
-        return (self.leave(latents) * self.gain).to(hidden.dtype)
+        left: Tensor = self.leave(latents) * self.gain
+        return left.to(hidden.dtype)
 
     def on(self, tokens: slice) -> AbstractContextManager[None]:
         return self.adapter.on(tokens)
