@@ -95,5 +95,9 @@ def rice() -> Base:
     return Base(*tiny.rice(tied=False))
 
 
-FAMILIES = [llava, llava_next, llava_onevision, internvl, rice]
+def timm_lm() -> Base:
+    return Base(*tiny.timm_lm(tied=True))
+
+
+FAMILIES = [llava, llava_next, llava_onevision, internvl, rice, timm_lm]
 """Every family beside Qwen2.5-VL, with tied and with untied heads."""

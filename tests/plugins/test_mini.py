@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vismem_plugins.mini import path
-from vismem_plugins.mini.align import align, inherit
+from vismem_plugins.mini.align import SIZES, align, features, inherit
 from vismem_plugins.mini.build import FAMILIES, build
 from vismem_plugins.mini.packing import IGNORED, WEIGHTS, Packer, encode, pixels
 from vismem_plugins.mini.train import answers, loss_of, phase_at, train
@@ -175,9 +175,22 @@ def test_a_language_model_is_inherited(name: str) -> None:
 def test_an_encoder_learns_what_the_teachers_says() -> None:
     model, processor = build("internvl")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    teacher = AutoModelForImageTextToText.from_pretrained(path())
-    errors = [e for _, e in align(model, processor, teacher, AutoProcessor.from_pretrained(path()), steps=30, count=8)]
+    teacher, its = AutoModelForImageTextToText.from_pretrained(path()), AutoProcessor.from_pretrained(path())
+    cells = Packer(model, processor, SIZES).cells(Random("fresh"), 1, 32)[1]
+
+    def likeness() -> float:
+        """How much more like the teacher's word for the same fresh photograph, than like that for another one."""
+        with torch.inference_mode():
+            ours = features(model, pixels(processor, cells, 1)).mean(1)
+            theirs = features(teacher, pixels(its, cells, 1)).mean(1)
+        ours, theirs = ours - ours.mean(0), theirs - theirs.mean(0)
+        same, other = (torch.cosine_similarity(ours, theirs.roll(shift, 0), dim=-1).mean() for shift in (0, 1))
+        return (same - other).item()
+
+    assert abs(likeness()) < 0.1
+    errors = [error for _, error in align(model, processor, teacher, its, steps=300, count=8)]
     assert np.mean(errors[-5:]) < 0.9 * np.mean(errors[:5])
+    assert likeness() > 0.2
     for name, weight in model.named_parameters():
         if "language_model" in name:
             assert torch.equal(weight, before[name]), name
