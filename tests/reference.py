@@ -137,7 +137,8 @@ def long_latents(pristine: Any, memory: Memory, sequence: Sequence, asked: Tenso
     first(inputs_embeds=before, position_ids=places, **kv.given(first, cache), use_cache=True)
     hidden = adapted(inputs_embeds=extra, position_ids=positions, **kv.given(adapted, cache)).last_hidden_state
     tail = hidden[0, -len(former.initial) :]
-    return tail / tail.pow(2).mean(-1, keepdim=True).add(torch.finfo(tail.dtype).eps).sqrt() * former.gain
+    tail = tail / tail.pow(2).mean(-1, keepdim=True).add(torch.finfo(tail.dtype).eps).sqrt()
+    return tail @ former.leave.weight.T * former.gain
 
 
 @torch.no_grad()
@@ -149,7 +150,7 @@ def short_latents(pristine: Any, memory: Memory, inputs: Any, asked: Tensor, con
     changed = merged(pristine, memory, "short")
     if memory.backbone.name != "qwen2_5_vl":
         extra = towers.encode(pristine if context == "cache" else changed, changed, inputs, extra)[1]
-        return towers.project(pristine, extra[-len(former.initial) :]) * former.gain
+        return towers.project(pristine, extra[-len(former.initial) :]) @ former.leave.weight.T * former.gain
     adapted = changed.model.visual
     ground = pristine.model.visual if context == "cache" else adapted
     pixels = [inputs[name] for name in ("pixel_values", "pixel_values_videos") if name in inputs]
@@ -157,7 +158,7 @@ def short_latents(pristine: Any, memory: Memory, inputs: Any, asked: Tensor, con
     patches = ground.patch_embed(torch.cat(pixels)) if pixels else extra[:0]
     extra = encode(ground, adapted, patches, torch.cat(grids).tolist() if grids else [], extra)[1]
     tokens: Tensor = pristine.model.visual.merger(extra[-len(former.initial) :])
-    return tokens * former.gain
+    return tokens @ former.leave.weight.T * former.gain
 
 
 def encode(ground: Any, adapted: Any, patches: Tensor, grids: list[list[int]], extra: Tensor) -> tuple[Tensor, Tensor]:
