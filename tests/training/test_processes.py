@@ -27,12 +27,19 @@ SETTINGS = {
     "sft": ["train.objective=sft", "train.formation={steps: 3, lr: 3e-4}", "train.invocation={steps: 0, lr: 1e-2}"],
     "grpo": [
         "train.objective=grpo",
-        # The last fit of dealt choices turns differences of 1e-7 in the states into larger ones in flat directions.
         "train.grpo={explore: 0, group: 4, resample: 2, max_new_tokens: 8, rewards: ['call:samples:fickle']}",
         "train.grpo.formation={steps: 2, lr: 2e-4}",  # ten times what may differ: Adam makes much of the smallest sums
         "train.grpo.invocation={steps: 2, lr: 1e-2}",
     ],
+    "dealt": [
+        "train.objective=grpo",
+        "train.stage=invocation",
+        "train.grpo={explore: 0.75, group: 4, max_new_tokens: 8, rewards: ['call:samples:fickle']}",
+        "train.grpo.invocation={steps: 3, lr: 1e-2}",
+    ],
 }
+FITTED = {("dealt", "tokens.head"): 3e-4}
+"""The last fit of dealt choices turns differences of 1e-7 in the states into larger ones in flat directions."""
 WORKER = """
 import sys
 from pathlib import Path
@@ -103,15 +110,17 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, objective: s
     launch(tmp_path / "one", 1, 4, objective)
     two, one = (load_file(tmp_path / name / "memory.safetensors") for name in ("two", "one"))
     for name, expected in one.items():
+        near = FITTED.get((objective, name), 1e-5)
         torch.testing.assert_close(
-            two[name], expected, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            two[name], expected, atol=near, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
     rows = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("two", "one")
     ]
     assert len(rows[0]) == len(rows[1]) > 0
-    assert objective == "sft" or any(row["resampled"] for row in rows[0])
+    assert objective != "grpo" or any(row["resampled"] for row in rows[0])
+    assert objective != "dealt" or all(row["choices"] for row in rows[0])
     for ours, theirs in zip(*rows, strict=True):
         assert ours.keys() == theirs.keys()
         for figure, value in theirs.items():
