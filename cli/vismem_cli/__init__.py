@@ -8,7 +8,10 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, cast
+
+import typer
+import typer.main
 
 from vismem_core.errors import VismemError
 
@@ -16,6 +19,8 @@ from .app import app
 
 __all__ = ["app", "main"]
 
+USAGE = cast(type[Exception], typer.BadParameter.__mro__[1])
+"""UsageError, of click or of the copy that newer typers bring along."""
 ADVICE = {
     errno.ENOSPC: "; free some space and run the same command again (train: with --resume)",
     errno.EDQUOT: "; free some space and run the same command again (train: with --resume)",
@@ -26,8 +31,14 @@ ADVICE = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``vismem`` with ``args``, by default those of the process; always ends in SystemExit."""
+    args = list(sys.argv[1:] if args is None else args) or ["--help"]
     try:
-        app(args, prog_name="vismem")
+        code = typer.main.get_command(app).main(args, prog_name="vismem", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except USAGE as error:
+        _fail(_usage(error), 2)
+    except typer.Abort:
+        _fail("interrupted", 130)
     except VismemError as error:
         _fail(str(error))
     except OSError as error:
@@ -35,6 +46,11 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(f"{where}{error.strerror or error}{ADVICE.get(error.errno or 0, '')}")
 
 
-def _fail(message: str) -> NoReturn:
+def _usage(error: Any) -> str:
+    command = error.ctx.command_path if error.ctx else "vismem"
+    return f"{error.format_message().rstrip('.')}; see {command} --help"
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - plain, whatever the terminal
-    sys.exit(1)
+    sys.exit(code)

@@ -56,7 +56,6 @@ class Commands(typer.core.TyperGroup):
 app = typer.Typer(
     cls=Commands,
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     epilog="Example: vismem train --backbone qwen2_5_vl",
 )

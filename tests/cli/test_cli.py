@@ -157,7 +157,8 @@ def test_wrong_usage_is_2_and_bad_input_is_1(
     done = vismem(*args)
     assert (done.code, done.out) == (code, "")
     assert message in done.err
-    assert code == 2 or done.err.count("\n") == 1
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert code == 1 or f"; see vismem{' ' + args[0] if args[0] in COMMANDS else ''} --help\n" in done.err
 
 
 @dataclass
