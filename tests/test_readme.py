@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = {
-    "train": "--set train.formation.steps=2 --set train.invocation.steps=2 --set train.eval_samples=2",
+    "train": "--set train.formation.steps=2 --set train.invocation.steps=2 --set train.eval_samples=2 "
+    "--set train.grpo.formation.steps=1 --set train.grpo.formation.batch=2 "
+    "--set train.grpo.invocation.steps=1 --set train.grpo.invocation.batch=2",
     "examples/benchmark.py": "--only a --tokens 16 --repeats 1 --set text.num_hidden_layers=1",
 }
 """What makes a command of minutes one of seconds."""
