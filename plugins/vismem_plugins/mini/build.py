@@ -250,9 +250,9 @@ class Family(NamedTuple):
 FAMILIES = {
     # Its shipped weights were trained by the clock, for 40 minutes; so many steps take about as long.
     "qwen2_5_vl": Family(qwen2_5_vl, 7000),
-    "llava": Family(llava, 700, teacher="qwen2_5_vl", align=600),
-    "internvl": Family(internvl, 1000, teacher="qwen2_5_vl", align=800),
-    "timm_lm": Family(timm_lm, 1000, teacher="qwen2_5_vl", align=800),
+    "llava": Family(llava, 3000, teacher="qwen2_5_vl", align=2000),
+    "internvl": Family(internvl, 3000, teacher="qwen2_5_vl", align=2000),
+    "timm_lm": Family(timm_lm, 3000, teacher="qwen2_5_vl", align=2000),
 }
 
 
