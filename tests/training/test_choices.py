@@ -43,7 +43,7 @@ def test_a_few_noisy_trials_are_read_together() -> None:
     assert (better.argmax(1).numpy() == np.where(sort, 2, 0)).mean() > 0.95
     centred = (states - states.mean(0)).astype(np.float64)
     covariance = centred.T @ centred
-    ridge = RIDGE * np.trace(covariance) / width * np.eye(width)
+    ridge = RIDGE * np.trace(covariance) / (count * width) * np.eye(width)
     fitted = centred @ np.linalg.inv(covariance + ridge) @ centred.T @ (worth - worth.mean(0)) + worth.mean(0)
     torch.testing.assert_close(better, torch.from_numpy(fitted / 0.1).softmax(-1).float(), atol=1e-4, rtol=1e-3)
 

@@ -18,8 +18,9 @@ REMEMBERED = 8192
 """States whose worth is kept, the latest ones."""
 TETHER = 1e-5
 """How strongly the last fit holds the output rows where training had brought them."""
-RIDGE = 0.01
-"""Share of the mean variance that is added to every direction's, so that few states make no wild worth."""
+RIDGE = 10.0
+"""As many states speak against any slope: to each direction's sum of squares so many times the mean variance is added.
+Few states then make no wild worth, and many may tell apart what differs in a direction of little variance."""
 CHOICES = 3
 """Going on, asking for short, asking for long."""
 
@@ -111,7 +112,8 @@ def _regressed(hidden: Tensor, worth: Tensor) -> Tensor:
     states, values = hidden.double(), worth.double()
     centred = states - states.mean(0)
     covariance = centred.T @ centred
-    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + torch.finfo(covariance.dtype).eps)
+    variance = covariance.diagonal().mean() / len(states)
+    covariance.diagonal().add_(RIDGE * variance + torch.finfo(covariance.dtype).eps)
     mean = values.mean(0)
     fitted: Tensor = centred @ torch.linalg.solve(covariance, centred.T @ (values - mean)) + mean
     return fitted.to(worth)

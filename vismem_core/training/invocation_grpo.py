@@ -30,9 +30,9 @@ from .processes import Processes
 from .rollout import Deal, Prompts, Trajectory, rollouts
 
 DEALS: tuple[Deal, ...] = ("none", *KINDS)
-LATER = 0.35
-"""Chance that a group decides at a later place than the first, the second, ...: wherever the policy may ask it has to
-learn when not to, after the last word of an answer above all."""
+FIRST = 0.5
+"""Chance that a group decides at the first place, and else at any place of an answer as long as the given one: wherever
+the policy may ask it has to learn when not to, in the middle of a list or after the last word of an answer."""
 
 
 class InvocationGrpo(GroupStage):
@@ -97,10 +97,9 @@ class InvocationGrpo(GroupStage):
         group = self.grpo.group
         share = round(self.grpo.explore * group)
         dealt: list[tuple[int, Deal] | None] = []
-        for sample in batch.samples:
-            rng, wait = Random(f"{key}/{sample.id}"), 0
-            while rng.random() < LATER:
-                wait += 1
+        for sample, answer in zip(batch.samples, batch.answers, strict=True):
+            rng = Random(f"{key}/{sample.id}")
+            wait = 0 if rng.random() < FIRST else rng.randrange(len(answer))
             dealt += [(wait, DEALS[number % CHOICES]) if number < share else None for number in range(group)]
         return dealt
 
