@@ -137,5 +137,5 @@ def test_checkpointing_changes_memory_use_and_nothing_else() -> None:
     torch.testing.assert_close(results[0][0], results[1][0])
     for name, grad in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], grad, atol=1e-5, rtol=1e-4)
-    assert sum(kept[1]) < 0.8 * sum(kept[0])
+    assert sum(kept[1]) < 0.85 * sum(kept[0])
     assert not any("forward" in vars(module) for module in memory.backbone.decoder.modules())

@@ -10,7 +10,9 @@ invocation is never sampled, so never learnt. So part of each group is dealt its
 none, short and long. A dealt choice is not the policy's: a ratio to what the policy would have done is next to zero,
 and without one the good choices of few prompts would drown in pushes against what is never chosen anyway. Instead the
 mean rewards of the three choices say what the policy in that state should be, and the output rows learn it by
-cross-entropy (:mod:`vismem_core.training.choices`). What follows a dealt choice is the policy's own.
+cross-entropy (:mod:`vismem_core.training.choices`). What follows a dealt kind is the policy's own; what
+follows a dealt none has no memory, or else an early none would be blamed for what a policy does that asks later where
+it should not, and a policy that always asks would stay so.
 """
 
 from __future__ import annotations

@@ -99,6 +99,7 @@ class _Rollout(Decoder):
         self.deals = dict(enumerate(deals))
         self.trajectories: list[Trajectory] = []
         self._forced: dict[int, int] = {}
+        self._quiet: set[int] = set()
         self._running: list[bool] = []
         draws = [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
         self._chances = torch.stack(draws)  # (trajectories, steps)
@@ -120,6 +121,9 @@ class _Rollout(Decoder):
     def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
         extended, self._forced = super()._choices(logits, room, running)
         self._running = running
+        columns = slice(self.tokens.first, self.tokens.first + len(KINDS))
+        if quiet := [row for row, number in enumerate(self.order) if number in self._quiet]:
+            extended[quiet, columns] = NEVER
         return extended, self._forced
 
     def _select(self, scores: Tensor, sample: bool) -> Tensor:
@@ -138,6 +142,8 @@ class _Rollout(Decoder):
             trajectory.dealt, trajectory.state = len(trajectory.ids), self.session.hidden[row, -1]
             if deal != "none":
                 tokens[row] = self.tokens.invocation(deal)
+            else:
+                self._quiet.add(self.order[row])
         self._keep(tokens, logprobs, offered)
         return self._swap(tokens) if self.swapped else tokens
 
@@ -219,7 +225,7 @@ def rollouts(
         copies: the number of its prompt, for each trajectory.
         seeds: one per trajectory; the same seed draws the same chances.
         deals: per trajectory (wait, choice): after ``wait`` places where the policy could have invoked, it is made to
-            choose a kind or ``none``.
+            choose a kind, or ``none`` from there on.
         swapped: every invocation that the policy chooses is one of the other kind (tau_rev of Eq. 8).
     """
     decoder = _Rollout(memory, prompts.session.branch(copies), sampling, seeds, deals, swapped)
