@@ -142,8 +142,8 @@ class GrpoConfig(Section):
     """Stage II: what each invocation takes from the reward, lest memory be asked where it changes nothing. The paper
     has no such term: 0."""
     explore: Share = 0.75
-    """Stage II: share of each group whose choice is dealt evenly between none, short and long. 0 is the paper's form,
-    in which an invocation that the policy never samples is never learnt."""
+    """Stage II: share of each group that is dealt its choice, in threes: none, short and long in the same state. 0 is
+    the paper's form, in which an invocation that the policy never samples is never learnt."""
     slots: Positive = 16384
     """Positions, padding included, in one replay pass: a larger batch is replayed in parts."""
     checkpointing: bool = False

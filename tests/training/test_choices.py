@@ -62,6 +62,17 @@ def test_the_fitted_rows_choose_as_the_better_policy_does() -> None:
     torch.testing.assert_close(own.logprobs(hidden).exp(), better, atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("trials", [False, True])
+def test_a_mistake_counts_for_what_it_costs(trials: bool) -> None:
+    """States that rows cannot tell apart: short mostly helps a little there, and else harms much."""
+    own = choices(trials=trials)
+    worth = torch.tensor([[0.0, 0.3, -0.5]] * 7 + [[0.0, -1.0, -0.5]] * 3)
+    own.add(torch.ones(10, own.memory.backbone.width), worth)
+    own.fit()
+    expected = (torch.tensor([0.0, 0.7 * 0.3 - 0.3 * 1.0, -0.5]) / 0.1).softmax(0)
+    torch.testing.assert_close(own.logprobs(own.hidden[:1])[0].exp(), expected, atol=0.01, rtol=0)
+
+
 def test_only_the_latest_states_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vismem_core.training.choices.REMEMBERED", 3)
     own = choices()

@@ -11,7 +11,7 @@ from reference import one_pass
 
 from vismem_core import Memory, Trace
 from vismem_core.trace import Invocation
-from vismem_core.training.rollout import Prompts, Sampling, Trajectory, draw, read_prompts, rollouts
+from vismem_core.training.rollout import Deal, Prompts, Sampling, Trajectory, draw, read_prompts, rollouts
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=20)
 COPIES = [prompt for prompt in range(len(QUESTIONS)) for _ in range(3)]
@@ -134,16 +134,23 @@ def test_dealt_choices_are_made_and_count(base: Base) -> None:
         assert own.chosen[0] and own.logprobs[0] < 0.0
 
 
-def test_a_dealt_choice_may_wait(base: Base) -> None:
+@pytest.mark.parametrize("deal", ["none", "short"])
+def test_a_dealt_choice_may_wait(base: Base, deal: Deal) -> None:
+    """Without memory until then, though the policy would have asked; after a dealt none without memory to the end."""
     memory = eager(base, distance=1)
     memory.delimiters = frozenset(range(300))  # a thought ends everywhere
     read = prompts(memory, base)
-    (own,) = rollouts(memory, read, [0], [3], SAMPLING, deals=[(2, "none")])
+    (own,) = rollouts(memory, read, [0], [3], SAMPLING, deals=[(3, deal)])
     (free,) = rollouts(memory, read, [0], [3], SAMPLING)
-    asked = [at for at, offered in enumerate(own.offered) if all(offered)]
-    assert own.ids[: asked[2]] == free.ids[: asked[2]]
-    assert memory.tokens.kind(own.ids[asked[2]]) is None
-    assert len(asked) == 3 < sum(all(offered) for offered in free.offered)  # none from there on
+    with memory.triggered("never"):
+        (plain,) = rollouts(memory, read, [0], [3], SAMPLING)
+    assert own.dealt == 3 and free.invocations[0] < 3
+    assert own.ids[:3] == plain.ids[:3] and own.offered[:3] == [[False, False]] * 3
+    assert own.logprobs[:3] == pytest.approx(plain.logprobs[:3], abs=1e-5)
+    if deal == "none":
+        assert own.ids == plain.ids
+    else:
+        assert own.invocations[0] == 3 and memory.tokens.kind(own.ids[3]) == deal
 
 
 def length(told: list[Trajectory]) -> list[int]:

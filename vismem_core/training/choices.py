@@ -3,10 +3,13 @@
 What a choice was worth in a state stays true while memory is frozen, so every step of Stage II learns from all states
 that were tried. Each has a better policy, that makes a choice the likelier the more it was worth, and the rows learn it
 by cross-entropy: unlike a policy gradient it moves choices that the policy practically never makes, and rests once the
-bad ones are unlikely.
+bad ones are unlikely. It does not ask what a mistake costs, though, and rows cannot tell all states apart; so the last
+word has the mean worth of what the rows would choose.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,47 +59,70 @@ class Choices:
             own = value.detach().to(before)
             setattr(self, name, torch.cat([before, self.processes.joined(own)])[-REMEMBERED:])
 
+    def known(self) -> tuple[Tensor, Tensor]:
+        """The states that say something, (m, d), and what their choices were worth, (m, 3)."""
+        known = self.worth.isfinite().all(1)
+        return self.hidden[known], self.worth[known]
+
     def better(self) -> tuple[Tensor, Tensor]:
         """The states that say something, (m, d), and the better policy in each, (m, 3)."""
-        known = self.worth.isfinite().all(1)
-        hidden, worth = self.hidden[known], self.worth[known]
+        hidden, worth = self.known()
         if self.trials and len(worth):
             worth = _regressed(hidden, worth)
         return hidden, (worth / self.temperature).softmax(-1)
 
     def loss(self) -> Tensor:
         """This process's part of the mean cross-entropy of the better policies."""
-        return self._loss(*self.better()) / self.processes.count
-
-    def _loss(self, hidden: Tensor, better: Tensor) -> Tensor:
-        return -(better * self.logprobs(hidden)).sum() / max(len(better), 1)
+        hidden, better = self.better()
+        return _cross_entropy(better, self.logprobs(hidden)) / self.processes.count
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (n, 3) of the choices in states (n, d)."""
+        plain = self._plain(hidden)
+        return _logprobs(plain, self.memory.tokens.logits(hidden).to(plain.device))
+
+    @torch.no_grad()
+    def _plain(self, hidden: Tensor) -> Tensor:
+        """What the base's own tokens weigh together, (n, 1): the logarithm of the sum of their exponentials."""
         backbone = self.memory.backbone
-        with torch.no_grad():
-            plain = backbone.head(hidden.to(backbone.dtype)).float().logsumexp(-1, keepdim=True)
-        asks = self.memory.tokens.logits(hidden).to(plain.device)
-        return torch.cat([plain, asks], dim=1).log_softmax(-1)
+        weights: Tensor = backbone.head(hidden.to(backbone.dtype)).float().logsumexp(-1, keepdim=True)
+        return weights
 
     def fit(self) -> None:
-        """Fit the output rows to all that is remembered.
+        """Fit the output rows to all that is remembered: by cross-entropy, then from there by mean worth.
 
-        Steps of an optimiser turn the rows slowly: hidden states have a large common part. The states are few and the
-        problem convex, so its end can be had exactly.
+        Steps of an optimiser turn the rows slowly: hidden states have a large common part. The states are few, so an
+        optimum can be had exactly; in double precision, or where the solver stops would hang on the states' last bits.
+        The mean worth of what the rows choose, and ``temperature`` times their entropy, are greatest for the same
+        policy where rows can follow it. They need no regression, since noise of single trials is averaged as it is.
         """
         hidden, better = self.better()
+        if not len(hidden):
+            return
         head = self.memory.tokens.head
-        began = head.detach().clone()
-        solver = torch.optim.LBFGS([head], max_iter=300, line_search_fn="strong_wolfe")
+        plain, states, better, worth = (
+            own.double().to(head.device)
+            for own in (self._plain(hidden), hidden, better, self.known()[1] / self.temperature)
+        )
+        rows = head.detach().double().requires_grad_()
+        began = rows.detach().clone()
 
-        def closure() -> Tensor:
-            solver.zero_grad()
-            loss = self._loss(hidden, better) + TETHER * (head - began).pow(2).sum()
-            loss.backward()
-            return loss
+        def minimise(loss: Callable[[Tensor], Tensor]) -> None:
+            solver = torch.optim.LBFGS(
+                [rows], max_iter=1000, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+            )
 
-        solver.step(closure)
+            def closure() -> Tensor:
+                solver.zero_grad()
+                total = loss(_logprobs(plain, states @ rows.T)) + TETHER * (rows - began).pow(2).sum()
+                total.backward()
+                return total
+
+            solver.step(closure)
+
+        minimise(lambda own: _cross_entropy(better, own))
+        minimise(lambda own: -(own.exp() * (worth - own)).sum(1).mean())
+        head.data.copy_(rows.detach())
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must know."""
@@ -105,6 +131,14 @@ class Choices:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`state` gave."""
         self.hidden, self.worth = (tensors[name].to(self.hidden.device) for name in ("hidden", "worth"))
+
+
+def _logprobs(plain: Tensor, asks: Tensor) -> Tensor:
+    return torch.cat([plain, asks], dim=1).log_softmax(-1)
+
+
+def _cross_entropy(better: Tensor, logprobs: Tensor) -> Tensor:
+    return -(better * logprobs).sum() / max(len(better), 1)
 
 
 def _regressed(hidden: Tensor, worth: Tensor) -> Tensor:

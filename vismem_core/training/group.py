@@ -39,7 +39,7 @@ class Group:
     Attributes:
         rewards: what the advantages are made of, (P, G).
         figures: means over all trajectories, for the log.
-        tried: states (P, d) in which all choices were tried, and their mean rewards (P, 3), where Stage II dealt some.
+        tried: states (n, d) in which all choices were tried, and their rewards (n, 3), where Stage II dealt some.
         heard: which prompts (P,) the loss is about; by default all.
         resampled: how many of the prompts were drawn in place of silent ones, in all processes.
     """

@@ -6,13 +6,13 @@ at a lower rate, and the policy's LoRA where it has one. What counts are text an
 had a choice of.
 
 One thing differs from the paper, whose own form is ``explore: 0``. Where the base is sure of its next token an
-invocation is never sampled, so never learnt. So part of each group is dealt its choice at one place, evenly between
-none, short and long. A dealt choice is not the policy's: a ratio to what the policy would have done is next to zero,
-and without one the good choices of few prompts would drown in pushes against what is never chosen anyway. Instead the
-mean rewards of the three choices say what the policy in that state should be, and the output rows learn it by
-cross-entropy (:mod:`vismem_core.training.choices`). What follows a dealt kind is the policy's own; what
-follows a dealt none has no memory, or else an early none would be blamed for what a policy does that asks later where
-it should not, and a policy that always asks would stay so.
+invocation is never sampled, so never learnt. So part of each group is dealt its choice, in threes that meet the same
+chances and write the same until then: without memory up to one place, and there none, short and long. A dealt choice
+is not the policy's: a ratio to what the policy would have done is next to zero, and without one the good choices of few
+prompts would drown in pushes against what is never chosen anyway. Instead the rewards of the three say what the policy
+in that state should be, and the output rows learn it (:mod:`vismem_core.training.choices`). What follows a dealt kind
+is the policy's own; what follows a dealt none has no memory, or else an early none would be blamed for what a policy
+does that asks later where it should not, and a policy that always asks would stay so.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .rollout import Deal, Prompts, Trajectory, rollouts
 
 DEALS: tuple[Deal, ...] = ("none", *KINDS)
 FIRST = 0.5
-"""Chance that a group decides at the first place, and else at any place of an answer as long as the given one: wherever
-the policy may ask it has to learn when not to, in the middle of a list or after the last word of an answer."""
+"""Chance that a choice is dealt at the first place, and else at any place of an answer as long as the given one:
+wherever the policy may ask it has to learn when not to, in the middle of a list or after the last word of an answer."""
 
 
 class InvocationGrpo(GroupStage):
@@ -87,39 +87,49 @@ class InvocationGrpo(GroupStage):
         spent = self.grpo.cost * torch.tensor([float(len(own.latents)) for own in told]).view_as(scores)
         figures = {"reward": scores, "gain": gains, "p_type": p_type, "p_neg": p_neg}
         rewards = gains - self.grpo.alpha * (p_type + p_neg) - spent
-        tried = self._tried(prompts, told, deals, rewards) if self.grpo.explore else None
+        tried = self._tried(prompts, told, rewards) if self.threes else None
         means = {name: own.mean().item() for name, own in figures.items()}
         return Group(told, rewards, means, tried)
 
     def counted(self, trajectory: Trajectory) -> list[bool]:
         return [free and at != trajectory.dealt for at, free in enumerate(trajectory.chosen)]
 
+    @property
+    def threes(self) -> int:
+        """How often each group tries all choices."""
+        return min(round(self.grpo.explore * self.grpo.group / CHOICES), self.grpo.group // CHOICES)
+
+    def seeds(self, batch: Batch, key: str) -> list[int]:
+        """As of any group, but trajectories that try the choices of one state meet the same chances."""
+        dealt = CHOICES * self.threes
+        own = super().seeds(batch, key)
+        numbers = [at % self.grpo.group for at in range(len(own))]
+        return [seed - number % CHOICES if number < dealt else seed for seed, number in zip(own, numbers, strict=True)]
+
     def deals(self, batch: Batch, key: str) -> list[tuple[int, Deal] | None]:
-        """Where and what each trajectory is dealt; a group decides at the same place."""
-        group = self.grpo.group
-        share = round(self.grpo.explore * group)
+        """Where and what each trajectory is dealt: all choices at one place, and so for each three of a group."""
         dealt: list[tuple[int, Deal] | None] = []
         for sample, answer in zip(batch.samples, batch.answers, strict=True):
             rng = Random(f"{key}/{sample.id}")
-            wait = 0 if rng.random() < FIRST else rng.randrange(len(answer))
-            dealt += [(wait, DEALS[number % CHOICES]) if number < share else None for number in range(group)]
+            for _ in range(self.threes):
+                wait = 0 if rng.random() < FIRST else rng.randrange(len(answer))
+                dealt += [(wait, deal) for deal in DEALS]
+            dealt += [None] * (self.grpo.group - CHOICES * self.threes)
         return dealt
 
-    def _tried(
-        self, prompts: Prompts, told: list[Trajectory], deals: list[tuple[int, Deal] | None], rewards: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """For each group a state (P, d) in which all choices were tried, and their mean rewards (P, 3)."""
-        count, group = rewards.shape
-        states = prompts.session.hidden[:, -1].clone()
-        sums, trials = torch.zeros(2, count, CHOICES).unbind(0)
-        for row, (own, deal) in enumerate(zip(told, deals, strict=True)):
-            if deal is None or own.state is None:
-                continue
-            place = row // group, DEALS.index(deal[1])
-            states[row // group] = own.state
-            sums[place] += rewards.flatten()[row]
-            trials[place] += 1
-        return states, (sums / trials).to(states.device)
+    def _tried(self, prompts: Prompts, told: list[Trajectory], rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """States (P * threes, d) in which all choices were tried, and their rewards (P * threes, 3)."""
+        dealt, group = CHOICES * self.threes, self.grpo.group
+        states = prompts.session.hidden[:, -1].repeat_interleave(self.threes, 0)
+        worth = rewards[:, :dealt].reshape(-1, CHOICES).clone()
+        firsts = [first + own for first in range(0, len(told), group) for own in range(0, dealt, CHOICES)]
+        for at, first in enumerate(firsts):
+            found = [own.state for own in told[first : first + CHOICES] if own.state is not None]
+            if len(found) == CHOICES:
+                states[at] = found[0]
+            else:
+                worth[at] = float("nan")  # the answer ended before
+        return states, worth.to(states.device)
 
     def finish(self) -> None:
         self.choices.fit()

@@ -100,6 +100,7 @@ class _Rollout(Decoder):
         self.trajectories: list[Trajectory] = []
         self._forced: dict[int, int] = {}
         self._quiet: set[int] = set()
+        self._dealt: dict[int, Deal] = {}
         self._running: list[bool] = []
         draws = [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
         self._chances = torch.stack(draws)  # (trajectories, steps)
@@ -122,8 +123,9 @@ class _Rollout(Decoder):
         extended, self._forced = super()._choices(logits, room, running)
         self._running = running
         columns = slice(self.tokens.first, self.tokens.first + len(KINDS))
-        if quiet := [row for row, number in enumerate(self.order) if number in self._quiet]:
-            extended[quiet, columns] = NEVER
+        self._dealt = self._deal((extended[:, columns] > NEVER).tolist())
+        if silent := [row for row, own in enumerate(self.order) if own in self._quiet or self.deals.get(own)]:
+            extended[silent, columns] = NEVER
         return extended, self._forced
 
     def _select(self, scores: Tensor, sample: bool) -> Tensor:
@@ -131,7 +133,7 @@ class _Rollout(Decoder):
         logprobs = (scores / (temperature or 1.0)).log_softmax(-1)
         columns = slice(self.tokens.first, self.tokens.first + len(KINDS))
         offered = (scores[:, columns] > NEVER).tolist()
-        allowed, dealt = logprobs, self._deal(offered)
+        allowed, dealt = logprobs, self._dealt
         if "none" in dealt.values():
             allowed = logprobs.clone()
             allowed[[row for row, deal in dealt.items() if deal == "none"], columns] = NEVER
@@ -224,8 +226,8 @@ def rollouts(
     Args:
         copies: the number of its prompt, for each trajectory.
         seeds: one per trajectory; the same seed draws the same chances.
-        deals: per trajectory (wait, choice): after ``wait`` places where the policy could have invoked, it is made to
-            choose a kind, or ``none`` from there on.
+        deals: per trajectory (wait, choice): it invokes at none of the first ``wait`` places where it could, and at the
+            next is made to choose a kind, or ``none`` from there on.
         swapped: every invocation that the policy chooses is one of the other kind (tau_rev of Eq. 8).
     """
     decoder = _Rollout(memory, prompts.session.branch(copies), sampling, seeds, deals, swapped)
