@@ -24,6 +24,8 @@ TETHER = 1e-5
 RIDGE = 10.0
 """As many states speak against any slope: to each direction's sum of squares so many times the mean variance is added.
 Few states then make no wild worth, and many may tell apart what differs in a direction of little variance."""
+FIELDS = ("hidden", "plain", "worth")
+"""What is remembered of each state, as attributes of the same name."""
 CHOICES = 3
 """Going on, asking for short, asking for long."""
 
@@ -38,6 +40,7 @@ class Choices:
 
     Attributes:
         hidden: (n, d), the states that choose.
+        plain: (n, 1), what the base's own tokens weigh there together: the logarithm of the sum of their exponentials.
         worth: (n, 3), of each choice; rows that are not finite say nothing.
     """
 
@@ -45,6 +48,7 @@ class Choices:
         self.memory, self.processes, self.temperature, self.trials = memory, processes, temperature, trials
         device = memory.backbone.device
         self.hidden = torch.empty(0, memory.backbone.width, device=device)
+        self.plain = torch.empty(0, 1, device=device)
         self.worth = torch.empty(0, CHOICES, device=device)
 
     def add(self, hidden: Tensor, worth: Tensor) -> None:
@@ -54,27 +58,28 @@ class Choices:
             hidden: (B, d)
             worth: (B, 3)
         """
-        for name, value in (("hidden", hidden), ("worth", worth)):
+        for name, value in (("hidden", hidden), ("plain", self._plain(hidden)), ("worth", worth)):
             before: Tensor = getattr(self, name)
             own = value.detach().to(before)
             setattr(self, name, torch.cat([before, self.processes.joined(own)])[-REMEMBERED:])
 
-    def known(self) -> tuple[Tensor, Tensor]:
-        """The states that say something, (m, d), and what their choices were worth, (m, 3)."""
-        known = self.worth.isfinite().all(1)
-        return self.hidden[known], self.worth[known]
-
     def better(self) -> tuple[Tensor, Tensor]:
         """The states that say something, (m, d), and the better policy in each, (m, 3)."""
-        hidden, worth = self.known()
-        if self.trials and len(worth):
-            worth = _regressed(hidden, worth)
-        return hidden, (worth / self.temperature).softmax(-1)
+        hidden, _, better, _ = self._known()
+        return hidden, better
+
+    def _known(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the states that say something: ``hidden``, ``plain``, the better policy (m, 3) and ``worth``."""
+        known = self.worth.isfinite().all(1)
+        hidden, plain, worth = self.hidden[known], self.plain[known], self.worth[known]
+        read = _regressed(hidden, worth) if self.trials and len(worth) else worth
+        return hidden, plain, (read / self.temperature).softmax(-1), worth
 
     def loss(self) -> Tensor:
         """This process's part of the mean cross-entropy of the better policies."""
-        hidden, better = self.better()
-        return _cross_entropy(better, self.logprobs(hidden)) / self.processes.count
+        hidden, plain, better, _ = self._known()
+        asks = self.memory.tokens.logits(hidden).to(plain.device)
+        return _cross_entropy(better, _logprobs(plain, asks)) / self.processes.count
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (n, 3) of the choices in states (n, d)."""
@@ -83,7 +88,6 @@ class Choices:
 
     @torch.no_grad()
     def _plain(self, hidden: Tensor) -> Tensor:
-        """What the base's own tokens weigh together, (n, 1): the logarithm of the sum of their exponentials."""
         backbone = self.memory.backbone
         weights: Tensor = backbone.head(hidden.to(backbone.dtype)).float().logsumexp(-1, keepdim=True)
         return weights
@@ -96,14 +100,10 @@ class Choices:
         The mean worth of what the rows choose, and ``temperature`` times their entropy, are greatest for the same
         policy where rows can follow it. They need no regression, since noise of single trials is averaged as it is.
         """
-        hidden, better = self.better()
+        head = self.memory.tokens.head
+        hidden, plain, better, worth = (own.double().to(head.device) for own in self._known())
         if not len(hidden):
             return
-        head = self.memory.tokens.head
-        plain, states, better, worth = (
-            own.double().to(head.device)
-            for own in (self._plain(hidden), hidden, better, self.known()[1] / self.temperature)
-        )
         rows = head.detach().double().requires_grad_()
         began = rows.detach().clone()
 
@@ -114,23 +114,24 @@ class Choices:
 
             def closure() -> Tensor:
                 solver.zero_grad()
-                total = loss(_logprobs(plain, states @ rows.T)) + TETHER * (rows - began).pow(2).sum()
+                total = loss(_logprobs(plain, hidden @ rows.T)) + TETHER * (rows - began).pow(2).sum()
                 total.backward()
                 return total
 
             solver.step(closure)
 
         minimise(lambda own: _cross_entropy(better, own))
-        minimise(lambda own: -(own.exp() * (worth - own)).sum(1).mean())
+        minimise(lambda own: -(own.exp() * (worth / self.temperature - own)).sum(1).mean())
         head.data.copy_(rows.detach())
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must know."""
-        return {"hidden": self.hidden, "worth": self.worth}
+        return {name: getattr(self, name) for name in FIELDS}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`state` gave."""
-        self.hidden, self.worth = (tensors[name].to(self.hidden.device) for name in ("hidden", "worth"))
+        for name in FIELDS:
+            setattr(self, name, tensors[name].to(self.hidden.device))
 
 
 def _logprobs(plain: Tensor, asks: Tensor) -> Tensor:
