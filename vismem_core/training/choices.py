@@ -17,7 +17,7 @@ from torch import Tensor
 from ..memory import Memory
 from .processes import Processes
 
-REMEMBERED = 8192
+REMEMBERED = 16384
 """States whose worth is kept, the latest ones."""
 TETHER = 1e-5
 """How strongly the last fit holds the output rows where training had brought them."""
