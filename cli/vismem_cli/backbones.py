@@ -13,7 +13,7 @@ EXAMPLE = "Example: vismem backbones"
 
 
 def backbones(as_json: Json = False) -> None:
-    """List the families of models that memory can be attached to."""
+    """List the families of models that memory can be attached to; --json names their model types too."""
     entries = plugins.registry("backbones").entries()
     embedded = plugins.registry("bases").names()
     if as_json:
@@ -21,12 +21,11 @@ def backbones(as_json: Json = False) -> None:
         return
     print_table(
         "Backbones",
-        ("name", "what it is", "model types", "features", "embedded model", "from"),
+        ("name", "what it is", "features", "mini", "from"),
         [
             (
                 entry.name,
                 str(entry.facts.get("description", "")),
-                ", ".join(entry.facts.get("model_types", ())),
                 ", ".join(entry.facts.get("features", ())),
                 "yes" if entry.name in embedded else "no",
                 f"{entry.distribution} {entry.version}",

@@ -33,10 +33,10 @@ def warn(message: str) -> None:
 def print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], numbers: bool = False
 ) -> None:
-    """A table on stdout; with ``numbers``, all columns but the first are set flush right."""
+    """A table on stdout, the first column's names in one piece; with ``numbers``, the other columns flush right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if numbers and index else "left", overflow="fold")
+        table.add_column(column, justify="right" if numbers and index else "left", overflow="fold", no_wrap=not index)
     for row in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     out.print(table)

@@ -125,10 +125,13 @@ def test_steps_without_a_finite_gradient_are_skipped_and_ten_of_them_end_the_run
         run(tmp_path / "always", ["train.formation.steps=12"])
 
 
-def test_a_directory_with_a_run_is_refused_and_a_finished_one_gives_its_report(finished: Path, tmp_path: Path) -> None:
+def test_a_directory_with_a_run_is_refused_and_a_finished_one_gives_its_report(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(TrainingError, match="--resume"):
         run(finished)
     assert run(finished, resume=True) == json.loads((finished / "report.json").read_text())
+    assert "nothing was left to do" in capsys.readouterr().err
     with pytest.raises(TrainingError, match=r"formation\.lr is .* there and 0\.002 here; give the same settings"):
         run(finished, ["train.formation.lr=2e-3"], resume=True)
     (tmp_path / "thesis.txt").write_text("mine")

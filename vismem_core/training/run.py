@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor, nn
 
 from .. import checkpoint
@@ -64,8 +65,11 @@ def train(
         TrainingError: ``output`` holds another run, or the loss is not finite.
     """
     began = time.monotonic()
-    run = Run(memory, config, output, console or Console(stderr=True))
+    console = console or Console(stderr=True)
+    run = Run(memory, config, output, console)
     if run.open(resume):
+        if run.processes.first:
+            console.print(Text(f"{output}: this run is finished; nothing was left to do"), soft_wrap=True)
         report: dict[str, Any] = json.loads((output / REPORT).read_text(encoding="utf-8"))
         return report
     with run.display, run.trackers:
