@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import cycle, groupby, product
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -41,27 +42,33 @@ def table(runs: list[Path]) -> Table:
 
 
 def curves(runs: list[Path], figures: list[str], path: Path, window: int) -> None:
-    """One plot for each figure over the steps of all stages, each point the mean of the last ``window`` steps."""
+    """One plot for each figure over all steps; a point is the mean of up to ``window`` steps of its stage."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     plot, axes = pyplot.subplots(1, len(figures), figsize=(4 * len(figures), 3), squeeze=False)
-    for run in runs:
+    for run, colour in zip(runs, cycle(pyplot.rcParams["axes.prop_cycle"].by_key()["color"])):
         lines: list[dict[str, Any]] = [json.loads(line) for line in _text(run / "metrics.jsonl").splitlines()]
-        known_figures = sorted({name for line in lines for name, value in line.items() if not isinstance(value, str)})
-        if unknown := [name for name in figures if name not in known_figures]:
-            raise typer.BadParameter(f"{run} logged no {unknown[0]!r}; it logged {', '.join(known_figures)}")
-        for place, figure in zip(axes[0], figures, strict=True):
-            known = [(step, line[figure]) for step, line in enumerate(lines, 1) if figure in line]
-            steps = [step for step, _ in known]
-            values = [mean(value for _, value in known[max(0, at - window + 1) : at + 1]) for at in range(len(known))]
-            place.plot(steps, values, label=run.name)
-            place.set(xlabel="step", title=figure)
+        known = sorted({name for line in lines for name, value in line.items() if not isinstance(value, str)})
+        if unknown := [name for name in figures if name not in known]:
+            raise typer.BadParameter(f"{run} logged no {unknown[0]!r}; it logged {', '.join(known)}")
+        for (_, steps), (place, figure) in product(stages(lines), zip(axes[0], figures, strict=True)):
+            told = [(step, line[figure]) for step, line in steps if figure in line]
+            values = [mean(value for _, value in told[max(0, at - window + 1) : at + 1]) for at in range(len(told))]
+            place.plot([step for step, _ in told], values, color=colour, label=run.name if steps[0][0] == 1 else None)
+            place.axvline(steps[0][0], color="grey", lw=0.5, ls=":")
+            place.set(xlabel=f"step ({' | '.join(name for name, _ in stages(lines))})", title=figure)
     axes[0][0].legend()
     plot.tight_layout()
     plot.savefig(path)
+
+
+def stages(lines: list[dict[str, Any]]) -> list[tuple[str, list[tuple[int, dict[str, Any]]]]]:
+    """The steps of each stage, numbered through from 1."""
+    groups = groupby(enumerate(lines, 1), key=lambda own: str(own[1]["stage"]))
+    return [(name, list(steps)) for name, steps in groups]
 
 
 def main(

@@ -130,3 +130,16 @@ def test_figures_of_a_step() -> None:
     assert 0.1 < figures["short"] < 0.5 and 0.1 < figures["long"] < 0.5
     assert figures["p_type"] > 0.1 and figures["p_neg"] > 0.05 and figures["silent"] == 0
     assert figures["gain"] == pytest.approx(figures["reward"] - 0.5, abs=1e-6)  # the base invokes nothing
+
+
+@pytest.mark.parametrize(("scale", "asks"), [(-16.0, 0.0), (16.0, 1.0)])
+def test_what_the_policy_does_by_itself_is_told(scale: float, asks: float) -> None:
+    memory = tied().attach(config(trigger="policy"))
+    with torch.no_grad():
+        state = mean_state(memory)
+        memory.tokens.head.copy_((scale * state / state.square().sum()).expand(2, -1))
+    (figures,) = learn(memory, 1, max_new_tokens=3)
+    assert figures["own_asks"] == asks and 0.1 < figures["short"] + figures["long"] < 0.9  # others were dealt choices
+    assert asks or figures["own_gain"] == 0.0
+    (figures,) = learn(memory, 1, max_new_tokens=3, explore=1.0)
+    assert "own_asks" not in figures

@@ -86,6 +86,9 @@ class InvocationGrpo(GroupStage):
         gains = scores - self.base(prompts, batch)[:, None]
         spent = self.grpo.cost * torch.tensor([float(len(own.latents)) for own in told]).view_as(scores)
         figures = {"reward": scores, "gain": gains, "p_type": p_type, "p_neg": p_neg}
+        own = slice(CHOICES * self.threes, None)  # what was dealt nothing shows what the policy has learnt
+        if len(told) > len(batch) * CHOICES * self.threes:
+            figures |= {"own_gain": gains[:, own], "own_asks": invoked[:, own].float()}
         rewards = gains - self.grpo.alpha * (p_type + p_neg) - spent
         tried = self._tried(prompts, told, rewards) if self.threes else None
         means = {name: own.mean().item() for name, own in figures.items()}
