@@ -101,6 +101,7 @@ class Rice(nn.Module):
     def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Tensor:
         sizes = [size for depth, height, width in grid_thw.tolist() for size in [height * width] * depth]
         angles = torch.cat([self.angles(height, width).repeat(depth, 1) for depth, height, width in grid_thw.tolist()])
+        angles = angles.to(hidden_states.device)
         pieces = self.patch_embed(hidden_states).split(sizes)
         hidden_states = torch.cat([torch.cat([self.class_embedding[None], own]) for own in pieces])
         angles = torch.cat([torch.cat([self.class_pos_emb, own]) for own in angles.split(sizes)])

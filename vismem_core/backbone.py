@@ -182,7 +182,7 @@ class Backbone(ABC):
             positions: (.., R, E)
 
         Returns:
-            (R, E, d), after the final norm.
+            (R, E, d), after the final norm, on :attr:`device` wherever the last layer is.
         """
         output = self.decoder(
             inputs_embeds=embeds,
@@ -191,4 +191,4 @@ class Backbone(ABC):
             **kv.given(self.decoder, cache),
             use_cache=cache is not None,
         )
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state.to(self.device)  # type: ignore[no-any-return]

@@ -277,7 +277,7 @@ class Decoder:
                 position_ids=positions,
                 **kv.given(model, cache),
                 use_cache=True,
-                logits_to_keep=torch.arange(len(last), device=last.device),
+                logits_to_keep=slice(len(last)),  # not a tensor: the states may be on another device than these ids
                 return_dict=True,
                 packing=packing,
             )

@@ -204,13 +204,16 @@ def attach(
         any_base: load a memory that was trained on other weights of the same shape.
 
     Raises:
-        AttachError: if no backbone knows the model, or memory is attached already.
+        AttachError: if no backbone knows the model, memory is attached already, or weights are offloaded.
         CheckpointError: if ``source`` does not fit the model.
     """
     from . import checkpoint
 
     if ATTRIBUTE in vars(model):
         raise AttachError("this model has memory attached already: memory.detach() first")
+    away = next((name for name, own in model.named_parameters() if own.is_meta), None)
+    if away is not None:
+        raise AttachError(f"{away} is offloaded: memory needs all weights on devices; load fewer bits or use more GPUs")
     family = find_backbone(model, backbone)
     adapter = family(model, processor)
     stored = checkpoint.read(source, adapter, any_base=any_base) if source is not None else None

@@ -66,7 +66,8 @@ class Session:
 
         def leave(module: Any, args: Any, output: Any) -> None:
             if not self._forming:
-                self.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+                hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+                self.hidden = hidden.to(self.backbone.device)  # from the last layer's, where layers are spread
 
         decoder, needs = self.backbone.decoder, self.needs
         with ExitStack() as stack:

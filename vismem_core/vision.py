@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import AttachError
 
@@ -92,6 +92,11 @@ class PatchIndex:
 
     index: Tensor
     mask: Tensor | None
+
+
+def beside(extra: Tensor, block: nn.Module) -> Tensor:
+    """Extra tokens on the device of the block that they enter next, where an encoder's blocks are spread."""
+    return extra.to(next(block.parameters()).device)
 
 
 def attend(

@@ -322,7 +322,7 @@ class Generic(Backbone):
             for block, call in zip(self.blocks, self.calls, strict=False):
                 extra = call.again(block, extra)
                 passed.append(extra)
-        return torch.cat([passed[layer] for layer in self.layers], dim=-1)
+        return torch.cat([passed[layer].to(extra.device) for layer in self.layers], dim=-1)
 
     def project(self, tokens: Tensor) -> Tensor:
         vectors = tokens.unflatten(1, (-1, self.merge)).flatten(0, 1)

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from vismem_core.backbone import Backbone
-from vismem_core.vision import VisionStates, attend
+from vismem_core.vision import VisionStates, attend, beside
 
 
 class Qwen2_5_VL(Backbone):
@@ -81,6 +81,7 @@ class Qwen2_5_VL(Backbone):
         # in windowed blocks too.
         where = states.gather(rows)
         for index, block in enumerate(self.visual.blocks):
+            extra = beside(extra, block)
             fused = block.attn.qkv(block.norm1(extra))
             fused = fused.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
             queries, keys, values = fused.unbind(0)

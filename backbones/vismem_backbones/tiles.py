@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vismem_core.backbone import Backbone
-from vismem_core.vision import VisionStates, attend
+from vismem_core.vision import VisionStates, attend, beside
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Language models whose layers hand their keyword arguments on to plain sdpa attention."""
@@ -147,12 +147,13 @@ class Tiles(Backbone):
         where = states.gather(rows)
         passed = [extra]
         for index, block in enumerate(self.blocks):
-            attention = getattr(block, self.attention)
-            normed = getattr(block, self.norm)(passed[-1])
+            attention, extra = getattr(block, self.attention), beside(extra, block)
+            normed = getattr(block, self.norm)(extra)
             queries, keys, values = (own.transpose(1, 2) for own in self.heads(attention, normed))
             mixed = attend(queries, keys, values, states, index, where)
-            passed.append(self.step(block, passed[-1], mixed))
-        return torch.cat([passed[layer] for layer in self.layers], dim=-1)
+            extra = self.step(block, extra, mixed)
+            passed.append(extra)
+        return torch.cat([passed[layer].to(extra.device) for layer in self.layers], dim=-1)
 
     @abstractmethod
     def step(self, block: Any, extra: Tensor, mixed: Tensor) -> Tensor:

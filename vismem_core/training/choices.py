@@ -78,19 +78,19 @@ class Choices:
     def loss(self) -> Tensor:
         """This process's part of the mean cross-entropy of the better policies."""
         hidden, plain, better, _ = self._known()
-        asks = self.memory.tokens.logits(hidden).to(plain.device)
+        asks = self.memory.tokens.logits(hidden)
         return _cross_entropy(better, _logprobs(plain, asks)) / self.processes.count
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (n, 3) of the choices in states (n, d)."""
         plain = self._plain(hidden)
-        return _logprobs(plain, self.memory.tokens.logits(hidden).to(plain.device))
+        return _logprobs(plain, self.memory.tokens.logits(hidden))
 
     @torch.no_grad()
     def _plain(self, hidden: Tensor) -> Tensor:
         backbone = self.memory.backbone
         weights: Tensor = backbone.head(hidden.to(backbone.dtype)).float().logsumexp(-1, keepdim=True)
-        return weights
+        return weights.to(hidden.device)
 
     def fit(self) -> None:
         """Fit the output rows to all that is remembered: by cross-entropy, then from there by mean worth.

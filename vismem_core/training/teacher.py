@@ -87,7 +87,9 @@ def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Ten
         grown = backbone.continue_(embeds, mask, session.positions[..., index, :] + steps, cache)
         hidden = torch.cat([last, grown], dim=1)[:, -longest:]
     logits = backbone.head(hidden).float()
-    return -F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    targets = targets.to(logits.device)
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return -losses.to(backbone.device)
 
 
 def groups(kinds: Sequence[Kind | None]) -> Mapping[Kind, list[int]]:

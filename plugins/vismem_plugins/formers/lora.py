@@ -81,7 +81,7 @@ class VisionLora(_LoraFormer):
             states = self._states(backbone, context)
             extra = backbone.carry(extra, states, context.rows)
         latents = backbone.project(extra[:, -self.count :])
-        left: Tensor = self.leave(latents.float()) * self.gain
+        left: Tensor = self.leave(latents.to(self.gain.device, torch.float32)) * self.gain
         return left.to(backbone.device, backbone.dtype)
 
     def _states(self, backbone: Backbone, context: MemoryContext) -> VisionStates:
