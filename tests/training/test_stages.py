@@ -11,6 +11,8 @@ import torch
 from bases import Base, config, mini, tied, untied
 from reference import long_latents, one_pass, query, short_latents
 from samples import SAMPLES
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vismem_core import Invocation, Memory, Trace
 from vismem_core.config import GrpoConfig, Kind, PolicyConfig, StageConfig, TrainConfig
@@ -93,6 +95,44 @@ def test_what_trains_changes_and_nothing_else(make: Any, start: Any, settings: A
     assert not any(
         own.requires_grad or own.grad is not None for name, own in base.model.named_parameters() if "lora_" not in name
     )
+
+
+class Copies(TorchDispatchMode):
+    """Notes operations that make a tensor of a weight's shape from that weight."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.shapes = {own.untyped_storage().data_ptr(): own.shape for own in model.parameters() if own.ndim > 1}
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):  # activations
+            return result
+        places = {own.untyped_storage().data_ptr() for own in tree_leaves((args, kwargs)) if torch.is_tensor(own)}
+        shapes = {self.shapes[place] for place in places & self.shapes.keys()}
+        for own in tree_leaves(result):
+            if torch.is_tensor(own) and own.untyped_storage().data_ptr() not in places and own.shape in shapes:
+                self.made.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("start", STAGES)
+def test_no_second_copy_of_the_base_is_held(start: Any) -> None:
+    base = untied()
+    copies = Copies(base.model)
+    with copies:
+        base.model.lm_head.weight.detach().clone()
+    assert copies.made == ["aten.clone.default"]
+    copies.made.clear()
+    memory = base.attach(config(policy=PolicyConfig("lora", rank=4)))
+    memory.trigger = "policy"
+    with copies:
+        stage, batch = start(memory), make_batch(memory.backbone, SAMPLES)
+        for step in range(2):
+            stage.accumulate(batch, str(step), step / 2)
+            stage.stepped()
+    assert copies.made == []
 
 
 def test_every_trained_tensor_belongs_to_one_stage() -> None:
