@@ -14,9 +14,9 @@ def print_report(report: Mapping[str, Any]) -> None:
     """Accuracies by question type, a column per way of answering."""
     for part, title in (("heldout", "Held-out questions"), ("seen", "\nQuestion types the base was trained on")):
         ways: Mapping[str, Mapping[str, float]] = report.get(part) or {}
-        if not ways:
-            continue
         types = list(dict.fromkeys(name for scores in ways.values() for name in scores))
+        if not types:
+            continue
         rows = [(name, *(_share(scores.get(name)) for scores in ways.values())) for name in types]
         if len(types) > 1:
             means = (sum(scores.values()) / len(scores) if scores else None for scores in ways.values())

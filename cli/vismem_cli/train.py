@@ -12,6 +12,7 @@ import typer
 from vismem_core.bases import embedded
 from vismem_core.config import Config, load
 from vismem_core.data import open_dataset
+from vismem_core.training.folder import refuse
 
 from . import options
 from .console import print_json, say, warn
@@ -99,6 +100,9 @@ def train(
     asked = open_dataset(heldout or source, "heldout", **rows)
     if heldout is None and Path(source).is_file():
         warn(f"the report will be on the training data, {source}; name other data with --heldout")
+
+    if known := output or (Path("runs") / base.backbone if base.backbone else None):
+        refuse(known, resume)
 
     from vismem_core import attach
     from vismem_core.training.run import train as run_training

@@ -208,7 +208,6 @@ def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
     fakes = {
         "loading": {"load_base": core.load_base},
         "inference": {"answers": core.answers, "Answer": SimpleNamespace},
-        "training": {},
         "training.run": {"train": core.train},
         "evaluation": {"evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path)},
     }
@@ -292,6 +291,19 @@ def test_misspelt_names_are_told_before_a_model_loads(
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error: ") and message in done.err
     assert core.calls == {}
+
+
+def test_a_run_is_not_overwritten_and_no_model_loaded_to_tell(
+    vismem: Callable[..., Run], core: Core, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    message = f"error: {tmp_path}: holds a run; --resume it, or choose another --output\n"
+    assert (vismem("train", "--output", tmp_path).err, core.calls) == (message, {})
+    (tmp_path / "config.json").rename(tmp_path / "mine.json")
+    message = f"error: {tmp_path}: not empty, and no run of vismem; choose another --output\n"
+    assert (vismem("train", "--output", tmp_path).err, core.calls) == (message, {})
+    assert vismem("train", "--output", tmp_path / "other").code == 0
+    assert "load_base" in core.calls
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

@@ -25,6 +25,7 @@ from ..reward import parse
 from . import state
 from .batches import Batch, Sampler, make_batch
 from .display import Display
+from .folder import METRICS, REPORT, SETTINGS, refuse
 from .formation import Formation
 from .formation_grpo import FormationGrpo
 from .invocation import InvocationStage
@@ -34,7 +35,6 @@ from .processes import Processes
 from .stage import Stage
 from .trackers import Trackers
 
-METRICS, REPORT, SETTINGS = "metrics.jsonl", "report.json", "config.json"
 TRIES = 10
 """Steps in a row that may be skipped because their gradient is not finite."""
 
@@ -105,17 +105,13 @@ class Run:
         settings = to_dict(self.config)
         path = self.output / SETTINGS
         fresh = not path.exists()
+        refuse(self.output, resume)
         self.processes.wait()  # until all have looked
         if fresh:
-            if self.output.exists() and any(self.output.iterdir()):
-                raise TrainingError(f"{self.output}: not empty, and no run of vismem; choose another --output")
-            self.processes.wait()
             if self.processes.first:
                 self.output.mkdir(parents=True, exist_ok=True)
                 checkpoint.atomically(path, lambda place: place.write_text(json.dumps(settings, indent=2) + "\n"))
             return False
-        if not resume:
-            raise TrainingError(f"{self.output}: holds a run; --resume it, or choose another --output")
         before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(settings)))
         for key in before | now:
             if (was := before.get(key)) != (wanted := now.get(key)):
