@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -29,7 +30,8 @@ def load_base(
     Args:
         model: hub id or folder; None takes the model embedded for ``backbone``.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's on a GPU, fp32 on a CPU.
-        device: a torch device, ``auto`` for a GPU where there is one, or ``map`` to spread over all devices.
+        device: a torch device, ``auto`` for a GPU where there is one, or ``map`` to spread over all GPUs; each of
+            several processes on a machine over its share of them.
 
     Raises:
         VismemError: what is missing or does not fit, and what to do.
@@ -43,7 +45,7 @@ def load_base(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     options["dtype"] = ("auto" if place != "cpu" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     if place == "map":
-        options["device_map"] = "auto"
+        options |= {"device_map": "auto"} | _share()
     try:
         loaded, processor = family.load(source, **options)
         if place != "map":
@@ -53,6 +55,20 @@ def load_base(
     if not family.matches(loaded):
         raise AttachError(f"{source}: backbone {name!r} does not know model type {loaded.config.model_type!r}")
     return loaded, processor, name
+
+
+def _share() -> dict[str, Any]:
+    """How much of which GPUs this process may fill, if it has neighbours; the first is the one accelerate gives it."""
+    rank, processes = (
+        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    free = get_max_memory()
+    gpus = sorted(device for device in free if isinstance(device, int))
+    if processes == 1 or not gpus:
+        return {}
+    if len(gpus) < processes:
+        raise AttachError(f"{processes} processes on a machine with {len(gpus)} GPUs: start as many, or fewer")
+    return {"max_memory": {gpu: free[gpu] for gpu in gpus[rank::processes]}}
 
 
 def _backbone_of(source: str, trust_remote_code: bool, revision: str | None) -> str:

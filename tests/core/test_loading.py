@@ -13,6 +13,8 @@ import pytest
 import tiny
 from bases import QUESTIONS, Base, config
 
+from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
+from vismem_core import loading
 from vismem_core.errors import AttachError
 from vismem_core.loading import load_base
 
@@ -78,3 +80,36 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(AttachError, match=r"cannot be loaded: .*model\.safetensors") as caught:
         load_base(model=str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rank", "processes", "gpus", "expected"),
+    [(0, 1, 4, None), (0, 2, 4, [0, 2]), (1, 2, 4, [1, 3]), (1, 2, 5, [1, 3]), (2, 3, 5, [2]), (1, 2, 0, None)],
+)
+def test_processes_share_the_gpus_that_a_base_is_spread_over(
+    rank: int, processes: int, gpus: int, expected: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = loaded_with(monkeypatch, rank, processes, gpus)
+    assert asked["device_map"] == "auto"
+    assert asked.get("max_memory") == (expected and {gpu: 10 + gpu for gpu in expected})
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AttachError, match="3 processes on a machine with 2 GPUs"):
+        loaded_with(monkeypatch, 2, 3, 2)
+
+
+def loaded_with(monkeypatch: pytest.MonkeyPatch, rank: int, processes: int, gpus: int) -> dict[str, Any]:
+    """What ``from_pretrained`` is asked for by ``--device map`` on a machine with so many GPUs."""
+    asked: dict[str, Any] = {}
+
+    def load(source: str, **options: Any) -> Any:
+        asked.update(options)
+        return tiny.qwen()
+
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(loading, "get_max_memory", lambda: {gpu: 10 + gpu for gpu in range(gpus)} | {"cpu": 99})
+    monkeypatch.setattr(Qwen2_5_VL, "load", load)
+    load_base("qwen2_5_vl", device="map")
+    return asked

@@ -39,7 +39,7 @@ class Processes:
             if os.environ.get(f"ACCELERATE_USE_{variable}", "").lower() in ("1", "true"):
                 raise TrainingError(
                     f"{name} is not supported: every process holds the whole base; launch with "
-                    "examples/accelerate/ddp.yaml, or spread the base over all GPUs in one process by --device map"
+                    "examples/accelerate/ddp.yaml, and where one GPU cannot hold it, fewer processes with --device map"
                 )
         self._state = Accelerator()  # reads what ``accelerate launch`` set
         started = os.environ.get("WORLD_SIZE", "1")
