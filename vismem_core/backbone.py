@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, DynamicCache
 
 from . import cache as kv
+from .errors import AttachError
+from .plugins import reason
 from .vision import VisionStates
 
 
@@ -126,11 +128,17 @@ class Backbone(ABC):
         Args:
             prompts: the questions of the rows.
             images: each row's images.
+
+        Raises:
+            AttachError: the processor or its chat template does not take them.
         """
-        texts = [self.prompt(text, len(own)) for text, own in zip(prompts, images, strict=True)]
         arguments: dict[str, Any] = {"images": [list(own) for own in images if own]} if any(images) else {}
-        self.processor.tokenizer.padding_side = "left"
-        batch = self.processor(text=texts, padding=True, return_tensors="pt", **arguments)
+        try:
+            texts = [self.prompt(text, len(own)) for text, own in zip(prompts, images, strict=True)]
+            self.processor.tokenizer.padding_side = "left"
+            batch = self.processor(text=texts, padding=True, return_tensors="pt", **arguments)
+        except Exception as error:  # the model's own code; often a chat template without a place for images
+            raise AttachError(f"the processor takes no such prompts and images: {reason(error)}") from error
         return batch.to(self.device)  # type: ignore[no-any-return]
 
     def positions(self, inputs: dict[str, Any]) -> Tensor:

@@ -92,6 +92,10 @@ def memory_source(options: LoadOptions) -> str:
     """What ``--memory`` says, or where the shipped memory is."""
     if options.memory is not None:
         return options.memory
+    if options.model is not None:
+        raise CheckpointError(
+            f"no trained memory is named for {options.model}; train one (vismem train --model), then --memory DIR"
+        )
     backbone, base = embedded(options.backbone)
     if base.memory is None:
         raise CheckpointError(f"no trained memory ships with {backbone}; train one (vismem train), then --memory DIR")

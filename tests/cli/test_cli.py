@@ -293,6 +293,14 @@ def test_misspelt_names_are_told_before_a_model_loads(
     assert core.calls == {}
 
 
+def test_a_model_of_ones_own_is_not_given_the_shipped_memory(
+    vismem: Callable[..., Run], core: Core, questions: Path
+) -> None:
+    done = vismem("infer", "--model", "some/model", "--data", questions, "--on-bad-sample", "skip")
+    expected = "error: no trained memory is named for some/model; train one (vismem train --model), then --memory DIR\n"
+    assert (done.code, done.err, core.calls) == (1, expected, {})
+
+
 def test_a_run_is_not_overwritten_and_no_model_loaded_to_tell(
     vismem: Callable[..., Run], core: Core, tmp_path: Path
 ) -> None:

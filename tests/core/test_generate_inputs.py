@@ -216,3 +216,13 @@ def test_going_on_from_a_cache_without_memory() -> None:
         more = base.model.generate(new, past_key_values=cache, **kwargs)
     whole = base.generate(QUESTIONS[2], max_new_tokens=10, eos_token_id=None)
     assert more[0, 1:].tolist() == whole.answers[0, 6:].tolist()
+
+
+def test_a_chat_template_without_images_is_told_in_one_line() -> None:
+    base = tied()
+    base.processor.chat_template = "{% for message in messages %}{{ message.content[-1].text }}{% endfor %}"
+    with pytest.raises(AttachError, match=r"^the processor takes no such prompts and images: \S+Error: [^\n]+$"):
+        base.inputs(QUESTIONS[0])
+    base.processor.chat_template = None
+    with pytest.raises(AttachError, match="chat template"):
+        base.inputs(QUESTIONS[0])
