@@ -296,7 +296,8 @@ def test_misspelt_names_are_told_before_a_model_loads(
 def test_a_model_of_ones_own_is_not_given_the_shipped_memory(
     vismem: Callable[..., Run], core: Core, questions: Path
 ) -> None:
-    done = vismem("infer", "--model", "some/model", "--data", questions, "--on-bad-sample", "skip")
+    args = ["--data", questions, "--on-bad-sample", "skip", "--output", questions.with_name("answers")]
+    done = vismem("infer", "--model", "some/model", *args)
     expected = "error: no trained memory is named for some/model; train one (vismem train --model), then --memory DIR\n"
     assert (done.code, done.err, core.calls) == (1, expected, {})
 
