@@ -11,6 +11,7 @@ from accelerate.utils import get_max_memory
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from . import shards
 from .bases import embedded
 from .errors import AttachError, VismemError, nearest
 from .plugins import registry
@@ -30,8 +31,9 @@ def load_base(
     Args:
         model: hub id or folder; None takes the model embedded for ``backbone``.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's on a GPU, fp32 on a CPU.
-        device: a torch device, ``auto`` for a GPU where there is one, or ``map`` to spread over all GPUs; each of
-            several processes on a machine over its share of them.
+        device: a torch device, ``auto`` for a GPU where there is one, ``map`` to spread over all GPUs (each of
+            several processes on a machine over its share of them), or ``shard`` for layers that all processes share
+            (:mod:`vismem_core.shards`), which is ``auto`` where ``accelerate launch`` asks for FSDP.
 
     Raises:
         VismemError: what is missing or does not fit, and what to do.
@@ -39,21 +41,25 @@ def load_base(
     source = model or str(embedded(backbone)[1].model)
     name = backbone or _backbone_of(source, trust_remote_code, revision)
     family = registry("backbones").get(name)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    plain = "cuda" if torch.cuda.is_available() else "cpu"
+    place = ("shard" if shards.asked() else plain) if device == "auto" else device
+    precise = (plain if place == "shard" else place) == "cpu"
     if place == "cuda":  # each process that ``accelerate launch`` starts has a GPU of its own
         place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    options["dtype"] = ("auto" if place != "cpu" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    options["dtype"] = (torch.float32 if precise else "auto") if dtype == "auto" else getattr(torch, dtype)
     if place == "map":
         options |= {"device_map": "auto"} | _share()
     try:
         loaded, processor = family.load(source, **options)
-        if place != "map":
+        if place not in ("map", "shard"):
             loaded = loaded.to(place)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise AttachError(_reason(source, error)) from error
     if not family.matches(loaded):
         raise AttachError(f"{source}: backbone {name!r} does not know model type {loaded.config.model_type!r}")
+    if place == "shard":
+        shards.Shards(loaded)
     return loaded, processor, name
 
 

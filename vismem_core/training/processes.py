@@ -1,27 +1,26 @@
 """Several processes as one: accelerate is the engine, and all a stage needs of it is here.
 
-Every process holds the whole base and memory and a part of each batch. Sums run over all of them, so that a step on two
-processes is the step of one process on both parts.
-
-The base is not sharded. A layer that is gathered from all processes must run equally often in all of them, forward and
-backward; but rollouts end at different steps, memory is formed where it is invoked, and the replay is cut into as many
-parts as it takes.
+Every process holds the whole memory and a part of each batch, and the whole base unless its layers are shared
+(:mod:`vismem_core.shards`). Sums run over all of them, so that a step on two processes is the step of one process on
+both parts.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
+from .. import shards
 from ..errors import TrainingError
 
-SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+ENGINES = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 """Engines of accelerate that expect the model to be handed to them, by the name in the variable that asks for them."""
 
 Item = TypeVar("Item")
@@ -30,17 +29,24 @@ Item = TypeVar("Item")
 class Processes:
     """The processes that train together; one, unless ``accelerate launch`` or ``torchrun`` started more.
 
+    Args:
+        model: the base, whose layers they may share.
+
     Raises:
-        TrainingError: the configuration asks for the base to be sharded, or there are others that cannot be reached.
+        TrainingError: the configuration asks for an engine that cannot train memory, or for a base to be shared that
+            was loaded whole, or there are others that cannot be reached.
     """
 
-    def __init__(self) -> None:
-        for variable, name in SHARDING.items():
+    def __init__(self, model: nn.Module | None = None) -> None:
+        for variable, name in ENGINES.items():
             if os.environ.get(f"ACCELERATE_USE_{variable}", "").lower() in ("1", "true"):
                 raise TrainingError(
-                    f"{name} is not supported: every process holds the whole base; launch with "
-                    "examples/accelerate/ddp.yaml, and where one GPU cannot hold it, fewer processes with --device map"
+                    f"{name} is not supported: it would run every layer in all processes together, which memory does "
+                    "not; launch with examples/accelerate/fsdp.yaml to share the base, or ddp.yaml where a GPU holds it"
                 )
+        self._shards = shards.of(model) if model is not None else None
+        if shards.asked() and not self._shards:
+            raise TrainingError("the base was loaded whole, and FSDP is to share it: load_base(..., device='shard')")
         self._state = Accelerator()  # reads what ``accelerate launch`` set
         started = os.environ.get("WORLD_SIZE", "1")
         if started != str(self.count):
@@ -71,6 +77,7 @@ class Processes:
         """The sum over all processes."""
         if self.count == 1:
             return value
+        self._meet()
         everyone: Tensor = reduce(value.to(self._state.device), "sum")
         return everyone.to(value.device)
 
@@ -78,6 +85,7 @@ class Processes:
         """The rows of all processes, which hold equally many, in the order of :meth:`part`."""
         if self.count == 1:
             return value
+        self._meet()
         everyone: Tensor = gather(value.to(self._state.device).contiguous())
         in_order: Tensor = everyone.unflatten(0, (self.count, -1)).transpose(0, 1).flatten(0, 1)
         return in_order.to(value.device)
@@ -90,4 +98,13 @@ class Processes:
 
     def wait(self) -> None:
         """Until all are here."""
+        self._meet()
         self._state.wait_for_everyone()
+
+    def graphs(self) -> AbstractContextManager[Any]:
+        """A context for what is to be differentiated."""
+        return self._shards.saving() if self._shards else nullcontext()
+
+    def _meet(self) -> None:
+        if self._shards:
+            self._shards.meet()

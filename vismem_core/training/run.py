@@ -95,7 +95,7 @@ class Run:
         parse(config.train.grpo.rewards)  # a misspelt one is told before anything is written
         if memory.policy and config.train.objective == "sft":
             raise ConfigError("memory.policy.trains=lora: only GRPO trains it; use --objective grpo or sft+grpo")
-        self.processes = Processes()
+        self.processes = Processes(memory.model)
         self.done: tuple[str, int, dict[str, Tensor]] | None = None
         self.display = Display(console, shown=self.processes.first)
         self.trackers = Trackers(config.train.trackers, output, to_dict(config))
@@ -152,7 +152,7 @@ class Run:
             sampler.position = int(self.done[2]["sampler.position"])
         metrics = Metrics(self.output / METRICS, list(STAGES), name, first, self.processes.first)
         self.display.begin(name, settings.steps, first)
-        with _only(memory, parameters), metrics:
+        with _only(memory, parameters), metrics, self.processes.graphs():
             for step in range(first, settings.steps):
                 key = f"{seed}/{name}/{step}"
                 torch.manual_seed(Random(key).getrandbits(63))
