@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import get_max_memory
+from accelerate.utils import disable_fsdp_ram_efficient_loading, get_max_memory
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -50,6 +50,8 @@ def load_base(
     options["dtype"] = (torch.float32 if precise else "auto") if dtype == "auto" else getattr(torch, dtype)
     if place == "map":
         options |= {"device_map": "auto"} | _share()
+    if place == "shard":
+        disable_fsdp_ram_efficient_loading()  # with it transformers gives weights to the first process alone
     try:
         loaded, processor = family.load(source, **options)
         if place not in ("map", "shard"):

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -66,9 +67,7 @@ class _Layer:
 
     def gather(self) -> Tensor:
         """The whole layer, as bytes, of which every process holds a part."""
-        whole = self.part.new_empty(len(self.part) * dist.get_world_size())
-        dist.all_gather_into_tensor(whole, self.part)
-        return whole
+        return gather(self.part)  # type: ignore[no-any-return]
 
     def take(self, whole: Tensor) -> None:
         """Point the parameters into ``whole``."""
@@ -91,7 +90,7 @@ class Shards:
         model: on the CPU, the same in every process.
 
     Raises:
-        AttachError: there is one process only, or no layer that could be shared.
+        AttachError: there is one process only, no layer that could be shared, or parts are to be kept elsewhere.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -101,9 +100,11 @@ class Shards:
                 "one process has nobody to share the base with; start several: accelerate launch --config_file "
                 "examples/accelerate/fsdp.yaml -m vismem_cli train"
             )
+        if _set("FSDP_OFFLOAD_PARAMS"):
+            raise AttachError("fsdp_offload_params: a shared base stays where it is computed; leave this setting out")
         self.layers: list[_Layer] = []
         self._held, self._whole = -1, torch.empty(0)
-        self._wishes = dist.new_group(backend="gloo")  # numbers that the CPU decides on
+        self._wishes: Any = dist.new_group(backend="gloo")  # numbers that the CPU decides on
         owners = Counter(id(own) for module in model.modules() for own in module.parameters(recurse=False))
         for block in _blocks(model):
             parameters = [own for own in block.parameters() if own.dim() > 1 and owners[id(own)] == 1]
@@ -159,7 +160,7 @@ class Shards:
         whole = self._whole
         if not len(whole) or tensor.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
             return tensor
-        return _Saved(self._held, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _Saved(self._held, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, saved: Tensor | _Saved) -> Tensor:
         if isinstance(saved, Tensor):
@@ -177,7 +178,11 @@ def of(model: nn.Module) -> Shards | None:
 
 def asked() -> bool:
     """Whether ``accelerate launch`` was told to share the base (its FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    return _set("ACCELERATE_USE_FSDP")
+
+
+def _set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

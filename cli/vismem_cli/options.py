@@ -41,7 +41,9 @@ Memory = Annotated[
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Accept a model of the same shape whose weights differ from the memory's.")
 ]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="Such as cpu, cuda or cuda:1.")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="Such as cpu, cuda or cuda:1; or map or shard (see README).")
+]
 Dtype = Annotated[DType, typer.Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a model from the hub run its own code on this machine.")

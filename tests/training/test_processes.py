@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from random import Random
@@ -14,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bases import tied
+from launch import launch
 from safetensors.torch import load_file
 from samples import SAMPLES
 
@@ -22,7 +20,6 @@ from vismem_core.errors import TrainingError
 from vismem_core.training.processes import Processes
 from vismem_core.training.run import train
 
-HERE = Path(__file__).parent
 SETTINGS = {
     "sft": ["train.objective=sft", "train.formation={steps: 3, lr: 3e-4}", "train.invocation={steps: 0, lr: 1e-2}"],
     "grpo": [
@@ -48,34 +45,22 @@ run(Path(sys.argv[1]), sys.argv[2:])
 """
 
 
-def launch(output: Path, processes: int, batch: int, objective: str) -> None:
-    """What ``ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`` starts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def run(output: Path, processes: int, batch: int, objective: str) -> None:
     sizes = [
         f"train.{'' if objective == 'sft' else 'grpo.'}{stage}.batch={batch}" for stage in ("formation", "invocation")
     ]
     plain = ["memory.short.dropout=0", "memory.long.dropout=0"]  # two processes draw other dropout than one
-    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    shared = {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
-        for rank in range(processes)
-    ]
-    command = [sys.executable, "-c", WORKER, str(output), *SETTINGS[objective], *sizes, *plain]
-    running = [
-        subprocess.Popen(command, env=os.environ | shared | own, stderr=subprocess.PIPE, text=True) for own in ranks
-    ]
-    for own in running:
-        _, errors = own.communicate(timeout=240)
-        assert own.returncode == 0, errors
+    launch([sys.executable, "-c", WORKER, str(output), *SETTINGS[objective], *sizes, *plain], processes)
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_what_does_not_shard_says_so(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("engine", "told"), [("DEEPSPEED", r"DeepSpeed is not supported.*fsdp\.yaml"), ("FSDP", "was loaded whole")]
+)
+def test_engines_that_do_not_fit_are_refused(
+    engine: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(TrainingError, match=r"not supported.*ddp\.yaml"):
+    with pytest.raises(TrainingError, match=told):
         train(tied().attach(), SAMPLES, SAMPLES, Config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -104,8 +89,8 @@ def test_work_is_dealt_evenly(count: int) -> None:
 
 @pytest.mark.parametrize("objective", SETTINGS)
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, objective: str) -> None:
-    launch(tmp_path / "two", 2, 2, objective)
-    launch(tmp_path / "one", 1, 4, objective)
+    run(tmp_path / "two", 2, 2, objective)
+    run(tmp_path / "one", 1, 4, objective)
     two, one = (load_file(tmp_path / name / "memory.safetensors") for name in ("two", "one"))
     for name, expected in one.items():
         torch.testing.assert_close(

@@ -26,7 +26,7 @@ class Stage(ABC):
     """
 
     def __init__(self, memory: Memory, settings: StageConfig, processes: Processes | None = None) -> None:
-        self.memory, self.settings, self.processes = memory, settings, processes or Processes()
+        self.memory, self.settings, self.processes = memory, settings, processes or Processes(memory.model)
         self.draw: Callable[[int], Batch | None] | None = None
 
     @abstractmethod
