@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .errors import AttachError
+from .errors import AttachError, TrainingError
 
 ALIGNED = 256
 """Bytes; every tensor of a gathered layer begins at a multiple of it, as it would on its own."""
@@ -91,10 +91,11 @@ class Shards:
 
     Raises:
         AttachError: there is one process only, no layer that could be shared, or parts are to be kept elsewhere.
+        TrainingError: there are others that cannot be reached.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        state = Accelerator()
+        state = everyone()
         if state.num_processes == 1:
             raise AttachError(
                 "one process has nobody to share the base with; start several: accelerate launch --config_file "
@@ -179,6 +180,22 @@ def of(model: nn.Module) -> Shards | None:
 def asked() -> bool:
     """Whether ``accelerate launch`` was told to share the base (its FSDP)."""
     return _set("ACCELERATE_USE_FSDP")
+
+
+def everyone() -> Accelerator:
+    """The processes that ``accelerate launch`` or ``torchrun`` started, and this one's place among them.
+
+    Raises:
+        TrainingError: there are others that cannot be reached.
+    """
+    found = Accelerator()  # reads what ``accelerate launch`` set
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != str(found.num_processes):
+        raise TrainingError(
+            f"started as one of {started} processes, which do not see each other: on the CPU, set "
+            "ACCELERATE_USE_CPU=true"
+        )
+    return found
 
 
 def _set(variable: str) -> bool:

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
@@ -47,13 +46,7 @@ class Processes:
         self._shards = shards.of(model) if model is not None else None
         if shards.asked() and not self._shards:
             raise TrainingError("the base was loaded whole, and FSDP is to share it: load_base(..., device='shard')")
-        self._state = Accelerator()  # reads what ``accelerate launch`` set
-        started = os.environ.get("WORLD_SIZE", "1")
-        if started != str(self.count):
-            raise TrainingError(
-                f"started as one of {started} processes, which do not see each other: on the CPU, set "
-                "ACCELERATE_USE_CPU=true"
-            )
+        self._state = shards.everyone()
 
     @property
     def count(self) -> int:
