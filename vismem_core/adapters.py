@@ -9,6 +9,7 @@ from typing import Any
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import AttachError
 
@@ -32,6 +33,7 @@ class Adapter:
         if any(not _ours(model.get_submodule(path)) for path in taken):
             raise AttachError(f"{taken[0]} already carries a peft adapter: merge it first (merge_and_unload)")
         self._model, self.name = model, f"vismem_{name}"
+        self._state: RemovableHandle | None = None
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         configs = vars(model).pop("peft_config", None)  # peft keeps a list of adapters here; ours is not part of it
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
@@ -51,8 +53,24 @@ class Adapter:
         self.layers = self._wrapped()
         for weight in self.parameters().values():
             weight.data = weight.data.float()  # small updates survive whatever the base's precision
+        self._state = self._left_out()
         self._switch(off=True)
         self.train(False)
+
+    def _left_out(self) -> RemovableHandle:
+        """From now on ``model.state_dict`` gives the base's own, and so ``save_pretrained`` writes the base."""
+
+        def leave_out(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+            tensors = list(state.items())
+            state.clear()
+            for name, tensor in tensors:
+                path, matrix, _ = name.removeprefix(prefix).partition(".lora_")
+                if matrix and path in self.layers:
+                    continue
+                path, _, rest = name.removeprefix(prefix).partition(".base_layer.")
+                state[f"{prefix}{path}.{rest}" if path in self.layers else name] = tensor
+
+        return self._model.register_state_dict_post_hook(leave_out)  # type: ignore[no-any-return]
 
     def _wrapped(self) -> dict[str, BaseTunerLayer]:
         return {
@@ -119,6 +137,8 @@ class Adapter:
             parent, _, child = path.rpartition(".")
             setattr(self._model.get_submodule(parent), child, layer.get_base_layer())
         self.layers = {}
+        if self._state:
+            self._state.remove()
 
 
 def _ours(layer: nn.Module) -> bool:

@@ -132,6 +132,10 @@ class Backbone(ABC):
         Raises:
             AttachError: the processor or its chat template does not take them.
         """
+        if isinstance(prompts, str) or any(isinstance(own, Image.Image) for own in images):
+            raise AttachError("prompts are a list of texts, and images a list for each: inputs([text], [[image]])")
+        if len(prompts) != len(images):
+            raise AttachError(f"{len(prompts)} prompts, and lists of images for {len(images)}")
         arguments: dict[str, Any] = {"images": [list(own) for own in images if own]} if any(images) else {}
         try:
             texts = [self.prompt(text, len(own)) for text, own in zip(prompts, images, strict=True)]

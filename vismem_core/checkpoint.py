@@ -193,7 +193,7 @@ def locate(source: str | Path) -> Path:
         return Path(snapshot_download(source, allow_patterns=[WEIGHTS, ABOUT]))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{source}: neither a folder nor a memory on the hub ({reason})") from error
+        raise CheckpointError(f"{source}: no such folder here, and no memory on the hub ({reason})") from error
 
 
 def description(folder: Path) -> dict[str, Any]:

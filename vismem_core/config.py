@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from vismem_core.settings import Amount, Count, Positive, Section, Share, merge, read_override, read_yaml
+from vismem_core.settings import Amount, Count, Limits, Positive, Section, Share, merge, read_override, read_yaml
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -116,8 +116,8 @@ class GrpoConfig(Section):
     resample: Count = 0
     """How often a step may draw further prompts in place of those whose trajectories all scored alike, which teach
     nothing (dynamic sampling of DAPO, arXiv 2503.14476)."""
-    group: Positive = 16
-    """G, trajectories per prompt."""
+    group: Annotated[int, Limits(2)] = 16
+    """G, trajectories per prompt; one alone has nothing to be compared with."""
     temperature: Amount = 1.0
     top_p: Share = 1.0
     max_new_tokens: Positive = 256

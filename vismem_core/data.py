@@ -189,7 +189,7 @@ class _Reader:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON: {error}; each line must hold one object") from error
+            raise DataError(f"not JSON: {getattr(error, 'msg', error)}; each line must hold one object") from error
         if not isinstance(row, dict):
             raise DataError(f"expected a JSON object, got {text.decode(errors='replace').strip()[:40]!r}")
         for key in row:

@@ -357,7 +357,7 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise AttachError(
             f"memory works with greedy search and sampling, not with {mode.value.replace('_', ' ')}: "
-            "use num_beams=1, or memory.off() for this call"
+            "use num_beams=1 and no other search, or memory.off() for this call"
         )
     if not model_kwargs.get("use_cache", True):
         raise AttachError("memory lives in the KV cache: call generate with use_cache=True")

@@ -54,10 +54,13 @@ def load_base(
         disable_fsdp_ram_efficient_loading()  # with it transformers gives weights to the first process alone
     try:
         loaded, processor = family.load(source, **options)
-        if place not in ("map", "shard"):
-            loaded = loaded.to(place)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise AttachError(_reason(source, error)) from error
+    if place not in ("map", "shard"):
+        try:
+            loaded = loaded.to(place)
+        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+            raise AttachError(f"device {place!r}: {str(error).splitlines()[0]}") from error
     if not family.matches(loaded):
         raise AttachError(f"{source}: backbone {name!r} does not know model type {loaded.config.model_type!r}")
     if place == "shard":

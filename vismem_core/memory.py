@@ -95,6 +95,12 @@ class Memory(nn.Module):
         kinds = self.active_trigger.kinds
         return Needs.union(self.former(kind).needs for kind in kinds)
 
+    def __repr__(self) -> str:
+        lengths = ", ".join(f"{kind} {getattr(self.config, kind).length}" for kind in KINDS)
+        return (
+            f"Memory on {type(self.model).__name__} ({self.backbone.name}): latents {lengths}; trigger {self.trigger}"
+        )
+
     # Switching
 
     @property
@@ -204,11 +210,18 @@ def attach(
         any_base: load a memory that was trained on other weights of the same shape.
 
     Raises:
-        AttachError: if no backbone knows the model, memory is attached already, or weights are offloaded.
+        AttachError: if these are no model and processor, no backbone knows the model, memory is attached already, or
+            weights are offloaded.
         CheckpointError: if ``source`` does not fit the model.
     """
     from . import checkpoint
 
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise AttachError(f"attach(model, processor): the model is one of transformers, no {type(model).__name__}")
+    if not hasattr(getattr(processor, "tokenizer", processor), "get_vocab"):
+        raise AttachError(
+            f"attach(model, processor): the processor has a tokenizer, {type(processor).__name__} has none"
+        )
     if ATTRIBUTE in vars(model):
         raise AttachError("this model has memory attached already: memory.detach() first")
     away = next((name for name, own in model.named_parameters() if own.is_meta), None)

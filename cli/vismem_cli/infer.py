@@ -17,12 +17,12 @@ from vismem_core.results import Results
 from . import options
 from .console import err, out, print_json, say
 from .report import list_skipped, tell_skipped
-from .sources import LoadOptions, check_names, memory_source, open_memory
+from .sources import LoadOptions, check_names, memory_source, open_memory, tell_unknown
 
 if TYPE_CHECKING:
     from vismem_core.inference import Answer
 
-EXAMPLE = "Example: vismem infer --memory runs/first --image photo.jpg --prompt 'what is right of the bag ?'"
+EXAMPLE = "Example: vismem infer --memory runs/first --image photo.jpg --prompt 'what is most frequent ?'"
 COLOURS = {"short": "bold cyan", "long": "bold magenta"}
 
 
@@ -106,6 +106,7 @@ def _sample(load: LoadOptions, images: list[Path], prompt: str | None) -> Sample
 
 def _answer(load: LoadOptions, sample: Sample, ask: dict[str, Any]) -> Answer:
     memory = open_memory(load)
+    tell_unknown(memory.backbone.processor, [sample.prompt])
 
     from vismem_core.inference import answers
 
@@ -126,7 +127,7 @@ def _answer_all(load: LoadOptions, samples: Dataset, output: Path, ask: dict[str
             for sample, answer in zip(left, told, strict=True):
                 results.add({"id": sample.id, "question": sample.digest()} | answer.to_dict())
     kept = len(samples) - len(left)
-    say(f"{len(left)} answers written to {output}, {kept} were there already")
+    say(f"written to {output}: {len(left)} of {len(samples)} answers, {kept} were there already")
     return {"output": str(output), "answered": len(left), "kept": kept, "skipped": list_skipped(samples)}
 
 

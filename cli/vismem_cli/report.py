@@ -10,9 +10,9 @@ from vismem_core.data import Dataset
 from .console import print_table, say, warn
 
 
-def print_report(report: Mapping[str, Any]) -> None:
+def print_report(report: Mapping[str, Any], title: str = "Held-out questions") -> None:
     """Accuracies by question type, a column per way of answering."""
-    for part, title in (("heldout", "Held-out questions"), ("seen", "\nQuestion types the base was trained on")):
+    for part, heading in (("heldout", title), ("seen", "\nSeen types of question")):
         ways: Mapping[str, Mapping[str, float]] = report.get(part) or {}
         types = list(dict.fromkeys(name for scores in ways.values() for name in scores))
         if not types:
@@ -21,7 +21,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         if len(types) > 1:
             means = (sum(scores.values()) / len(scores) if scores else None for scores in ways.values())
             rows.append(("mean", *map(_share, means)))
-        print_table(title, ("accuracy", *ways), rows, numbers=True)
+        print_table(heading, ("accuracy", *ways), rows, numbers=True)
     if (count := report.get("invocations_per_answer")) is not None:
         say(f"\n{count:.2f} invocations per answer, {report.get('seconds', 0):.0f} seconds")
 
@@ -38,6 +38,6 @@ def list_skipped(data: Dataset) -> list[dict[str, Any]]:
 def tell_skipped(data: Dataset) -> None:
     """The bad rows that were left out, on stderr."""
     if data.skipped:
-        warn(f"{len(data.skipped)} bad rows were left out:")
+        warn(f"bad rows were left out: {len(data.skipped)}")
         for skipped in data.skipped:
             say(f"  line {skipped.line}: {skipped.reason}")

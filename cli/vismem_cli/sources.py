@@ -13,7 +13,7 @@ from vismem_core.config import MemoryConfig
 from vismem_core.errors import CheckpointError
 from vismem_core.plugins import registry
 
-from .console import err
+from .console import err, warn
 
 if TYPE_CHECKING:
     from vismem_core import Memory
@@ -88,6 +88,16 @@ def open_base(options: LoadOptions) -> tuple[Any, Any, str]:
         trust_remote_code=options.trust_remote_code,
         revision=options.revision,
     )
+
+
+def tell_unknown(processor: Any, texts: Sequence[str]) -> None:
+    """Warn of words that a tokenizer has no token for; only small models have such."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    words = list(dict.fromkeys(word for text in texts for word in text.split()))
+    ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    lost = [word for word, own in zip(words, ids, strict=True) if tokenizer.unk_token_id in own]
+    if lost:
+        warn(f"this model has no token for {len(lost)} of the {len(words)} words it is given, such as {lost[0]!r}")
 
 
 def memory_source(options: LoadOptions) -> str:

@@ -13,11 +13,12 @@ from vismem_core.bases import embedded
 from vismem_core.config import Config, load
 from vismem_core.data import open_dataset
 from vismem_core.training.folder import refuse
+from vismem_core.training.folder import settings as run_settings
 
 from . import options
 from .console import print_json, say, warn
 from .report import list_skipped, print_report, tell_skipped
-from .sources import LoadOptions, check_names, default_data, open_base, with_base
+from .sources import LoadOptions, check_names, default_data, open_base, tell_unknown, with_base
 
 EXAMPLE = "Example: vismem train --backbone qwen2_5_vl --set train.formation.steps=200 --output runs/first"
 
@@ -49,7 +50,10 @@ def train(
     data: options.Data = None,
     heldout: Annotated[
         str | None,
-        typer.Option(metavar="FILE|NAME", help="Data for the report; by default held-out samples of --data."),
+        typer.Option(
+            metavar="FILE|NAME",
+            help="Data for the report; by default what a named data set holds out, or the --data file itself.",
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Directory of the run; by default runs/BACKBONE.")
@@ -70,7 +74,7 @@ def train(
     seed: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Of the initial values, the data and the sampling.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output, by its settings.")] = False,
     on_bad_sample: options.OnBad = options.OnBadSample.fail,
     allow_outside: options.AllowOutside = False,
     device: options.Device = "auto",
@@ -90,16 +94,22 @@ def train(
     flags |= {"image_dropout": image_dropout, "memory": memory}
     overrides = [*(settings or []), *(f"train.{key}={value}" for key, value in flags.items() if value is not None)]
     overrides += [f"memory.policy.trains={policy.value}"] if policy else []
-    began = load(config, overrides).train.memory or None
+    place = output or (Path("runs") / backbone if backbone else None)
+    before = run_settings(place) if resume and place else None
+    began = load(config, overrides, before).train.memory or None
     base = with_base(LoadOptions(began, backbone, model, any_base, dtype.value, device, trust_remote_code, revision))
-    run = load(config, overrides, base=_suited(base))
+    run = load(config, overrides, before or _suited(base))
     check_names(base.backbone, run.memory, rewards=run.train.grpo.rewards)
     source = data or default_data(base.backbone, base.model)
     rows: dict[str, Any] = {"on_bad": on_bad_sample.value, "allow_outside": allow_outside}
     samples = open_dataset(source, "train", **rows)
     asked = open_dataset(heldout or source, "heldout", **rows)
+    title = "Held-out questions"
     if heldout is None and Path(source).is_file():
         warn(f"the report will be on the training data, {source}; name other data with --heldout")
+        title = "Training questions"
+    if stage is Stage.invocation and not began:
+        warn("Stage II learns when to ask for memory, and this one holds nothing yet: name a trained one with --memory")
 
     if known := output or (Path("runs") / base.backbone if base.backbone else None):
         refuse(known, resume)
@@ -111,12 +121,14 @@ def train(
     attached = attach(
         loaded, processor, began, config=run.memory, backbone=name, seed=run.train.seed, any_base=any_base
     )
+    first = [samples[at] for at in range(min(len(samples), 50))]
+    tell_unknown(processor, [text for own in first for text in (own.prompt, own.answer or "")])
     place = output or Path("runs") / name
     report = run_training(attached, samples, asked, run, place, resume=resume, groups=asked.groups)
     if as_json:
         print_json(report | {"output": str(place), "skipped": list_skipped(samples)})
         return
-    print_report(report)
+    print_report(report, title)
     tell_skipped(samples)
     say(f"\nwritten to {place}; ask it: vismem infer --memory {place} --image FILE --prompt TEXT")
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from vismem_cli import app, main
 from vismem_core import plugins
+from vismem_core.config import Config, MemoryConfig, TrainConfig, to_dict
 from vismem_core.errors import TrainingError
 
 COMMANDS = ("train", "infer", "eval", "plugins", "backbones")
@@ -169,22 +170,28 @@ class Core:
     answered: list[str] = field(default_factory=list)
     error: BaseException | None = None
 
-    def load_base(self, backbone: str | None, model: str | None, **how: Any) -> tuple[str, str, str]:
+    def load_base(self, backbone: str | None, model: str | None, **how: Any) -> tuple[Any, Any, str]:
         self.calls["load_base"] = (backbone, model, how)
-        return "model", "processor", backbone or "qwen2_5_vl"
+        return "model", self, backbone or "qwen2_5_vl"
 
-    def attach(self, model: str, processor: str, source: str | None = None, **how: Any) -> str:
+    unk_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        """The tokenizer: it knows all words but one."""
+        return {"input_ids": [int(text != "zebra")]}
+
+    def attach(self, model: str, processor: Any, source: str | None = None, **how: Any) -> Any:
         self.calls["attach"] = (source, how)
-        return "memory"
+        return SimpleNamespace(backbone=SimpleNamespace(processor=processor))
 
-    def train(self, memory: str, samples: Any, heldout: Any, config: Any, output: Path, **how: Any) -> dict[str, Any]:
+    def train(self, memory: Any, samples: Any, heldout: Any, config: Any, output: Path, **how: Any) -> dict[str, Any]:
         self.calls["train"] = (len(samples), config, output, how)
         if self.error:
             raise self.error
         scores = {"right": 0.5, "below": 0.25}
         return {"heldout": {"base": {"right": 0.0}, "memory": scores}, "invocations_per_answer": 1.0, "seconds": 2.0}
 
-    def answers(self, memory: str, samples: Any, **how: Any) -> Iterator[Any]:
+    def answers(self, memory: Any, samples: Any, **how: Any) -> Iterator[Any]:
         self.calls["answers"] = how
         for sample in samples:
             self.answered.append(sample.id)
@@ -300,6 +307,32 @@ def test_a_model_of_ones_own_is_not_given_the_shipped_memory(
     done = vismem("infer", "--model", "some/model", *args)
     expected = "error: no trained memory is named for some/model; train one (vismem train --model), then --memory DIR\n"
     assert (done.code, done.err, core.calls) == (1, expected, {})
+
+
+def test_words_without_a_token_are_told(vismem: Callable[..., Run], core: Core, questions: Path) -> None:
+    done = vismem("infer", "--prompt", "is it a zebra ?")
+    told = "warning: this model has no token for 1 of the 5 words it is given, such as 'zebra'\n"
+    assert done.code == 0
+    assert told in done.err
+    assert told not in vismem("infer", "--prompt", "is it a bag ?").err
+    questions.write_text('{"id": "a", "prompt": "what ?", "answer": "zebra"}\n')
+    done = vismem("train", "--data", questions)
+    assert "no token for 1 of the 3 words" in done.err
+    assert "Training questions" in done.out
+
+
+def test_a_run_goes_on_by_its_settings(vismem: Callable[..., Run], core: Core, tmp_path: Path) -> None:
+    before = Config(train=TrainConfig(seed=5, save_every=3), memory=MemoryConfig(budget=3))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(before)))
+    assert vismem("train", "--output", tmp_path, "--resume").code == 0
+    assert core.calls["train"][1] == before
+    assert vismem("train", "--output", tmp_path, "--resume", "--seed", "6").code == 0
+    assert core.calls["train"][1].train.seed == 6  # which the run itself refuses
+
+
+def test_memory_that_holds_nothing_is_told(vismem: Callable[..., Run], core: Core) -> None:
+    assert "holds nothing yet" in vismem("train", "--stage", "invocation").err
+    assert "holds nothing yet" not in vismem("train", "--stage", "formation").err
 
 
 def test_a_run_is_not_overwritten_and_no_model_loaded_to_tell(

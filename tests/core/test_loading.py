@@ -43,6 +43,11 @@ for name, source in {!r}.items():
 """
 
 
+def test_a_device_that_is_none_is_told() -> None:
+    with pytest.raises(AttachError, match="^device 'gpu': Expected one of cpu"):
+        load_base("llava", device="gpu")
+
+
 def test_hub_ids_without_a_network_are_told_in_one_line(tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", OFFLINE.format(PUBLISHED)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 import vismem_core as vismem
 from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
-from vismem_core.config import FormerConfig, MemoryConfig
+from vismem_core.config import FormerConfig, MemoryConfig, PolicyConfig
 from vismem_core.errors import AttachError, ConfigError, VismemError
 from vismem_core.memory import Memory
 
@@ -123,6 +124,42 @@ def test_detached_as_it_was(any_base: Base, settings: MemoryConfig) -> None:
     assert [part for part in before if not same(before[part], after[part])] == []
     memory.detach()  # a second time does nothing
     assert same(before, photograph(any_base))
+
+
+def test_what_is_saved_while_attached_is_the_base(any_base: Base, tmp_path: Path) -> None:
+    model = any_base.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    memory = any_base.attach(config(policy=PolicyConfig("lora", rank=4)))
+    assert any("lora" in name for name, _ in model.named_parameters())
+    assert list(model.state_dict()) == list(before)
+    model.save_pretrained(tmp_path)
+    saved = type(model).from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    assert saved.keys() == before.keys()
+    assert all(saved[name].equal(tensor) for name, tensor in before.items())
+    memory.detach()
+
+
+@pytest.mark.parametrize(
+    ("swapped", "told"),
+    [
+        (lambda base: (base.processor, base.model), "the model is one of transformers, no Qwen2_5_VLProcessor"),
+        (lambda base: ("qwen", base.processor), "no str"),
+        (lambda base: (nn.Linear(2, 2), base.processor), "no Linear"),
+        (lambda base: (base.model, None), "NoneType has none"),
+    ],
+)
+def test_what_is_no_model_or_processor_is_told(swapped: Any, told: str) -> None:
+    with pytest.raises(AttachError, match=told):
+        vismem.attach(*swapped(tied()))
+
+
+def test_prompts_and_images_are_lists() -> None:
+    backbone, image = tied().attach().backbone, QUESTIONS[0][1][0]
+    for prompts, images in (("what is it ?", [[image]]), (["what is it ?"], [image])):
+        with pytest.raises(AttachError, match=r"inputs\(\[text\], \[\[image\]\]\)"):
+            backbone.inputs(prompts, images)
+    with pytest.raises(AttachError, match="2 prompts, and lists of images for 1"):
+        backbone.inputs(["a bag ?", "a boot ?"], [[image]])
 
 
 def test_hooks_live_as_long_as_a_call() -> None:

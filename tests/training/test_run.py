@@ -20,6 +20,7 @@ import vismem_core as vismem
 from vismem_core.config import Config, load
 from vismem_core.data import Sample
 from vismem_core.errors import ConfigError, TrainingError
+from vismem_core.training import run as runs
 from vismem_core.training.run import train
 
 GROUPS = {"seen": ("colour",), "new": ("shape",)}
@@ -184,6 +185,30 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     run(output, overrides, resume=True)
     assert (output / "metrics.jsonl").read_text() == (whole_run / "metrics.jsonl").read_text()
     ours, whole = load_file(output / "memory.safetensors"), load_file(whole_run / "memory.safetensors")
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(("calls", "where"), [(3, "formation, step 3"), (4, "the end of formation")])
+def test_an_interrupted_run_keeps_its_step(
+    calls: int, where: str, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, before, left = runs.Run._update, signal.getsignal(signal.SIGINT), iter(range(calls - 1))
+
+    def interrupting(*args: Any) -> float:
+        if next(left, None) is None:
+            signal.raise_signal(signal.SIGINT)
+        return update(*args)
+
+    monkeypatch.setattr(runs.Run, "_update", interrupting)
+    with pytest.raises(TrainingError, match=rf"interrupted after {where}.*--resume"):
+        run(tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setattr(runs.Run, "_update", update)
+    drawn = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert drawn == calls
+    run(tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    ours, whole = (load_file(folder / "memory.safetensors") for folder in (tmp_path / "run", finished))
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 

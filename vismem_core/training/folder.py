@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from ..config import Config, from_dict
 from ..errors import TrainingError
 
 METRICS, REPORT, SETTINGS = "metrics.jsonl", "report.json", "config.json"
+
+
+def settings(output: Path) -> Config | None:
+    """The settings of the run in a folder, if there is one.
+
+    Raises:
+        ConfigError: they are damaged or another version's.
+    """
+    path = output / SETTINGS
+    return from_dict(Config, json.loads(path.read_text(encoding="utf-8")), str(path)) if path.exists() else None
 
 
 def refuse(output: Path, resume: bool) -> None:

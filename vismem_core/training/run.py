@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -91,7 +93,7 @@ class Run:
     """One run in one directory."""
 
     def __init__(self, memory: Memory, config: Config, output: Path, console: Console) -> None:
-        self.memory, self.config, self.output = memory, config, output
+        self.memory, self.config, self.output, self.console = memory, config, output, console
         parse(config.train.grpo.rewards)  # a misspelt one is told before anything is written
         if memory.policy and config.train.objective == "sft":
             raise ConfigError("memory.policy.trains=lora: only GRPO trains it; use --objective grpo or sft+grpo")
@@ -109,6 +111,8 @@ class Run:
         self.processes.wait()  # until all have looked
         if fresh:
             if self.processes.first:
+                if resume:
+                    self.console.print(Text(f"{self.output}: no run is there yet; this one begins"), soft_wrap=True)
                 self.output.mkdir(parents=True, exist_ok=True)
                 checkpoint.atomically(path, lambda place: place.write_text(json.dumps(settings, indent=2) + "\n"))
             return False
@@ -152,7 +156,8 @@ class Run:
             sampler.position = int(self.done[2]["sampler.position"])
         metrics = Metrics(self.output / METRICS, list(STAGES), name, first, self.processes.first)
         self.display.begin(name, settings.steps, first)
-        with _only(memory, parameters), metrics, self.processes.graphs():
+        interrupted = _Interrupt(self.processes.count)
+        with _only(memory, parameters), metrics, self.processes.graphs(), interrupted:
             for step in range(first, settings.steps):
                 key = f"{seed}/{name}/{step}"
                 torch.manual_seed(Random(key).getrandbits(63))
@@ -173,13 +178,16 @@ class Run:
                 metrics.add(row)
                 self.trackers.log(row)
                 self.display.step(row)
-                if (step + 1) % self.config.train.save_every == 0:
+                due = interrupted or (step + 1) % self.config.train.save_every == 0
+                if due and step + 1 < settings.steps:  # after the last step the stage is not finished yet
                     metrics.flush()
                     self._save(optimizer, stage, name, step + 1, sampler.position)
+                    interrupted.tell(f"{name}, step {step + 1}")
             memory.eval()
             if first < settings.steps:
                 stage.finish()
         self._save(optimizer, stage, name, settings.steps, sampler.position)
+        interrupted.tell(f"the end of {name}")
 
     def _save(self, optimizer: torch.optim.Optimizer, stage: Stage, name: str, steps: int, position: int) -> None:
         if self.processes.first:
@@ -214,6 +222,34 @@ class Run:
             max_new_tokens=settings.max_new_tokens,
             progress=self.display.measuring,
         )
+
+
+class _Interrupt:
+    """Ctrl-C inside the context lets a step end and be saved; a second one does not wait, nor do several processes."""
+
+    def __init__(self, processes: int) -> None:
+        self.waits = processes == 1 and threading.current_thread() is threading.main_thread()
+        self.came = False
+
+    def __bool__(self) -> bool:
+        return self.came
+
+    def __enter__(self) -> None:
+        if self.waits:
+            self.before = signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        if self.waits:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, *_: object) -> None:
+        self.came = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def tell(self, where: str) -> None:
+        """End the run here if it was interrupted."""
+        if self.came:
+            raise TrainingError(f"interrupted after {where}, which is saved; the same command with --resume goes on")
 
 
 def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
