@@ -44,7 +44,7 @@ for name, source in {!r}.items():
 
 
 def test_a_device_that_is_none_is_told() -> None:
-    with pytest.raises(AttachError, match="^device 'gpu': Expected one of cpu"):
+    with pytest.raises(AttachError, match=r"^device 'gpu': Expected one of cpu"):
         load_base("llava", device="gpu")
 
 
