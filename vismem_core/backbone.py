@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, DynamicCache
 
 from . import cache as kv
+from .data import PLACEHOLDER
 from .errors import AttachError
+from .images import Picture, decode
 from .plugins import reason
 from .vision import VisionStates
 
@@ -117,28 +119,95 @@ class Backbone(ABC):
     # Inputs
 
     def prompt(self, text: str, images: int) -> str:
-        """The chat-formatted prompt for ``text`` after ``images`` images, ready for the answer to follow."""
-        content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
-        messages = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True)  # type: ignore[no-any-return]
+        """The chat-formatted prompt for ``text`` over ``images`` images, ready for the answer to follow.
 
-    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> BatchFeature:
+        Each image stands where the text has its ``<image>``, as published data has it; without any, and where they
+        lead, the images are in front as the chat template puts them.
+
+        Raises:
+            AttachError: the marks are not as many as the images, or the template has no place for images.
+        """
+        pieces = text.split(PLACEHOLDER)
+        if len(pieces) == 1:
+            return self._chat(images, text)
+        if len(pieces) != images + 1:
+            raise AttachError(f"the prompt has {len(pieces) - 1} {PLACEHOLDER}, but there are {images} images")
+        leading = next((at for at, piece in enumerate(pieces) if piece.strip()), images)
+        if leading == images:
+            return self._chat(images, pieces[-1].strip())
+        pieces[leading] = pieces[leading].lstrip() if leading else pieces[leading]
+        # Templates differ in whether they keep the order of parts. So text that no template knows holds the places.
+        mark = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in text)
+        chat = self._chat(leading, mark.join(pieces[leading:]))
+        for image in range(leading, images):
+            chat = chat.replace(mark, self._markup(image).strip(), 1)
+        return chat
+
+    def _markup(self, number: int) -> str:
+        """What the chat template writes for the image that follows ``number`` others."""
+        mark = "\ue000"
+        before, after = (self._chat(images, mark).partition(mark)[0] for images in (number, number + 1))
+        if not after.startswith(before) or before == after:
+            raise AttachError("the chat template has no place for an image that stands within the text")
+        return after.removeprefix(before)
+
+    def _chat(self, images: int, text: str, answer: str | None = None) -> str:
+        content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        told: str = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None)
+        return told
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The id that ends an answer: the first of those that end ``generate`` in what the chat template writes after
+        an assistant's turn.
+
+        Where it writes none of them, the tokenizer's own end counts if it ends ``generate``, or else the first that
+        does.
+
+        Raises:
+            AttachError: the model names no token that ends an answer.
+        """
+        tokenizer, told = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        ends = [told] if isinstance(told, int) else list(told or ())
+        own = tokenizer.eos_token_id
+        if not ends and own is None:
+            raise AttachError(
+                "this model names no token that ends an answer: set eos_token_id in its generation_config.json"
+            )
+        ends = ends or [int(own)]
+        mark = "\ue000"
+        try:
+            closing = self._chat(0, "?", mark).partition(mark)[2]
+        except Exception:  # a template that takes no turns of an assistant says nothing of their end
+            closing = ""
+        written = tokenizer(closing, add_special_tokens=False)["input_ids"]
+        found = next((token for token in written if token in ends), None)
+        if found is not None:
+            return int(found)
+        return int(own if own in ends else ends[0])
+
+    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]]) -> BatchFeature:
         """Left-padded model inputs for ``generate``, on the model's device.
 
         Args:
             prompts: the questions of the rows.
-            images: each row's images.
+            images: each row's images; the model sees them as a person does (:mod:`vismem_core.images`).
 
         Raises:
             AttachError: the processor or its chat template does not take them.
+            DataError: an image that does not decode.
         """
-        if isinstance(prompts, str) or any(isinstance(own, Image.Image) for own in images):
+        if isinstance(prompts, str) or any(isinstance(own, Picture) for own in images):
             raise AttachError("prompts are a list of texts, and images a list for each: inputs([text], [[image]])")
         if len(prompts) != len(images):
             raise AttachError(f"{len(prompts)} prompts, and lists of images for {len(images)}")
-        arguments: dict[str, Any] = {"images": [list(own) for own in images if own]} if any(images) else {}
+        decoded = [[decode(image) for image in own] for own in images]
+        arguments: dict[str, Any] = {"images": decoded} if any(decoded) else {}
         try:
-            texts = [self.prompt(text, len(own)) for text, own in zip(prompts, images, strict=True)]
+            texts = [self.prompt(text, len(own)) for text, own in zip(prompts, decoded, strict=True)]
             self.processor.tokenizer.padding_side = "left"
             batch = self.processor(text=texts, padding=True, return_tensors="pt", **arguments)
         except Exception as error:  # the model's own code; often a chat template without a place for images

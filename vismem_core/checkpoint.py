@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 WEIGHTS, ABOUT = "memory.safetensors", "vismem.json"
 FORMAT = 1
+STAGED = re.compile(r"\..+\.\d+")
+"""Names of files that are not in their place yet."""
 
 
 def save(memory: Memory, folder: Path, about: Mapping[str, Any]) -> None:
@@ -59,6 +62,13 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """
     with _staged(path) as place:
         write(place)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed program had begun to write there; nobody else may be writing."""
+    for path in folder.glob(".*.*"):
+        if STAGED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

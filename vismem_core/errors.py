@@ -38,6 +38,12 @@ class RewardError(VismemError):
     """A reward that failed or gave no number from 0 to 1; the message names the reward and the sample."""
 
 
+def cut(value: object, length: int = 80) -> str:
+    """A value's text for a message: shortened in its middle if it is long, and fit to be printed and encoded."""
+    text = str(value).encode(errors="backslashreplace").decode()
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2 - 1) :]}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint naming the nearest known word, or all of them: ``"did you mean 'lora'?"``."""
     words = sorted(known)

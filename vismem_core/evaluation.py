@@ -1,17 +1,22 @@
 """Accuracy on held-out samples: the base, memory, memory of one kind only, and the controls.
 
-The blind control asks the same questions over other samples' images: what it gets right was not seen. The noise control
-puts noise in the latents' places: what it gets right the latents did not tell.
+The blind control asks the same questions over other samples' images, which show something else: what it gets right was
+not seen. A question for which there is no other image is left out of it, and counted. The noise control puts noise in
+the latents' places: what it gets right the latents did not tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
-from .data import Sample
+from .checking import prepare
+from .data import Sample, Skipped
+from .errors import DataError
+from .images import content
 from .inference import Answer, answers
 from .memory import Memory
 from .plugins import registry
@@ -45,6 +50,7 @@ def evaluate(
     batch: int = 50,
     max_new_tokens: int = 64,
     metric: str = "exact",
+    left_out: list[Skipped] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure every question type under every condition.
@@ -52,20 +58,31 @@ def evaluate(
     Args:
         groups: question types the base was trained on (``seen``) and was not (``new``); without it all are new.
         per_type: samples of each type, the first ones.
+        left_out: gets the samples that cannot be used; without it the first one raises.
         progress: called with the condition, the samples done and their number.
 
     Returns:
         ``{"heldout": {condition: {type: accuracy}}, "seen": {...}, "invocations_per_answer": x, "invocations":
-        {type: {kind: per answer}}, "samples": n}``; conditions are ``base``, ``blind_base``, ``memory``, ``blind``,
-        ``noise``, and ``short`` and ``long``, one memory of that kind forced at the start of each answer.
+        {type: {kind: per answer}}, "samples": n, "not_blind": {type: n}}``; conditions are ``base``, ``blind_base``,
+        ``memory``, ``blind``, ``noise``, and ``short`` and ``long``, one memory of that kind forced at the start of
+        each answer. ``not_blind`` counts the questions that the blind conditions leave out.
+
+    Raises:
+        DataError: there is nothing to measure, or a bad sample.
     """
     chosen = pick(samples, per_type)
+    if left_out is not None:
+        chosen = {kind: list(_usable(memory, own, batch, left_out)) for kind, own in chosen.items()}
+        chosen = {kind: own for kind, own in chosen.items() if own}
+    if not chosen:
+        raise DataError("there is no sample to measure")
+    other = swapped(chosen)
     names = {"seen": [kind for kind in (groups or {}).get("seen", ()) if kind in chosen]}
     names["heldout"] = [kind for kind in chosen if kind not in names["seen"]]
     tables: dict[str, dict[str, dict[str, float]]] = {"heldout": {}, "seen": {}}
     used: dict[str, dict[str, float]] = {}
     for condition, (trigger, blind, replaced) in CONDITIONS.items():
-        asked = {kind: _swapped(own) if blind else own for kind, own in chosen.items()}
+        asked = other if blind else chosen
         flat = [sample for own in asked.values() for sample in own]
         told: list[Answer] = []
         with memory.off() if trigger is None else memory.replaced(replaced) if replaced else nullcontext():
@@ -76,42 +93,67 @@ def evaluate(
                     progress(condition, len(told), len(flat))
         by_type = dict(zip(asked, _split(told, [len(own) for own in asked.values()]), strict=True))
         for group, kinds in names.items():
-            scores = {kind: _accuracy(metric, by_type[kind], chosen[kind]) for kind in kinds}
-            tables[group][condition] = scores
+            tables[group][condition] = {
+                kind: _accuracy(metric, by_type[kind], asked[kind]) for kind in kinds if asked[kind]
+            }
         if condition == "memory":
             used = {kind: _invocations(own) for kind, own in by_type.items()}
     count = sum(len(own) for own in chosen.values())
     total = sum(len(chosen[kind]) * sum(own.values()) for kind, own in used.items())
-    return {**tables, "invocations_per_answer": total / count, "invocations": used, "samples": count}
+    return {
+        **tables,
+        "invocations_per_answer": total / count,
+        "invocations": used,
+        "samples": count,
+        "not_blind": {kind: lost for kind, own in chosen.items() if (lost := len(own) - len(other[kind]))},
+    }
 
 
 def pick(samples: Sequence[Sample], per_type: int) -> dict[str, list[Sample]]:
-    """The first ``per_type`` samples of each type, types in order of appearance."""
-    chosen: dict[str, list[Sample]] = {}
-    misses = 0
+    """The first ``per_type`` samples of each type, types in order of appearance.
+
+    A sequence that makes its samples when they are asked for may have a method ``type_of(index)``, so that only those
+    are made that are picked.
+    """
+    type_of = getattr(samples, "type_of", lambda at: samples[at].type)
+    chosen: dict[str, list[int]] = {}
     for at in range(len(samples)):
-        sample = samples[at]
-        own = chosen.setdefault(sample.type or "all", [])
+        own = chosen.setdefault(type_of(at) or "all", [])
         if len(own) < per_type:
-            own.append(sample)
-            misses = 0
-        else:
-            misses += 1
-            if misses > 100 * len(chosen) and all(len(have) == per_type for have in chosen.values()):
-                break
-    return chosen
+            own.append(at)
+    return {kind: [samples[at] for at in own] for kind, own in chosen.items()}
+
+
+def swapped(chosen: Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
+    """The same questions, each over the images of the next sample that has as many, and none of the same content.
+
+    The next of its type, or else of any; a sample for which there is none is left out.
+    """
+    everyone = [sample for own in chosen.values() for sample in own]
+    shown = {id(sample): [content(image) for image in sample.load_images()] for sample in everyone}
+
+    def differs(sample: Sample, other: Sample) -> bool:
+        ours, theirs = shown[id(sample)], shown[id(other)]
+        return len(ours) == len(theirs) > 0 and set(ours).isdisjoint(theirs)
+
+    found: dict[str, list[Sample]] = {}
+    for kind, own in chosen.items():
+        found[kind] = []
+        for at, sample in enumerate(own):
+            following = (own[(at + step) % len(own)] for step in range(1, len(own)))
+            donor = next((other for other in chain(following, everyone) if differs(sample, other)), None)
+            if donor is not None:
+                found[kind].append(replace(sample, images=donor.images))
+    return found
+
+
+def _usable(memory: Memory, samples: Sequence[Sample], batch: int, out: list[Skipped]) -> Iterator[Sample]:
+    for first in range(0, len(samples), batch):
+        yield from prepare(memory.backbone, samples[first : first + batch], out)[0]
 
 
 def _restricted(trigger: str, memory: Memory) -> str:
     return memory.config.trigger if trigger == "policy" else trigger
-
-
-def _swapped(samples: Sequence[Sample]) -> list[Sample]:
-    """The same questions, each over the next sample's images."""
-    return [
-        replace(sample, images=other.images if len(other.images) == len(sample.images) else sample.images)
-        for sample, other in zip(samples, [*samples[1:], *samples[:1]], strict=True)
-    ]
 
 
 def _split(told: Sequence[Answer], sizes: Sequence[int]) -> list[list[Answer]]:

@@ -9,9 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from transformers import BatchFeature
 
+from .checking import prepare
 from .config import Kind
-from .data import Sample
+from .data import Sample, Skipped
 from .memory import Memory
 
 
@@ -51,21 +53,26 @@ def answers(
     max_new_tokens: int = 256,
     batch: int = 8,
     trigger: str | None = None,
+    left_out: list[Skipped] | None = None,
 ) -> Iterator[Answer]:
     """Greedy answers, in order, batch by batch.
 
     Args:
         trigger: another trigger than the memory's own, as a spec.
+        left_out: samples that cannot be used get no answer and are added here; without it the first one raises.
+
+    Raises:
+        DataError: a bad sample, by its name.
     """
     for first in range(0, len(samples), batch):
         chosen = [samples[at] for at in range(first, min(first + batch, len(samples)))]
-        with memory.triggered(trigger) if trigger else nullcontext():
-            yield from _answer(memory, chosen, max_new_tokens)
+        usable, inputs = prepare(memory.backbone, chosen, left_out)
+        if inputs is not None:
+            with memory.triggered(trigger) if trigger else nullcontext():
+                yield from _answer(memory, usable, inputs, max_new_tokens)
 
 
-def _answer(memory: Memory, samples: Sequence[Sample], max_new_tokens: int) -> Iterator[Answer]:
-    backbone = memory.backbone
-    inputs = backbone.inputs([sample.prompt for sample in samples], [sample.load_images() for sample in samples])
+def _answer(memory: Memory, samples: Sequence[Sample], inputs: BatchFeature, max_new_tokens: int) -> Iterator[Answer]:
     with torch.no_grad():
         ids = memory.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     for row, sample in enumerate(samples):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from vismem_core.data import Sample
 from vismem_core.errors import DataError
+from vismem_core.lock import alone
 
 
 class Results:
@@ -22,6 +24,7 @@ class Results:
         made: how answers are made (memory, trigger, ...); it is written into every row as ``made``.
 
     Raises:
+        VismemError: another program writes to the file.
         DataError: the file holds something else than answers with their ``question``, or answers made otherwise.
         OSError: it cannot be written; ``filename`` says which file.
     """
@@ -30,6 +33,13 @@ class Results:
         self.path, self.made = path, dict(made)
         self.kept: dict[str, str] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(alone(path))
+            self._enter()
+            self._alone = stack.pop_all()
+
+    def _enter(self) -> None:
+        path = self.path
         with path.open("ab+") as file:
             file.seek(0)
             complete = 0
@@ -93,7 +103,8 @@ class Results:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._file.close()
+            with self._alone:
+                self._file.close()
         except OSError:
             if kind is None:
                 raise

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoProcessor, BatchFeature
 
+from vismem_core.images import Picture
 from vismem_core.vision import VisionStates
 
 from .qwen2_5_vl import Qwen2_5_VL
@@ -100,7 +100,7 @@ class LlavaOneVision15(Qwen2_5_VL):
     def merge(self) -> int:
         return int(self.visual.spatial_merge_size) ** 2
 
-    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> BatchFeature:
+    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]]) -> BatchFeature:
         batch = super().inputs(prompts, images)
         batch.pop("mm_token_type_ids", None)  # its processor is Qwen's, whose later versions say more than it takes
         return batch

@@ -33,10 +33,16 @@ def warn(message: str) -> None:
 def print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], numbers: bool = False
 ) -> None:
-    """A table on stdout, the first column's names in one piece; with ``numbers``, the other columns flush right."""
+    """A table on stdout, the first column's names in one piece.
+
+    Args:
+        numbers: the other columns are figures: flush right, in one piece, and names wrap instead.
+    """
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if numbers and index else "left", overflow="fold", no_wrap=not index)
+        figures = numbers and index > 0
+        whole = figures if numbers else not index
+        table.add_column(column, justify="right" if figures else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     out.print(table)

@@ -11,7 +11,7 @@ from vismem_core.data import open_dataset
 from . import options
 from .console import print_json
 from .report import list_skipped, print_report, tell_skipped
-from .sources import LoadOptions, check_names, default_data, open_memory
+from .sources import LoadOptions, check_names, check_rows, default_data, open_memory
 
 EXAMPLE = "Example: vismem eval --memory runs/first --data mosaic --per-type 50"
 
@@ -26,6 +26,7 @@ def eval_(
     model: options.Model = None,
     any_base: options.AnyBase = False,
     on_bad_sample: options.OnBad = options.OnBadSample.fail,
+    check: options.Check = options.CheckRows.all,
     allow_outside: options.AllowOutside = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
@@ -42,11 +43,19 @@ def eval_(
 
     from vismem_core.evaluation import evaluate
 
+    samples = check_rows(opened, samples, on_bad_sample.value, check.value)
+    left_out = list(samples.skipped)
     report = evaluate(
-        opened, samples, groups=samples.groups, per_type=per_type, batch=batch, max_new_tokens=max_new_tokens
+        opened,
+        samples,
+        groups=samples.groups,
+        per_type=per_type,
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        left_out=left_out if on_bad_sample.value == "skip" else None,
     )
     if as_json:
-        print_json(report | {"skipped": list_skipped(samples)})
+        print_json(report | {"skipped": list_skipped(left_out)})
     else:
         print_report(report)
-        tell_skipped(samples)
+        tell_skipped(left_out)

@@ -10,14 +10,14 @@ from rich.progress import track
 from rich.text import Text
 
 from vismem_core.bases import embedded
-from vismem_core.data import Dataset, Sample, open_dataset, question
+from vismem_core.data import Dataset, OnBad, Sample, Skipped, open_dataset, question
 from vismem_core.errors import CheckpointError
 from vismem_core.results import Results
 
 from . import options
 from .console import err, out, print_json, say
 from .report import list_skipped, tell_skipped
-from .sources import LoadOptions, check_names, memory_source, open_memory, tell_unknown
+from .sources import LoadOptions, check_names, check_rows, memory_source, open_memory, tell_unknown
 
 if TYPE_CHECKING:
     from vismem_core.inference import Answer
@@ -49,6 +49,7 @@ def infer(
     model: options.Model = None,
     any_base: options.AnyBase = False,
     on_bad_sample: options.OnBad = options.OnBadSample.fail,
+    check: options.Check = options.CheckRows.all,
     allow_outside: options.AllowOutside = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
@@ -71,15 +72,16 @@ def infer(
         samples = open_dataset(
             data, "heldout", need_answer=False, on_bad=on_bad_sample.value, allow_outside=allow_outside
         )
-        report = _answer_all(load, samples, output, ask)
-        tell_skipped(samples)
+        left_out = list(samples.skipped)
+        report = _answer_all(load, samples, output, ask, on_bad_sample.value, check.value, left_out)
+        tell_skipped(left_out)
         if as_json:
-            print_json(report)
+            print_json(report | {"skipped": list_skipped(left_out)})
         return
     if picture is not None:
-        from vismem_core.picture import check
+        from vismem_core import picture as drawing
 
-        check(picture)
+        drawing.check(picture)
     sample = _sample(load, image or [], prompt)
     answer = _answer(load, sample, ask)
     if as_json:
@@ -87,9 +89,7 @@ def infer(
     else:
         _show(sample, answer)
     if picture is not None:
-        from vismem_core.picture import draw
-
-        draw(answer, sample, picture)
+        drawing.draw(answer, sample, picture)
 
 
 def _sample(load: LoadOptions, images: list[Path], prompt: str | None) -> Sample:
@@ -114,8 +114,21 @@ def _answer(load: LoadOptions, sample: Sample, ask: dict[str, Any]) -> Answer:
     return answer
 
 
-def _answer_all(load: LoadOptions, samples: Dataset, output: Path, ask: dict[str, Any]) -> dict[str, Any]:
-    """Answers what the output file does not hold yet; returns the summary."""
+def _answer_all(
+    load: LoadOptions,
+    samples: Dataset,
+    output: Path,
+    ask: dict[str, Any],
+    on_bad: OnBad,
+    check: str,
+    left_out: list[Skipped],
+) -> dict[str, Any]:
+    """Answers what the output file does not hold yet; returns the summary.
+
+    Args:
+        left_out: gets the rows that cannot be used, if ``on_bad`` is ``skip``.
+    """
+    answered = 0
     with Results(output, _made(load, ask)) as results:
         left = results.left(samples)
         if left:
@@ -123,12 +136,17 @@ def _answer_all(load: LoadOptions, samples: Dataset, output: Path, ask: dict[str
 
             from vismem_core.inference import answers
 
-            told = track(answers(memory, left, **ask), "answering", total=len(left), console=err)
-            for sample, answer in zip(left, told, strict=True):
-                results.add({"id": sample.id, "question": sample.digest()} | answer.to_dict())
+            usable = check_rows(memory, samples.only(left), on_bad, check)
+            left_out += usable.skipped
+            questions = {sample.id: sample for sample in usable}
+            told = answers(memory, usable, left_out=left_out if on_bad == "skip" else None, **ask)
+            for answer in track(told, "answering", total=len(usable), console=err):
+                asked = questions[answer.sample_id]
+                results.add({"id": asked.id, "question": asked.digest()} | answer.to_dict())
+                answered += 1
     kept = len(samples) - len(left)
-    say(f"written to {output}: {len(left)} of {len(samples)} answers, {kept} were there already")
-    return {"output": str(output), "answered": len(left), "kept": kept, "skipped": list_skipped(samples)}
+    say(f"written to {output}: {answered} of {len(samples)} answers, {kept} were there already")
+    return {"output": str(output), "answered": answered, "kept": kept}
 
 
 def _made(load: LoadOptions, ask: dict[str, Any]) -> dict[str, Any]:
@@ -146,8 +164,8 @@ def _made(load: LoadOptions, ask: dict[str, Any]) -> dict[str, Any]:
 
 def _show(sample: Sample, answer: Answer) -> None:
     """The answer on stdout with its invocations as marks; the question on stderr."""
-    for name in sample.images:
-        say(f"image   {name}")
+    for image in sample.images:
+        say(f"image   {image if isinstance(image, Path) else 'embedded'}")
     say(f"prompt  {sample.prompt}")
     out.print(marked(answer.marked), soft_wrap=True)
     kinds = [invocation.kind for invocation in answer.invocations]

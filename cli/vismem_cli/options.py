@@ -14,6 +14,11 @@ class OnBadSample(str, Enum):
     skip = "skip"
 
 
+class CheckRows(str, Enum):
+    all = "all"
+    lazy = "lazy"
+
+
 class DType(str, Enum):
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -50,6 +55,12 @@ TrustRemoteCode = Annotated[
 ]
 OnBad = Annotated[
     OnBadSample, typer.Option("--on-bad-sample", help="Stop at a bad row of the data, or leave it out and list it.")
+]
+Check = Annotated[
+    CheckRows,
+    typer.Option(
+        "--check", help="Look for rows that this model cannot use in all of a file first, or when they are met."
+    ),
 ]
 AllowOutside = Annotated[
     bool, typer.Option("--allow-outside", help="Let a data file name images outside its own directory.")

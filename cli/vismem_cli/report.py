@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
-from vismem_core.data import Dataset
+from vismem_core.data import Skipped
 
 from .console import print_table, say, warn
 
@@ -22,6 +23,11 @@ def print_report(report: Mapping[str, Any], title: str = "Held-out questions") -
             means = (sum(scores.values()) / len(scores) if scores else None for scores in ways.values())
             rows.append(("mean", *map(_share, means)))
         print_table(heading, ("accuracy", *ways), rows, numbers=True)
+    if lost := report.get("not_blind"):
+        told = ", ".join(f"{count} of {name!r}" for name, count in lost.items())
+        warn(f"questions for which there is no other image are left out of the blind columns: {told}")
+    if steps := report.get("skipped_steps"):
+        warn(f"{steps} steps of training were skipped, since their gradient was not finite")
     if (count := report.get("invocations_per_answer")) is not None:
         say(f"\n{count:.2f} invocations per answer, {report.get('seconds', 0):.0f} seconds")
 
@@ -30,14 +36,14 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def list_skipped(data: Dataset) -> list[dict[str, Any]]:
+def list_skipped(skipped: Iterable[Skipped]) -> list[dict[str, Any]]:
     """The bad rows that were left out, for JSON."""
-    return [{"line": skipped.line, "reason": skipped.reason} for skipped in data.skipped]
+    return [asdict(own) for own in dict.fromkeys(skipped)]
 
 
-def tell_skipped(data: Dataset) -> None:
+def tell_skipped(skipped: Iterable[Skipped]) -> None:
     """The bad rows that were left out, on stderr."""
-    if data.skipped:
-        warn(f"bad rows were left out: {len(data.skipped)}")
-        for skipped in data.skipped:
-            say(f"  line {skipped.line}: {skipped.reason}")
+    if listed := list(dict.fromkeys(skipped)):
+        warn(f"bad rows were left out: {len(listed)}")
+        for own in listed:
+            say(f"  {own}")

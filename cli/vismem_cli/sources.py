@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.progress import Progress
 
 from vismem_core.bases import base_of, embedded
 from vismem_core.config import MemoryConfig
+from vismem_core.data import Dataset, OnBad
 from vismem_core.errors import CheckpointError
 from vismem_core.plugins import registry
 
@@ -88,6 +90,24 @@ def open_base(options: LoadOptions) -> tuple[Any, Any, str]:
         trust_remote_code=options.trust_remote_code,
         revision=options.revision,
     )
+
+
+def check_rows(memory: Memory, data: Dataset, on_bad: OnBad, check: str, *, answers: bool = False) -> Dataset:
+    """The rows of a file that the model can use, all of them looked at now, unless ``check`` is lazy."""
+    from vismem_core.checking import checked
+
+    if check == "lazy" or not data.told:
+        return data
+    with Progress(console=err, transient=True) as progress:
+        task = progress.add_task("checking the data", total=len(data))
+        return checked(
+            memory.backbone,
+            data,
+            on_bad,
+            answers=answers,
+            progress=lambda done, _: progress.update(task, completed=done),
+            warn=warn,
+        )
 
 
 def tell_unknown(processor: Any, texts: Sequence[str]) -> None:

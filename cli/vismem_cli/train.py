@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -11,13 +12,13 @@ import typer
 
 from vismem_core.bases import embedded
 from vismem_core.config import Config, load
-from vismem_core.data import open_dataset
-from vismem_core.training.folder import refuse
+from vismem_core.data import Skipped, open_dataset
+from vismem_core.training.folder import Basis, basis, refuse
 from vismem_core.training.folder import settings as run_settings
 
 from . import options
 from .console import print_json, say, warn
-from .report import list_skipped, print_report, tell_skipped
+from .report import print_report, tell_skipped
 from .sources import LoadOptions, check_names, default_data, open_base, tell_unknown, with_base
 
 EXAMPLE = "Example: vismem train --backbone qwen2_5_vl --set train.formation.steps=200 --output runs/first"
@@ -75,7 +76,14 @@ def train(
         int | None, typer.Option(metavar="N", min=0, help="Of the initial values, the data and the sampling.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output, by its settings.")] = False,
-    on_bad_sample: options.OnBad = options.OnBadSample.fail,
+    on_bad_sample: Annotated[
+        options.OnBadSample | None,
+        typer.Option(help="Stop at a bad row of the data, or leave it out and list it; by default fail."),
+    ] = None,
+    check: Annotated[
+        options.CheckRows | None,
+        typer.Option(help="Look for bad rows in all of a file first, or when they are met; by default all."),
+    ] = None,
     allow_outside: options.AllowOutside = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
@@ -86,7 +94,7 @@ def train(
 ) -> None:
     """Train latent vision memory on a frozen model, and report what it changed.
 
-    Writes memory.safetensors, vismem.json, metrics.jsonl and report.json.
+    Writes memory.safetensors, vismem.json, metrics.jsonl and report.json. Whatever ends it, the last step is saved.
 
     Settings come from --config, then --set, then --stage and other flags, each over the ones before.
     """
@@ -96,16 +104,23 @@ def train(
     overrides += [f"memory.policy.trains={policy.value}"] if policy else []
     place = output or (Path("runs") / backbone if backbone else None)
     before = run_settings(place) if resume and place else None
+    stood = basis(place) if resume and place else None
     began = load(config, overrides, before).train.memory or None
-    base = with_base(LoadOptions(began, backbone, model, any_base, dtype.value, device, trust_remote_code, revision))
+    base = LoadOptions(began, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
+    base = with_base(_of_run(base, stood) if stood else base)
     run = load(config, overrides, before or _suited(base))
     check_names(base.backbone, run.memory, rewards=run.train.grpo.rewards)
-    source = data or default_data(base.backbone, base.model)
-    rows: dict[str, Any] = {"on_bad": on_bad_sample.value, "allow_outside": allow_outside}
+    told: dict[str, Any] = {"on_bad": "fail", "check": "all"} | (dict(stood.rows) if stood else {})
+    told |= {"on_bad": on_bad_sample.value} if on_bad_sample else {}
+    told |= {"check": check.value} if check else {}
+    source = data or (stood and stood.data["source"]) or default_data(base.backbone, base.model)
+    heldout = heldout or (stood and stood.heldout["source"]) or None
+    rows: dict[str, Any] = {"on_bad": told["on_bad"], "allow_outside": allow_outside}
     samples = open_dataset(source, "train", **rows)
     asked = open_dataset(heldout or source, "heldout", **rows)
+    tell_skipped([*samples.skipped, *asked.skipped])
     title = "Held-out questions"
-    if heldout is None and Path(source).is_file():
+    if Path(source).is_file() and os.path.abspath(heldout or source) == os.path.abspath(source):
         warn(f"the report will be on the training data, {source}; name other data with --heldout")
         title = "Training questions"
     if stage is Stage.invocation and not began:
@@ -124,13 +139,27 @@ def train(
     first = [samples[at] for at in range(min(len(samples), 50))]
     tell_unknown(processor, [text for own in first for text in (own.prompt, own.answer or "")])
     place = output or Path("runs") / name
-    report = run_training(attached, samples, asked, run, place, resume=resume, groups=asked.groups)
+    report = run_training(attached, samples, asked, run, place, resume=resume, groups=asked.groups, **told)
+    if not report:
+        return  # another process has it
     if as_json:
-        print_json(report | {"output": str(place), "skipped": list_skipped(samples)})
+        print_json(report | {"output": str(place)})
         return
     print_report(report, title)
-    tell_skipped(samples)
+    tell_skipped(Skipped(**own) for own in report["skipped"])
     say(f"\nwritten to {place}; ask it: vismem infer --memory {place} --image FILE --prompt TEXT")
+
+
+def _of_run(options: LoadOptions, stood: Basis) -> LoadOptions:
+    """The base that a run stands on, where none is named; the run refuses another."""
+    base = stood.base
+    return replace(
+        options,
+        backbone=options.backbone or base["backbone"],
+        model=options.model or base["name"],
+        revision=options.revision or (None if options.model else base["revision"]),
+        dtype=base["dtype"] if options.dtype == "auto" else options.dtype,
+    )
 
 
 def _suited(base: LoadOptions) -> Config:

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from typer.testing import CliRunner
@@ -189,7 +190,9 @@ class Core:
         if self.error:
             raise self.error
         scores = {"right": 0.5, "below": 0.25}
-        return {"heldout": {"base": {"right": 0.0}, "memory": scores}, "invocations_per_answer": 1.0, "seconds": 2.0}
+        skipped = [asdict(own) for own in samples.skipped]
+        tables = {"heldout": {"base": {"right": 0.0}, "memory": scores}}
+        return {**tables, "invocations_per_answer": 1.0, "seconds": 2.0, "skipped": skipped}
 
     def answers(self, memory: Any, samples: Any, **how: Any) -> Iterator[Any]:
         self.calls["answers"] = how
@@ -214,6 +217,7 @@ def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
     (tmp_path / "vismem.json").write_text(json.dumps(about))
     fakes = {
         "loading": {"load_base": core.load_base},
+        "checking": {"checked": lambda backbone, data, on_bad, **how: data},
         "inference": {"answers": core.answers, "Answer": SimpleNamespace},
         "training.run": {"train": core.train},
         "evaluation": {"evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path)},
@@ -245,7 +249,11 @@ def test_train_passes_everything_on(vismem: Callable[..., Run], core: Core, ques
     done = vismem("train", "--data", questions, "--on-bad-sample", "skip", "--json", "--dtype", "float32", *args)
     assert done.code == 0, done.err
     count, run, output, how = core.calls["train"]
-    assert (count, output, how) == (3, Path("runs/qwen2_5_vl"), {"resume": True, "groups": None})
+    assert (count, output, how) == (
+        3,
+        Path("runs/qwen2_5_vl"),
+        {"resume": True, "groups": None} | {"on_bad": "skip", "check": "all"},
+    )
     assert (run.train.seed, run.train.save_every, run.train.stage, run.memory.budget) == (3, 7, "formation", 3)
     assert (run.train.image_dropout, run.memory.policy.trains) == (0.5, "lora")
     how = {"config": run.memory, "backbone": "qwen2_5_vl", "seed": 3, "any_base": False}
@@ -253,7 +261,8 @@ def test_train_passes_everything_on(vismem: Callable[..., Run], core: Core, ques
     assert core.calls["load_base"][2]["dtype"] == "float32"
     assert core.calls["load_base"][2]["trust_remote_code"] is False
     assert done.json["heldout"]["memory"] == {"right": 0.5, "below": 0.25}
-    assert [row["line"] for row in done.json["skipped"]] == [4]
+    assert [(row["file"], row["line"]) for row in done.json["skipped"]] == [(str(questions), 4)]
+    assert f"  {questions}:4: not JSON" in done.err
     assert "the report will be on the training data" in done.err
 
 
@@ -401,7 +410,7 @@ def test_infer_goes_on_with_a_file(vismem: Callable[..., Run], core: Core, quest
     done = vismem(*args, "--batch", 2, "--json")
     assert done.code == 0, done.err
     assert core.answered == ["a", "c"]
-    assert core.calls["answers"] == {"trigger": "random:0.5", "max_new_tokens": 256, "batch": 2}
+    assert core.calls["answers"] == {"trigger": "random:0.5", "max_new_tokens": 256, "batch": 2, "left_out": ANY}
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["b", "a", "c"]
     assert (done.json["answered"], done.json["kept"], len(done.json["skipped"])) == (2, 1, 1)
     core.calls.clear()

@@ -82,7 +82,7 @@ def test_bad_rows_are_skipped_and_listed(folder: Path) -> None:
     data = read_jsonl(path, need_answer=True, on_bad="skip")
     assert [sample.id for sample in data] == ["a"]
     assert [skipped.line for skipped in data.skipped] == list(range(1, len(BAD)))
-    assert data.skipped[2] == Skipped(3, "expected a JSON object, got '[1]'")
+    assert data.skipped[2] == Skipped(3, "expected a JSON object, got '[1]'", str(path))
 
 
 @pytest.mark.parametrize("text", ["", "{", "\n\n"])
@@ -108,7 +108,7 @@ def test_links_inside_the_folder_may_lead_out(folder: Path) -> None:
 def test_images_that_do_not_decode_name_sample_and_file(folder: Path) -> None:
     data = read_jsonl(write(folder, ROW), need_answer=True)
     (folder / "red.png").write_text("replaced")
-    with pytest.raises(DataError, match=r"red\.png: the image of sample 'a' does not decode"):
+    with pytest.raises(DataError, match=r"data\.jsonl:1: the image .*red\.png does not decode"):
         data[0].load_images()
 
 

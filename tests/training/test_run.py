@@ -80,7 +80,7 @@ def finished_resampling(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_writes_memory_metrics_and_report(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names == {"memory.safetensors", "vismem.json", "metrics.jsonl", "config.json", "report.json"}
+    assert names == {"memory.safetensors", "vismem.json", "metrics.jsonl", "config.json", "run.json", "report.json"}
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [
         *(("formation", step) for step in range(1, 5)),
@@ -148,7 +148,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import vismem_core.training.run as runs
 from test_run import run
-update, count = runs.Run._update, 0
+update, count = runs.Run._gradients, 0
 def slow(*args):
     global count
     count += 1
@@ -156,7 +156,7 @@ def slow(*args):
         print("now", flush=True)
         __import__("time").sleep(60)
     return update(*args)
-runs.Run._update = slow
+runs.Run._gradients = slow
 run(Path(sys.argv[2]), sys.argv[4:])
 """
 
@@ -192,18 +192,18 @@ def test_a_killed_run_resumes_to_the_same_numbers(
 def test_an_interrupted_run_keeps_its_step(
     calls: int, where: str, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update, before, left = runs.Run._update, signal.getsignal(signal.SIGINT), iter(range(calls - 1))
+    update, before, left = runs.Run._gradients, signal.getsignal(signal.SIGINT), iter(range(calls - 1))
 
     def interrupting(*args: Any) -> float:
         if next(left, None) is None:
             signal.raise_signal(signal.SIGINT)
         return update(*args)
 
-    monkeypatch.setattr(runs.Run, "_update", interrupting)
+    monkeypatch.setattr(runs.Run, "_gradients", interrupting)
     with pytest.raises(TrainingError, match=rf"interrupted after {where}.*--resume"):
         run(tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) is before
-    monkeypatch.setattr(runs.Run, "_update", update)
+    monkeypatch.setattr(runs.Run, "_gradients", update)
     drawn = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert drawn == calls
     run(tmp_path / "run", resume=True)
@@ -215,17 +215,17 @@ def test_an_interrupted_run_keeps_its_step(
 def test_a_full_disk_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vismem_core.training import state
 
-    written = state.save
+    written = state.Saver.write
     calls = []
 
-    def full(*args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 2:
+    def full(saver: state.Saver) -> str | None:
+        calls.append(saver)
+        if len(calls) >= 2:
             raise OSError(28, "No space left on device", str(tmp_path))
-        written(*args)
+        return written(saver)
 
-    monkeypatch.setattr(state, "save", full)
+    monkeypatch.setattr(state.Saver, "write", full)
     with pytest.raises(OSError, match="No space"):
         run(tmp_path / "run")
-    monkeypatch.setattr(state, "save", written)
+    monkeypatch.setattr(state.Saver, "write", written)
     assert run(tmp_path / "run", resume=True)["samples"] == 4

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from ..backbone import Backbone
-from ..data import Sample
+from ..checking import prepare
+from ..data import Sample, Skipped
 from ..errors import DataError
 
 
@@ -33,25 +34,32 @@ class Batch:
 
 
 def make_batch(backbone: Backbone, samples: Sequence[Sample]) -> Batch:
-    """Load the images and tokenize."""
-    images = [sample.load_images() for sample in samples]
-    inputs = backbone.inputs([sample.prompt for sample in samples], images)
-    return Batch(samples, inputs, [answer_ids(backbone, sample) for sample in samples])
+    """Load the images and tokenize.
+
+    Raises:
+        DataError: a bad sample, by its name.
+    """
+    batch = usable_batch(backbone, samples, None)
+    assert batch is not None, "no samples"
+    return batch
+
+
+def usable_batch(backbone: Backbone, samples: Sequence[Sample], left_out: list[Skipped] | None) -> Batch | None:
+    """As :func:`make_batch`, of the samples that can be used; None if none can.
+
+    Args:
+        left_out: gets the others; without it the first of them raises.
+    """
+    good, inputs = prepare(backbone, samples, left_out, answers=True)
+    return None if inputs is None else Batch(good, inputs, [answer_ids(backbone, sample) for sample in good])
 
 
 def answer_ids(backbone: Backbone, sample: Sample) -> list[int]:
     """The answer as the model would have to write it: its tokens and the end of the turn."""
     if sample.answer is None:
-        raise DataError(f"sample {sample.id}: has no answer to train on")
+        raise DataError(f"{sample.name}: has no answer to train on")
     ids: list[int] = backbone.processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
-    return [*ids, end_of_turn(backbone)]
-
-
-def end_of_turn(backbone: Backbone) -> int:
-    """The id that ends an answer (the first of the generation config's)."""
-    ends = backbone.model.generation_config.eos_token_id
-    end = ends[0] if isinstance(ends, list) else ends
-    return int(backbone.processor.tokenizer.eos_token_id if end is None else end)
+    return [*ids, backbone.end_of_turn]
 
 
 def extended(inputs: BatchFeature, suffixes: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group
@@ -66,6 +68,13 @@ class Display:
         table = Table(*figures, box=None, pad_edge=False)
         table.add_row(*(f"{value:.3g}" for value in figures.values()))
         self._figures = table
+
+    @contextmanager
+    def checking(self, count: int) -> Iterator[Callable[[int, int], None]]:
+        """A bar of its own while data is checked, gone afterwards; gives what is told how far it is."""
+        with Progress(console=self.progress.console, transient=True, disable=self._live is None) as progress:
+            task = progress.add_task("checking the data", total=count)
+            yield lambda done, _: progress.update(task, completed=done)
 
     def measuring(self, condition: str, done: int, count: int) -> None:
         """So many answers of the closing report are there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,7 +39,7 @@ class Metrics:
     def add(self, row: dict[str, Any]) -> None:
         """Write one row, numbers with six digits."""
         if self.writes:
-            self._file.write(json.dumps({key: _short(value) for key, value in row.items()}) + "\n")
+            self._file.write(finite_json({key: _short(value) for key, value in row.items()}) + "\n")
 
     def flush(self) -> None:
         """Before the state is saved: what it builds on is on disk."""
@@ -59,6 +60,19 @@ def _cut(path: Path, order: Sequence[str], stage: str, steps: int) -> None:
             break
         kept.append(line + "\n")
     checkpoint.atomically(path, lambda place: place.write_text("".join(kept), encoding="utf-8"))
+
+
+def finite_json(value: Any, indent: int | None = None) -> str:
+    """JSON, in which what is no finite number is null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(value: Any) -> Any:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import gather, reduce
+from accelerate.utils import gather, gather_object, reduce
 from torch import Tensor, nn
 
 from .. import shards
@@ -82,6 +82,13 @@ class Processes:
         everyone: Tensor = gather(value.to(self._state.device).contiguous())
         in_order: Tensor = everyone.unflatten(0, (self.count, -1)).transpose(0, 1).flatten(0, 1)
         return in_order.to(value.device)
+
+    def everyones(self, items: Sequence[Item]) -> list[Item]:
+        """The items of all processes, one process's after the other's."""
+        if self.count == 1:
+            return list(items)
+        self._meet()
+        return list(gather_object(list(items)))
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Each gradient becomes the sum of all processes'; what no process used gets zeros in all of them."""

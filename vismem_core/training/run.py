@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.text import Text
-from torch import Tensor, nn
+from torch import nn
 
 from .. import checkpoint
+from ..checking import checked
 from ..config import Config, StageConfig, TrainConfig, to_dict
-from ..data import Sample
-from ..errors import ConfigError, TrainingError
+from ..data import Dataset, OnBad, Sample, Skipped
+from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import evaluate
+from ..lock import alone
 from ..memory import Memory
 from ..reward import parse
 from . import state
-from .batches import Batch, Sampler, make_batch
+from .batches import Batch, Sampler, usable_batch
 from .display import Display
-from .folder import METRICS, REPORT, SETTINGS, refuse
+from .folder import BASIS, METRICS, REPORT, SETTINGS, Basis, basis, read_json, refuse
 from .formation import Formation
 from .formation_grpo import FormationGrpo
+from .interrupt import Interrupt
 from .invocation import InvocationStage
 from .invocation_grpo import InvocationGrpo
-from .metrics import Metrics
+from .metrics import Metrics, finite_json
 from .processes import Processes
 from .stage import Stage
 from .trackers import Trackers
 
 TRIES = 10
 """Steps in a row that may be skipped because their gradient is not finite."""
+REHEARSED = 2
+"""Held-out samples on which the closing report is tried before the first step, and tokens of their answers."""
+REHEARSED_TOKENS = 4
+
+Check = Literal["all", "lazy"]
 
 
 def train(
@@ -50,88 +58,162 @@ def train(
     *,
     resume: bool = False,
     groups: Mapping[str, Sequence[str]] | None = None,
+    on_bad: OnBad = "fail",
+    check: Check = "all",
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train, save, measure.
 
     Args:
         output: gets ``memory.safetensors`` and ``vismem.json`` (the memory), ``metrics.jsonl`` (a row per step),
-            ``config.json`` and ``report.json``.
-        resume: go on with the run in ``output``; a finished run gives its report.
+            ``config.json`` (settings), ``run.json`` (base and data) and ``report.json``.
+        resume: go on with the run in ``output``, on its base and its data; a finished run gives its report.
         groups: see :func:`vismem_core.evaluation.evaluate`.
+        on_bad: what to do about a sample that this model cannot use: end with an error, or leave it out and list it in
+            the report's ``skipped``.
+        check: find such samples of files before the first step (``all``), or when they are met (``lazy``).
 
     Returns:
         The report.
 
     Raises:
-        TrainingError: ``output`` holds another run, or the loss is not finite.
+        DataError: a bad sample, by file and line.
+        TrainingError: ``output`` holds another run, the loss is not finite, or a signal ended it. Whatever ends a run,
+            its last whole step is saved first.
     """
     began = time.monotonic()
     console = console or Console(stderr=True)
-    run = Run(memory, config, output, console)
-    if run.open(resume):
+    run = Run(memory, config, output, console, on_bad)
+    if run.finished(resume):
+        run.say(f"{output}: this run is finished; nothing was left to do")
+        return read_json(output / REPORT)
+    usable, asked = run.usable(train_data, check), run.usable(heldout, check)
+    with ExitStack() as stack:
+        run.open(usable, asked, resume, {"on_bad": on_bad, "check": check}, stack)
+        stack.enter_context(run.display)
+        stack.enter_context(run.trackers)
+        stages = run.stages()
+        if stages and run.processes.first:
+            run.rehearse(asked, groups)
+        run.processes.wait()
+        for name in stages:
+            run.train(name, usable)
         if run.processes.first:
-            console.print(Text(f"{output}: this run is finished; nothing was left to do"), soft_wrap=True)
-        report: dict[str, Any] = json.loads((output / REPORT).read_text(encoding="utf-8"))
-        return report
-    with run.display, run.trackers:
-        for name in run.stages():
-            run.train(name, train_data)
-        if run.processes.first:
+            run.refuse_nonsense()
             checkpoint.save(memory, output, {"training": to_dict(config.train)})
-            report = run.measure(heldout, groups)
-    run.processes.wait()
-    if not run.processes.first:
-        return {}
-    report["seconds"] = round(time.monotonic() - began, 1)
-    checkpoint.atomically(output / REPORT, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
-    (output / state.FILE).unlink(missing_ok=True)
+            report = run.measure(asked, groups)
+        run.processes.wait()
+        if not run.processes.first:
+            return {}
+        report |= run.told(usable, asked)
+        report["seconds"] = round(time.monotonic() - began, 1)
+        checkpoint.atomically(output / REPORT, lambda path: path.write_text(finite_json(report, indent=2) + "\n"))
+        (output / state.FILE).unlink(missing_ok=True)
     return report
 
 
 class Run:
     """One run in one directory."""
 
-    def __init__(self, memory: Memory, config: Config, output: Path, console: Console) -> None:
-        self.memory, self.config, self.output, self.console = memory, config, output, console
+    def __init__(self, memory: Memory, config: Config, output: Path, console: Console, on_bad: OnBad) -> None:
+        self.memory, self.config, self.output, self.console, self.on_bad = memory, config, output, console, on_bad
         parse(config.train.grpo.rewards)  # a misspelt one is told before anything is written
         if memory.policy and config.train.objective == "sft":
             raise ConfigError("memory.policy.trains=lora: only GRPO trains it; use --objective grpo or sft+grpo")
         self.processes = Processes(memory.model)
-        self.done: tuple[str, int, dict[str, Tensor]] | None = None
+        self.parts = self.processes.count
+        self.done: state.State | None = None
+        self.left_out: list[Skipped] = []
         self.display = Display(console, shown=self.processes.first)
         self.trackers = Trackers(config.train.trackers, output, to_dict(config))
 
-    def open(self, resume: bool) -> bool:
-        """Make or enter the directory; True if its run is finished already."""
-        settings = to_dict(self.config)
-        path = self.output / SETTINGS
-        fresh = not path.exists()
+    def say(self, message: str) -> None:
+        """One line for people, from the first process."""
+        if self.processes.first:
+            self.console.print(Text(message), soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """One line of warning."""
+        self.say(f"warning: {message}")
+
+    def finished(self, resume: bool) -> bool:
+        """Whether the directory holds this run, and to its end.
+
+        Raises:
+            TrainingError: it holds another one, or this one and ``resume`` is not set.
+        """
         refuse(self.output, resume)
-        self.processes.wait()  # until all have looked
-        if fresh:
-            if self.processes.first:
-                if resume:
-                    self.console.print(Text(f"{self.output}: no run is there yet; this one begins"), soft_wrap=True)
-                self.output.mkdir(parents=True, exist_ok=True)
-                checkpoint.atomically(path, lambda place: place.write_text(json.dumps(settings, indent=2) + "\n"))
+        path = self.output / SETTINGS
+        if not path.exists():
             return False
-        before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(settings)))
+        before, now = _flat(read_json(path)), _flat(json.loads(json.dumps(to_dict(self.config))))
         for key in before | now:
             if (was := before.get(key)) != (wanted := now.get(key)):
                 told = f"{key} is {was!r} there and {wanted!r} here"
                 raise TrainingError(f"{path}: {told}; give the same settings to --resume, or choose another --output")
-        if (self.output / REPORT).exists():
-            return True
+        return (self.output / REPORT).exists()
+
+    def usable(self, data: Sequence[Sample], check: Check) -> Sequence[Sample]:
+        """The samples that this model can use; those of a file are looked at now, unless ``check`` is lazy."""
+        if check == "lazy" or not isinstance(data, Dataset) or not data.told:
+            return data
+        if not self.processes.first:
+            self.processes.wait()  # what the first one finds is remembered
+        with self.display.checking(len(data)) as progress:
+            told = checked(
+                self.memory.backbone,
+                data,
+                self.on_bad,
+                progress=progress,
+                warn=lambda text: self.say(f"warning: {text}"),
+            )
+        if self.processes.first:
+            self.processes.wait()
+        return told
+
+    def open(
+        self,
+        data: Sequence[Sample],
+        heldout: Sequence[Sample],
+        resume: bool,
+        rows: Mapping[str, Any],
+        stack: ExitStack,
+    ) -> None:
+        """Make or enter the directory, which nobody else enters until ``stack`` is closed."""
+        now = Basis.of(self.memory, data, heldout, self.processes.count, rows)
+        fresh = not (self.output / SETTINGS).exists()
+        self.processes.wait()  # until all have looked
+        if self.processes.first:
+            if fresh and resume:
+                self.say(f"{self.output}: no run is there yet; this one begins")
+            self.output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(self.output / "run"))
+            refuse(self.output, resume)  # another may have come first
+            checkpoint.sweep(self.output)
+            if fresh:
+                now.write(self.output)
+                text = json.dumps(to_dict(self.config), indent=2) + "\n"
+                checkpoint.atomically(self.output / SETTINGS, lambda place: place.write_text(text))
+        if fresh:
+            return
+        before = basis(self.output)
+        if before is not None:
+            before.check(now, self.output / BASIS)
+            self.parts = before.processes
+            if self.parts != self.processes.count:
+                self.say(
+                    f"this run began on {self.parts} processes and goes on on {self.processes.count}; the steps' "
+                    "batches stay as large as they were"
+                )
         if (self.output / state.FILE).exists():
             self.done = state.load(self.output, self.memory)
-        return False
+            self.left_out = list(self.done.left_out)
 
     def stages(self) -> list[str]:
         """The stages that are still to be run."""
         train = self.config.train
         wanted = [name for name in OBJECTIVES[train.objective] if train.stage in (STAGES[name][0], "all")]
-        return wanted[wanted.index(self.done[0]) :] if self.done else wanted
+        return wanted[wanted.index(self.done.stage) :] if self.done else wanted
 
     def train(self, name: str, data: Sequence[Sample]) -> None:
         """Run one stage to its end."""
@@ -140,116 +222,183 @@ class Run:
         settings, parameters = stage.settings, stage.parameters()
         groups = [{"params": [own], "name": name, "rate": rate} for name, own, rate in parameters]
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
-        sampler = Sampler(len(data), settings.batch * self.processes.count, seed)
-        first = skipped = 0
-
-        def draw(count: int) -> Batch | None:
-            drawn = sorted((data[at] for at in sampler.draw(count)), key=lambda own: -len(own.answer or ""))
-            own = self.processes.part(drawn)
-            return make_batch(memory.backbone, own) if own else None
-
-        stage.draw = draw
-        if self.done and self.done[0] == name:
-            first = self.done[1]
-            state.restore(optimizer, self.done[2])
-            stage.restore(state.part(self.done[2], "stage."))
-            sampler.position = int(self.done[2]["sampler.position"])
+        sampler = Sampler(len(data), settings.batch * self.parts, seed)
+        if sampler.batch < self.processes.count:
+            raise TrainingError(f"{name}: a batch of {sampler.batch} is too small for {self.processes.count} processes")
+        first, finished = 0, False
+        stage.draw = self._drawing(data, sampler)
+        if self.done and self.done.stage == name:
+            first, finished = self.done.step, self.done.finished
+            state.restore(optimizer, self.done.tensors)
+            stage.restore(state.part(self.done.tensors, "stage."))
+            sampler.position = int(self.done.tensors["sampler.position"])
+        saved = state.Saver(self.output, memory, optimizer, stage, name, self.left_out)
         metrics = Metrics(self.output / METRICS, list(STAGES), name, first, self.processes.first)
         self.display.begin(name, settings.steps, first)
-        interrupted = _Interrupt(self.processes.count)
-        with _only(memory, parameters), metrics, self.processes.graphs(), interrupted:
+        skipped, interrupt = 0, Interrupt(self.processes)
+        with (
+            metrics,
+            self._saved_whatever_happens(saved, metrics),
+            _only(memory, parameters),
+            self.processes.graphs(),
+            interrupt,
+        ):
             for step in range(first, settings.steps):
                 key = f"{seed}/{name}/{step}"
                 torch.manual_seed(Random(key).getrandbits(63))
-                batch = draw(sampler.batch)
-                assert batch is not None
+                batch = stage.draw(sampler.batch)
                 memory.zero_grad()
                 optimizer.zero_grad()
-                figures = stage.accumulate(batch, key, step / settings.steps)
-                norm = self._update(optimizer, parameters, _rate(step, settings), settings.clip)
-                stage.stepped()
-                skipped = 0 if math.isfinite(norm) else skipped + 1
+                figures = stage.accumulate(_some(batch, name), key, step / settings.steps)
+                norm = self._gradients(parameters, settings.clip)
+                with interrupt.held(), saved.torn():
+                    self._step(optimizer, _rate(step, settings), norm)
+                    stage.stepped()
+                    skipped = 0 if math.isfinite(norm) else skipped + 1
+                    row = {"stage": name, "step": step + 1, **figures, "norm": norm, "skipped": bool(skipped)}
+                    metrics.add(row)
+                    saved.whole(step + 1, sampler.position)
+                self.trackers.log(row)
+                self.display.step(row)
                 if skipped == TRIES:
                     raise TrainingError(
                         f"{name}: the gradient was not finite in {TRIES} steps in a row, the last one number "
                         f"{step + 1}; lower the learning rate (--set train...lr)"
                     )
-                row = {"stage": name, "step": step + 1, **figures, "norm": norm, "skipped": bool(skipped)}
-                metrics.add(row)
-                self.trackers.log(row)
-                self.display.step(row)
-                due = interrupted or (step + 1) % self.config.train.save_every == 0
-                if due and step + 1 < settings.steps:  # after the last step the stage is not finished yet
-                    metrics.flush()
-                    self._save(optimizer, stage, name, step + 1, sampler.position)
-                    interrupted.tell(f"{name}, step {step + 1}")
+                if step + 1 == settings.steps:
+                    break
+                if interrupt.agreed():
+                    raise KeyboardInterrupt
+                if (step + 1) % self.config.train.save_every == 0:
+                    with interrupt.held():
+                        self._save(saved, metrics)
             memory.eval()
-            if first < settings.steps:
+            if not finished:
                 stage.finish()
-        self._save(optimizer, stage, name, settings.steps, sampler.position)
-        interrupted.tell(f"the end of {name}")
+            with interrupt.held():
+                saved.whole(settings.steps, sampler.position, finished=True)
+                self._save(saved, metrics)
+            if interrupt.agreed():
+                raise KeyboardInterrupt
 
-    def _save(self, optimizer: torch.optim.Optimizer, stage: Stage, name: str, steps: int, position: int) -> None:
-        if self.processes.first:
-            state.save(self.output, self.memory, optimizer, name, steps, position, stage.state())
+    def _drawing(self, data: Sequence[Sample], sampler: Sampler) -> Callable[[int], Batch | None]:
+        """What draws a batch, this process's part of it; further samples take the places of bad ones."""
 
-    def _update(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: Sequence[tuple[str, nn.Parameter, float]],
-        rate: float,
-        clip: float,
-    ) -> float:
-        """A step of the optimiser, unless the gradient is not finite; the gradient's norm."""
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["rate"]
+        def draw(count: int) -> Batch | None:
+            good: list[Sample] = []
+            bad = self.left_out if self.on_bad == "skip" else None
+            batch, wanted, looked = None, count, 0
+            while wanted:
+                if looked > len(data) + count:
+                    raise DataError(f"no usable sample is left in the data; one of the faults: {self.left_out[0]}")
+                drawn = sorted((data[at] for at in sampler.draw(wanted)), key=lambda own: -len(own.answer or ""))
+                looked += wanted
+                own = self.processes.part(drawn)
+                batch = usable_batch(self.memory.backbone, own, bad) if own else None
+                lost = len(own) - (len(batch) if batch else 0)
+                wanted = int(self.processes.total(torch.tensor(float(lost))).item())
+                if wanted:  # an epoch later they are met again
+                    self.left_out[:] = dict.fromkeys(self.processes.everyones(self.left_out))
+                if wanted or good:
+                    good += batch.samples if batch else []
+                    batch = None
+            return usable_batch(self.memory.backbone, good, bad) if good else batch
+
+        return draw
+
+    @contextmanager
+    def _saved_whatever_happens(self, saved: state.Saver, metrics: Metrics) -> Iterator[None]:
+        """Before anything ends the run, its last whole step is on disk."""
+        try:
+            yield
+        except BaseException as error:
+            where = None
+            if self.processes.first:
+                try:
+                    where = self._save(saved, metrics)
+                except OSError as full:
+                    self.say(f"{self.output}: the last step could not be saved ({full.strerror or full})")
+            if isinstance(error, KeyboardInterrupt):
+                told = f"{where}, which is saved" if where else "what was saved before"
+                raise TrainingError(f"interrupted after {told}; the same command with --resume goes on") from None
+            if where:
+                self.say(f"{self.output}: saved after {where}; --resume goes on from there")
+            raise
+
+    def _save(self, saved: state.Saver, metrics: Metrics) -> str | None:
+        """Write the last whole step if it is not on disk yet; say which it is."""
+        if not self.processes.first:
+            return None
+        metrics.flush()
+        return saved.write()
+
+    def _gradients(self, parameters: Sequence[tuple[str, nn.Parameter, float]], clip: float) -> float:
+        """All processes' gradients, clipped; their norm before."""
         trained = [own for _, own, _ in parameters]
         self.processes.add_gradients(trained)
-        norm = nn.utils.clip_grad_norm_(trained, clip).item()
+        return nn.utils.clip_grad_norm_(trained, clip).item()
+
+    def _step(self, optimizer: torch.optim.Optimizer, rate: float, norm: float) -> None:
+        """A step of the optimiser, unless the gradient is not finite."""
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["rate"]
         if math.isfinite(norm):
             optimizer.step()
-        return norm
+
+    def rehearse(self, heldout: Sequence[Sample], groups: Mapping[str, Sequence[str]] | None) -> None:
+        """Try the closing report on a few samples: what it cannot do is known before the first step."""
+        few = Dataset([heldout[at] for at in range(min(REHEARSED, len(heldout)))])
+        self._evaluate(few, groups, min(REHEARSED_TOKENS, self.config.train.max_new_tokens))
 
     def measure(self, heldout: Sequence[Sample], groups: Mapping[str, Sequence[str]] | None) -> dict[str, Any]:
         """Held-out accuracy under all conditions."""
+        return self._evaluate(heldout, groups, self.config.train.max_new_tokens, self.display.measuring)
+
+    def _evaluate(
+        self,
+        data: Sequence[Sample],
+        groups: Mapping[str, Sequence[str]] | None,
+        max_new_tokens: int,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> dict[str, Any]:
         settings = self.config.train
         return evaluate(
             self.memory,
-            heldout,
+            data,
             groups=groups,
             per_type=settings.eval_samples,
             batch=settings.eval_batch,
-            max_new_tokens=settings.max_new_tokens,
-            progress=self.display.measuring,
+            max_new_tokens=max_new_tokens,
+            left_out=self.left_out if self.on_bad == "skip" else None,
+            progress=progress,
         )
 
+    def refuse_nonsense(self) -> None:
+        """See that what was trained is numbers.
 
-class _Interrupt:
-    """Ctrl-C inside the context lets a step end and be saved; a second one does not wait, nor do several processes."""
+        Raises:
+            TrainingError: a tensor holds NaN or infinity.
+        """
+        if odd := state.not_finite(self.memory):
+            raise TrainingError(
+                f"{self.output}: {odd} of the trained memory holds NaN or infinity, so it is not saved as finished; "
+                "lower the learning rate (--set train...lr) and begin anew"
+            )
 
-    def __init__(self, processes: int) -> None:
-        self.waits = processes == 1 and threading.current_thread() is threading.main_thread()
-        self.came = False
+    def told(self, data: Sequence[Sample], heldout: Sequence[Sample]) -> dict[str, Any]:
+        """What a report says besides accuracies: rows that were left out, steps that were skipped."""
+        rows = (self.output / METRICS).read_text(encoding="utf-8").splitlines()
+        lost = [*getattr(data, "skipped", ()), *getattr(heldout, "skipped", ()), *self.left_out]
+        return {
+            "skipped": [asdict(own) for own in dict.fromkeys(lost)],
+            "skipped_steps": sum(bool(json.loads(row)["skipped"]) for row in rows),
+        }
 
-    def __bool__(self) -> bool:
-        return self.came
 
-    def __enter__(self) -> None:
-        if self.waits:
-            self.before = signal.signal(signal.SIGINT, self._note)
-
-    def __exit__(self, *_: object) -> None:
-        if self.waits:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _note(self, *_: object) -> None:
-        self.came = True
-        signal.signal(signal.SIGINT, self.before)
-
-    def tell(self, where: str) -> None:
-        """End the run here if it was interrupted."""
-        if self.came:
-            raise TrainingError(f"interrupted after {where}, which is saved; the same command with --resume goes on")
+def _some(batch: Batch | None, name: str) -> Batch:
+    if batch is None:
+        raise DataError(f"{name}: a process has no usable sample in this step; raise the batch")
+    return batch
 
 
 def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:

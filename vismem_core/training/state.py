@@ -6,7 +6,10 @@ optimiser's moments and three numbers are the whole state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,40 +18,101 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import atomically, fill
+from ..data import Skipped
 from ..errors import TrainingError
 from ..memory import Memory
+from .stage import Stage
 
 FILE = "state.safetensors"
 
 
-def save(
-    folder: Path,
-    memory: Memory,
-    optimizer: torch.optim.Optimizer,
-    stage: str,
-    step: int,
-    position: int,
-    extra: Mapping[str, Tensor],
-) -> None:
-    """Write the state after ``step`` steps of ``stage``, with what the stage itself wants kept (``extra``).
+@dataclass(frozen=True)
+class State:
+    """What was on disk.
+
+    Attributes:
+        step: how many steps of ``stage`` are done.
+        finished: whether the stage was finished after its last step.
+        tensors: by the names that :class:`Saver` wrote.
+        left_out: bad samples that were met so far.
+    """
+
+    stage: str
+    step: int
+    finished: bool
+    tensors: dict[str, Tensor]
+    left_out: tuple[Skipped, ...]
+
+
+class Saver:
+    """Writes the state after the last whole step of a stage, whatever has happened to the run since.
+
+    Nothing is copied: between whole steps, only the optimiser's step changes what is saved.
 
     Args:
-        position: how many samples the stage has drawn.
+        left_out: bad samples so far; the list may grow.
     """
-    tensors: dict[str, Tensor] = {f"memory.{name}": tensor for name, tensor in memory.trained().items()}
-    tensors["sampler.position"] = torch.tensor(position)
-    tensors |= {f"stage.{name}": tensor for name, tensor in extra.items()}
-    names = {parameter: group["name"] for group in optimizer.param_groups for parameter in group["params"]}
-    for parameter, moments in optimizer.state.items():
-        for key, value in moments.items():
-            tensors[f"optimizer.{names[parameter]}.{key}"] = torch.as_tensor(value)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    about = {"stage": stage, "step": str(step)}
-    atomically(folder / FILE, lambda path: save_file(tensors, path, metadata=about))
+
+    def __init__(
+        self,
+        folder: Path,
+        memory: Memory,
+        optimizer: torch.optim.Optimizer,
+        stage: Stage,
+        name: str,
+        left_out: Sequence[Skipped],
+    ) -> None:
+        self.folder, self.memory, self.optimizer, self.stage, self.name = folder, memory, optimizer, stage, name
+        self.left_out = left_out
+        self._last: tuple[dict[str, Tensor], dict[str, str]] | None = None
+        self._torn = self._written = False
+
+    @contextmanager
+    def torn(self) -> Iterator[None]:
+        """What is inside changes what is saved, and must call :meth:`whole` at its end."""
+        self._torn = True
+        yield
+        self._torn = False
+
+    def whole(self, step: int, position: int, *, finished: bool = False) -> None:
+        """``step`` steps are done, for which ``position`` samples were drawn; and all of the stage, if finished."""
+        tensors = {f"stage.{name}": tensor for name, tensor in self.stage.state().items()}
+        tensors["sampler.position"] = torch.tensor(position)
+        about = {"stage": self.name, "step": str(step), "finished": str(int(finished))}
+        self._last, self._written = (tensors, about), False
+
+    def write(self) -> str | None:
+        """Write the last whole step, unless it is written or there is none; say which it is.
+
+        A step after which something trained is not finite is not worth to go on from, and not written.
+        """
+        if self._last is None or self._torn or not_finite(self.memory):
+            return None
+        tensors, about = self._last
+        if not self._written:
+            about["left_out"] = json.dumps([asdict(own) for own in self.left_out])
+            tensors = tensors | self._trained()
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            atomically(self.folder / FILE, lambda path: save_file(tensors, path, metadata=about))
+            self._written = True
+        return f"the end of {self.name}" if int(about["finished"]) else f"{self.name}, step {about['step']}"
+
+    def _trained(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {f"memory.{name}": tensor for name, tensor in self.memory.trained().items()}
+        names = {own: group["name"] for group in self.optimizer.param_groups for own in group["params"]}
+        for parameter, moments in self.optimizer.state.items():
+            for key, value in moments.items():
+                tensors[f"optimizer.{names[parameter]}.{key}"] = torch.as_tensor(value)
+        return tensors
 
 
-def load(folder: Path, memory: Memory) -> tuple[str, int, dict[str, Tensor]]:
-    """Fill ``memory``; give the stage, its steps done and all tensors by the names that :func:`save` wrote.
+def not_finite(memory: Memory) -> str | None:
+    """The name of a trained tensor that holds NaN or infinity, if there is one."""
+    return next((name for name, own in memory.trained().items() if not own.isfinite().all()), None)
+
+
+def load(folder: Path, memory: Memory) -> State:
+    """Fill ``memory``, and give the rest.
 
     Raises:
         TrainingError: a damaged file.
@@ -58,10 +122,12 @@ def load(folder: Path, memory: Memory) -> tuple[str, int, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as stored:
             about = stored.metadata()
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        lost = tuple(Skipped(**own) for own in json.loads(about["left_out"]))
+        told = State(about["stage"], int(about["step"]), bool(int(about["finished"])), tensors, lost)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(f"{path}: cannot go on from it: {error}") from error
     fill(memory, part(tensors, "memory."), path)
-    return about["stage"], int(about["step"]), tensors
+    return told
 
 
 def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

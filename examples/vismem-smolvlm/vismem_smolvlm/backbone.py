@@ -7,9 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from transformers import BatchFeature
 
 from vismem_core import Backbone
 from vismem_core.vision import VisionStates, attend
@@ -58,14 +56,6 @@ class SmolVLM(Backbone):
     @property
     def vision_dtype(self) -> torch.dtype:
         return self.tower.post_layernorm.weight.dtype  # type: ignore[no-any-return]
-
-    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> BatchFeature:
-        # The processor wants a list for every prompt, also for one without images.
-        texts = [self.prompt(text, len(own)) for text, own in zip(prompts, images, strict=True)]
-        arguments: dict[str, Any] = {"images": [list(own) for own in images]} if any(images) else {}
-        self.processor.tokenizer.padding_side = "left"
-        batch = self.processor(text=texts, padding=True, return_tensors="pt", **arguments)
-        return batch.to(self.device)  # type: ignore[no-any-return]
 
     @contextmanager
     def record(self, states: VisionStates, *, keep: bool, inputs: bool) -> Iterator[None]:
