@@ -58,6 +58,6 @@ def base_of(source: str | Path) -> tuple[str, str | None]:
     from vismem_core.checkpoint import description, locate  # brings torch
 
     recorded = description(locate(source))["base"]
-    name = recorded["name"]
+    name = recorded.get("name")
     lost = not name or (Path(name).is_absolute() and not Path(name).is_dir())
     return recorded["backbone"], None if lost else name

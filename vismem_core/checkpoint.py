@@ -151,6 +151,8 @@ def fill(memory: Memory, tensors: Mapping[str, Tensor], where: Path) -> None:
             raise CheckpointError(
                 f"{where}: {name} has shape {tuple(tensors[name].shape)}, this memory {tuple(target.shape)}"
             )
+        if not tensors[name].is_floating_point() or not tensors[name].float().isfinite().all():
+            raise CheckpointError(f"{where}: {name} holds NaN, infinity or no real numbers")
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
@@ -168,7 +170,7 @@ def read(source: str | Path, backbone: Backbone, *, any_base: bool = False) -> S
     """
     folder = locate(source)
     about = description(folder)
-    _compare(folder, about.get("base", {}), describe(backbone), any_base=any_base)
+    _compare(folder, about["base"], describe(backbone), any_base=any_base)
     return Stored(_settings(folder, about), about, folder / WEIGHTS)
 
 
@@ -217,14 +219,23 @@ def description(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder}: holds no memory ({name} is missing)")
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / ABOUT}: not valid JSON ({error})") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
         raise CheckpointError(f"{folder / ABOUT}: format {found!r}, this version reads {FORMAT}")
+    base = about.get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("backbone"), str) or _strange(base.get("name")):
+        raise CheckpointError(f"{folder / ABOUT}: does not say which base it is for: damaged")
+    if not isinstance(about.get("memory"), dict):
+        raise CheckpointError(f"{folder / ABOUT}: does not say its memory's settings: damaged")
     if about.get("weights") != _digest(folder / WEIGHTS):
         raise CheckpointError(f"{folder}: {WEIGHTS} is not the file that {ABOUT} describes: damaged or mixed up")
     return about
+
+
+def _strange(name: object) -> bool:
+    return name is not None and not isinstance(name, str)
 
 
 def _compare(folder: Path, stored: Mapping[str, Any], found: Mapping[str, Any], *, any_base: bool) -> None:
@@ -245,7 +256,10 @@ def _compare(folder: Path, stored: Mapping[str, Any], found: Mapping[str, Any], 
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _load(path: Path) -> dict[str, Tensor]:

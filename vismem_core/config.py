@@ -113,6 +113,8 @@ class GrpoConfig(Section):
     )
     rewards: tuple[str, ...] = ("exact",)
     """Specs ``[WEIGHT*]NAME[:ARGUMENT]``; their weighted mean is S."""
+    patience: Amount = 600.0
+    """Seconds that a reward waits for a service that is away, such as a judge, before the run is saved and ends."""
     resample: Count = 0
     """How often a step may draw further prompts in place of those whose trajectories all scored alike, which teach
     nothing (dynamic sampling of DAPO, arXiv 2503.14476)."""

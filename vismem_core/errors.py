@@ -38,6 +38,10 @@ class RewardError(VismemError):
     """A reward that failed or gave no number from 0 to 1; the message names the reward and the sample."""
 
 
+class ServiceError(RewardError):
+    """A service that a reward asks is away, whatever the sample."""
+
+
 def cut(value: object, length: int = 80) -> str:
     """A value's text for a message: shortened in its middle if it is long, and fit to be printed and encoded."""
     text = str(value).encode(errors="backslashreplace").decode()

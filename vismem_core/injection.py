@@ -11,7 +11,7 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 from .decoding import Decoder
 from .errors import AttachError
 from .session import Session
-from .tokens import taught
+from .tokens import forget, teach
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -32,16 +32,14 @@ class InjectionHook:
         backend = getattr(tokenizer, "_tokenizer", None)
         if backend is None or not hasattr(backend, "to_str"):
             raise AttachError(f"memory needs a fast tokenizer (the tokenizers library), not {type(tokenizer).__name__}")
-        informed = taught(backend, memory.tokens.first)
         self.memory, self.model, self.tokenizer, self.enabled = memory, model, tokenizer, True
         self._generate = model.generate
         self._had_own_generate = "generate" in vars(model)
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._backend = backend
+        teach(tokenizer, memory.tokens.first)
         # From here on the model changes; nothing below can fail.
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
-        tokenizer._tokenizer = informed
         self._handles = memory.tokens.lay_over(memory.backbone.embeddings)
         model.generate = self.generate
         vars(model)[ATTRIBUTE] = memory
@@ -54,7 +52,7 @@ class InjectionHook:
             handle.remove()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-        self.tokenizer._tokenizer = self._backend
+        forget(self.tokenizer)
         del self.model.generate
         if self._had_own_generate:
             self.model.generate = self._generate

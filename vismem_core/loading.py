@@ -16,6 +16,8 @@ from .bases import embedded
 from .errors import AttachError, VismemError, nearest
 from .plugins import registry
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def load_base(
     backbone: str | None = None,
@@ -38,6 +40,8 @@ def load_base(
     Raises:
         VismemError: what is missing or does not fit, and what to do.
     """
+    if dtype not in DTYPES:
+        raise AttachError(f"dtype {dtype!r}: {nearest(dtype, DTYPES)} (one of {', '.join(DTYPES)})")
     source = model or str(embedded(backbone)[1].model)
     name = backbone or _backbone_of(source, trust_remote_code, revision)
     family = registry("backbones").get(name)
@@ -54,7 +58,7 @@ def load_base(
         disable_fsdp_ram_efficient_loading()  # with it transformers gives weights to the first process alone
     try:
         loaded, processor = family.load(source, **options)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # damaged files make the libraries that read them raise nearly anything
         raise AttachError(_reason(source, error)) from error
     if place not in ("map", "shard"):
         try:
@@ -85,7 +89,7 @@ def _share() -> dict[str, Any]:
 def _backbone_of(source: str, trust_remote_code: bool, revision: str | None) -> str:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise AttachError(_reason(source, error)) from error
     backbones = registry("backbones")
     known: dict[str, str] = {}

@@ -20,7 +20,7 @@ from .former import MemoryFormer, Needs
 from .injection import ATTRIBUTE, InjectionHook
 from .plugins import registry
 from .query import QueryBuilder
-from .tokens import MemoryTokens, delimiter_ids
+from .tokens import MemoryTokens, delimiter_ids, first_id
 from .trace import Trace
 from .trigger import Row, Trigger
 
@@ -53,7 +53,7 @@ class Memory(nn.Module):
             raise AttachError(f"the tokenizer has none of the delimiters {config.delimiters}: set memory.delimiters")
         self.delimiters = frozenset(ids)
         self.active_trigger = triggers.parse(config.trigger)
-        first = max(_rows(backbone.embeddings), _rows(backbone.head), 1 + max(tokenizer.get_vocab().values()))
+        first = first_id(tokenizer, max(_rows(backbone.embeddings), _rows(backbone.head)))
         self.tokens = MemoryTokens.like(ids[0], backbone.embeddings, backbone.head, first).to(backbone.device)
         builder = registry("query_builders").get(config.query.builder)(backbone.width, config.query)
         self.builder: QueryBuilder = builder.to(backbone.device)

@@ -73,7 +73,8 @@ def _write(axes: Any, height: float, marked: str, style: dict[str, Any]) -> floa
             colours = {"color": "white", "fontsize": 9} if chip else {}
             if piece.strip():
                 place = (column / COLUMNS, height)
-                axes.text(*place, kind if chip else piece, va="top", family="monospace", bbox=chip, **style | colours)
+                told = kind if chip else piece
+                axes.text(*place, told, va="top", family="monospace", bbox=chip, parse_math=False, **style | colours)
             column += len(piece)
         height -= LINE * 1.4
     return height

@@ -14,7 +14,7 @@ from operator import mul
 from typing import Protocol
 
 from .data import Sample
-from .errors import ConfigError, RewardError
+from .errors import ConfigError, RewardError, ServiceError
 from .plugins import reason, registry
 
 
@@ -31,8 +31,16 @@ class Written:
     ids: tuple[int, ...] = ()
 
 
+PATIENCE = 600.0
+"""Seconds that a reward waits for a service that is away, unless settings say otherwise."""
+
+
 class Reward(Protocol):
-    """Scores a batch of answers."""
+    """Scores a batch of answers.
+
+    One that asks a service may have an attribute ``patience``: ``train.grpo.patience`` is assigned to it, the seconds
+    that it should wait while the service is away.
+    """
 
     def __call__(self, answers: Sequence[Written], samples: Sequence[Sample], /) -> list[float]:
         """One number from 0 to 1 per answer, higher is better; ``samples`` holds each answer's question.
@@ -63,8 +71,11 @@ class Weighted:
         return [math.fsum(map(mul, weights, row)) / total for row in zip(*columns, strict=True)]
 
 
-def parse(specs: Sequence[str]) -> Reward:
+def parse(specs: Sequence[str], patience: float = PATIENCE) -> Reward:
     """A reward from specs ``[WEIGHT*]NAME[:ARGUMENT]``: ``exact``, ``0.3*f1``, ``number:0.01``.
+
+    Args:
+        patience: seconds that rewards wait for a service which is away.
 
     Returns:
         Their weighted sum divided by the sum of the weights; a weight that is not given is 1.
@@ -75,7 +86,11 @@ def parse(specs: Sequence[str]) -> Reward:
     """
     if not specs:
         raise ConfigError(f"no reward is given; known: {', '.join(registry('rewards').names())}")
-    return Weighted(tuple(_part(spec) for spec in specs))
+    parts = tuple(_part(spec) for spec in specs)
+    for part in parts:
+        if hasattr(part.reward, "patience"):
+            part.reward.patience = patience
+    return Weighted(parts)
 
 
 def score(
@@ -99,6 +114,8 @@ def score(
     name = name or getattr(reward, "__name__", type(reward).__name__)
     try:
         values = reward(answers, samples)
+    except ServiceError:
+        raise
     except Exception as error:  # whatever a reward does wrong
         raise RewardError(f"reward {name} failed on {_culprit(reward, answers, samples, error)}") from error
     if not isinstance(values, Sequence) or len(values) != len(samples):

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from tokenizers import Tokenizer
@@ -118,6 +120,56 @@ def delimiter_ids(tokenizer: Any, delimiters: Iterable[str]) -> list[int]:
         elif text.endswith(wanted):
             ending.append(token)
     return [token for _, token in sorted(alone)] + sorted(ending)
+
+
+@dataclass
+class _Lesson:
+    """What a tokenizer was taught, and for how many memories: several models may share one processor."""
+
+    backend: Any
+    first: int
+    users: int = 0
+
+
+_LESSONS: WeakKeyDictionary[Any, _Lesson] = WeakKeyDictionary()
+
+
+def first_id(tokenizer: Any, rows: int) -> int:
+    """The id of the first memory token on a tokenizer, for a model whose matrices have so many rows.
+
+    Raises:
+        AttachError: the tokenizer serves another model with memory, which has fewer.
+    """
+    lesson = _LESSONS.get(tokenizer)
+    vocabulary = lesson.backend.get_vocab(with_added_tokens=True) if lesson else tokenizer.get_vocab()
+    least: int = max(rows, 1 + max(vocabulary.values()))
+    if lesson is None:
+        return least
+    if lesson.first < least:
+        raise AttachError(
+            f"this processor serves another model with memory, whose vocabulary ends at {lesson.first}, and this one's "
+            f"at {least}: load a processor for each"
+        )
+    return lesson.first
+
+
+def teach(tokenizer: Any, first: int) -> None:
+    """The tokenizer knows the four tokens from now on, until every memory that taught it has it :func:`forget`."""
+    lesson = _LESSONS.get(tokenizer)
+    if lesson is None:
+        backend = tokenizer._tokenizer
+        tokenizer._tokenizer = taught(backend, first)
+        lesson = _LESSONS[tokenizer] = _Lesson(backend, first)
+    lesson.users += 1
+
+
+def forget(tokenizer: Any) -> None:
+    """One memory less: with the last one the tokenizer has its own vocabulary again, the same object."""
+    lesson = _LESSONS[tokenizer]
+    lesson.users -= 1
+    if not lesson.users:
+        tokenizer._tokenizer = lesson.backend
+        del _LESSONS[tokenizer]
 
 
 def taught(backend: Tokenizer, first: int) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,9 @@ err = Console(stderr=True, highlight=False)
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """One object on stdout, on one line."""
-    typer.echo(json.dumps(data, ensure_ascii=False, default=str))
+    """One object on stdout, on one line; in ASCII where stdout is not Unicode."""
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    typer.echo(json.dumps(data, ensure_ascii=not unicode, default=str))
 
 
 def say(message: str) -> None:

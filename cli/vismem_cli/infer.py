@@ -151,13 +151,14 @@ def _answer_all(
 
 def _made(load: LoadOptions, ask: dict[str, Any]) -> dict[str, Any]:
     """What an answer depends on, for its row: answers made otherwise belong into another file."""
-    from vismem_core.checkpoint import description, locate
+    from vismem_core.checkpoint import description, locate, settings
 
-    about = description(locate(memory_source(load)))
+    source = locate(memory_source(load))
+    about = description(source)
     return {
         "memory": about["weights"],
         "model": load.model,
-        "trigger": ask["trigger"] or about["memory"]["trigger"],
+        "trigger": ask["trigger"] or settings(source).trigger,
         "max_new_tokens": ask["max_new_tokens"],
     }
 

@@ -1,5 +1,6 @@
 """Metrics: how good predictions are, from 0 to 1 each."""
 
+import unicodedata
 from collections.abc import Sequence
 
 from vismem_core.data import Sample
@@ -12,5 +13,10 @@ def exact(predictions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
 
 
 def plain(text: str) -> str:
-    """``text`` in lower case, with one space wherever it had any."""
-    return " ".join(text.casefold().split())
+    """``text`` in lower case, with one space wherever it had any, and accents written one way."""
+    return " ".join(composed(unicodedata.normalize("NFD", text).casefold()).split())
+
+
+def composed(text: str) -> str:
+    """``text`` with each accented letter as one character (Unicode's NFC): systems write them in two ways."""
+    return unicodedata.normalize("NFC", text)

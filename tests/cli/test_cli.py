@@ -16,7 +16,8 @@ from unittest.mock import ANY
 import pytest
 from typer.testing import CliRunner
 
-from vismem_cli import app, main
+from vismem_cli import main
+from vismem_cli.app import app
 from vismem_core import plugins
 from vismem_core.config import Config, MemoryConfig, TrainConfig, to_dict
 from vismem_core.errors import TrainingError
@@ -213,7 +214,7 @@ class Core:
 def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
     core = Core()
     (tmp_path / "memory.safetensors").write_bytes(b"")
-    about = {"format": 1, "weights": EMPTY, "memory": {"trigger": "policy"}}
+    about = {"format": 1, "weights": EMPTY, "memory": {"trigger": "policy"}, "base": {"backbone": "qwen2_5_vl"}}
     (tmp_path / "vismem.json").write_text(json.dumps(about))
     fakes = {
         "loading": {"load_base": core.load_base},

@@ -9,12 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vismem_core.data import Sample
-from vismem_core.errors import ConfigError, RewardError
+from vismem_core.errors import ConfigError, RewardError, ServiceError
 from vismem_core.reward import Written, parse, score
 from vismem_plugins.rewards.choice import chosen, options
 from vismem_plugins.rewards.judge import Judge, grade_in, judge
@@ -352,7 +353,7 @@ def test_the_judge_works_at_several_answers_at_once(endpoint: Endpoint) -> None:
         return 200, completion("10")
 
     endpoint.reply = together
-    assert Judge(endpoint.url, "m", tries=1, workers=4)(TOLD[:4], ROWS[:4]) == [1, 1, 1, 1]
+    assert Judge(endpoint.url, "m", patience=0, workers=4)(TOLD[:4], ROWS[:4]) == [1, 1, 1, 1]
 
 
 def test_the_judges_model_and_key(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,13 +372,28 @@ def test_the_judge_tries_again(endpoint: Endpoint, status: int) -> None:
     assert len(endpoint.asked) == 3
 
 
-def test_the_judge_waits_longer_each_time(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("replied", "patience", "waited"),
+    [(True, 100.0, [1, 2, 4, 8, 16, 30, 30, 9]), (True, 6.0, [1, 2, 3]), (False, 100.0, [1, 2, 4, 3])],
+)
+def test_the_judge_waits_longer_each_time(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, replied: bool, patience: float, waited: list[float]
+) -> None:
+    """Up to half a minute, as long as patience lasts; one that never replied is not waited for so long."""
     pauses: list[float] = []
-    monkeypatch.setattr("vismem_plugins.rewards.judge.time.sleep", pauses.append)
+    monkeypatch.setattr("vismem_plugins.rewards.judge.time", SimpleNamespace(monotonic=lambda: sum(pauses)))
     endpoint.reply = lambda number, body: (500, "down")
-    with pytest.raises(RewardError, match='/chat/completions fails after 3 tries: HTTP 500: "down"'):
-        Judge(endpoint.url, "m")(TOLD[:1], ROWS[:1])
-    assert pauses == [1, 2]
+    judged = Judge(endpoint.url, "m", patience, _known=replied)
+    judged._given_up = SimpleNamespace(wait=pauses.append)  # type: ignore[assignment]
+    with pytest.raises(ServiceError, match=r'/chat/completions fails for .* seconds .*: HTTP 500: "down"; --resume'):
+        judged._ask("/chat/completions", {})
+    assert pauses == waited
+    assert len(endpoint.asked) == len(pauses) + 1
+
+
+def test_patience_is_a_setting(endpoint: Endpoint) -> None:
+    (part,) = parse([f"judge:{endpoint.url}#m"], 7.0).parts  # type: ignore[attr-defined]
+    assert part.reward.patience == 7.0  # type: ignore[attr-defined]
 
 
 def bad_row(content: Any, status: int = 200) -> Callable[[int, Any], tuple[int, Any]]:
@@ -406,16 +422,16 @@ def test_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-    lost = Judge(url, "m", tries=2, pause=0.01)
-    with pytest.raises(RewardError, match=f"^reward Judge failed on sample 'row0': {url}/.* after 2 tries: .*refused"):
+    lost = Judge(url, "m", patience=0.05, pause=0.01)
+    with pytest.raises(ServiceError, match=f"^{url}/.* fails for 0.05 seconds .*refused"):
         score(lost, TOLD[:2], ROWS[:2])
 
 
 def test_an_endpoint_that_is_silent(endpoint: Endpoint) -> None:
     over = threading.Event()
     endpoint.reply = lambda number, body: (200, completion("7" if over.wait(3) else "8"))
-    with pytest.raises(RewardError, match=r"fails after 1 tries: .*timed out"):
-        Judge(endpoint.url, "m", timeout=0.2, tries=1)(TOLD[:1], ROWS[:1])
+    with pytest.raises(ServiceError, match=r"fails for 0 seconds \(1 tries\): .*timed out"):
+        Judge(endpoint.url, "m", timeout=0.2, patience=0)(TOLD[:1], ROWS[:1])
     over.set()
 
 

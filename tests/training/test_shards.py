@@ -9,7 +9,7 @@ import pytest
 from launch import launch
 from typer.testing import CliRunner
 
-from vismem_cli import app
+from vismem_cli.app import app
 from vismem_core.errors import AttachError
 from vismem_core.loading import load_base
 

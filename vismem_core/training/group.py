@@ -67,7 +67,7 @@ class GroupStage(Stage):
     ) -> None:
         super().__init__(memory, settings, processes)
         self.config, self.grpo = config, config.grpo
-        self.reward = parse(self.grpo.rewards)
+        self.reward = parse(self.grpo.rewards, self.grpo.patience)
         self.kl = grpo.AdaptiveKL(settings.beta, settings.target_kl)
         own = self.grpo
         self.sampling = Sampling(own.temperature, own.top_p, own.max_new_tokens, config.image_dropout)

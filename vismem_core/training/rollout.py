@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .. import cache as kv
 from ..config import KINDS, Kind
 from ..decoding import NEVER, Decoder, Latents
+from ..errors import TrainingError
 from ..memory import Memory
 from ..session import Session
 from ..trace import Trace
@@ -259,7 +260,12 @@ def draw(logprobs: Tensor, chances: Tensor, top_p: float = 1.0) -> Tensor:
     Args:
         chances: (R,), from 0 to 1.
         top_p: the share of the distribution that is kept, made of its likeliest tokens.
+
+    Raises:
+        TrainingError: a row is no distribution.
     """
+    if logprobs.isnan().any():
+        raise TrainingError("the policy's probabilities are not finite; lower the learning rate (--set train...lr)")
     shares, ids = logprobs.exp().sort(dim=-1, descending=True)
     reached = shares.double().cumsum(-1)
     kept = reached - shares < top_p

@@ -120,6 +120,7 @@ class Run:
         parse(config.train.grpo.rewards)  # a misspelt one is told before anything is written
         if memory.policy and config.train.objective == "sft":
             raise ConfigError("memory.policy.trains=lora: only GRPO trains it; use --objective grpo or sft+grpo")
+        memory.backbone.end_of_turn  # noqa: B018 - a base without any is told now
         self.processes = Processes(memory.model)
         self.parts = self.processes.count
         self.done: state.State | None = None

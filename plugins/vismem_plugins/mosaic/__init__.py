@@ -101,6 +101,10 @@ class Mosaic(Sequence[Sample]):
         type_ = self.types[at]
         return self._make(type_, turn * self.types.count(type_) + self.types[:at].count(type_))
 
+    def type_of(self, index: int) -> str:
+        """The type of a sample, which is not made for it."""
+        return self.types[self._numbers[index] % len(self.types)]
+
     def grid(self, type_: str, number: int) -> Grid:
         """The labels under a sample's picture."""
         return self._draw(type_, number)[0]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from vismem_core.data import Sample
 from vismem_core.errors import RewardError
 from vismem_core.reward import Reward, by_row, reference
-from vismem_plugins.metrics import plain
+from vismem_plugins.metrics import composed, plain
 
 from . import no_argument
 
@@ -76,7 +76,7 @@ def options(prompt: str) -> dict[str, str]:
 
 def chosen(text: str, listed: Mapping[str, str]) -> str | None:
     """The letter of the option that ``text`` chooses, or None; a letter goes before a text."""
-    text = text.strip()
+    text = composed(text.strip())
     same = [name for name, option in listed.items() if option and option == _bare(text)]
     stated = list(STATED.finditer(text))
     for found in (ALONE.fullmatch(text), next(reversed(stated), None), LEADING.match(text)):

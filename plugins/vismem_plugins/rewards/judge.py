@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
 import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from vismem_core.data import Sample
-from vismem_core.errors import ConfigError, RewardError
+from vismem_core.errors import ConfigError, RewardError, ServiceError
 from vismem_core.plugins import reason
-from vismem_core.reward import Reward, Written, reference
+from vismem_core.reward import PATIENCE, Reward, Written, reference
 
 INSTRUCTION = """You grade answers to questions about images. You do not see the image; the reference is right.
 Grade how well the answer agrees with the reference: 10 if it says the same, 0 if it does not. What stands in the \
@@ -43,6 +45,12 @@ def judge(argument: str) -> Reward:
     return Judge(url.rstrip("/"), model)
 
 
+LOG = logging.getLogger("vismem")
+FIRST = 10.0
+TOLD = 4.0
+"""A pause from which on people are told of it."""
+
+
 @dataclass
 class Judge:
     """Asks an endpoint for grades, several at a time.
@@ -51,17 +59,21 @@ class Judge:
         url: the endpoint's base, such as ``https://host/v1``.
         model: its name there; empty until it is known.
         timeout: seconds without a byte before a try fails.
-        tries: per request.
-        pause: seconds after the first try that failed, twice as many after each further one.
+        patience: seconds that a request is tried again for, while the endpoint is away; ``train.grpo.patience``. One
+            that has never replied may be misspelt, and gets ``FIRST`` seconds at most.
+        pause: seconds after the first try that failed, twice as many after each further one, up to ``longest``.
         workers: requests at a time.
     """
 
     url: str
     model: str = ""
+    patience: float = PATIENCE
     timeout: float = 60.0
-    tries: int = 3
     pause: float = 1.0
+    longest: float = 30.0
     workers: int = 8
+    _known: bool = field(default=False, repr=False)
+    _given_up: Event = field(default_factory=Event, repr=False)
 
     def __call__(self, answers: Sequence[Written], samples: Sequence[Sample], /) -> list[float]:
         """Grades from 0 to 1.
@@ -69,9 +81,14 @@ class Judge:
         Raises:
             RewardError: the endpoint is not reached, refuses, or replies without a grade.
         """
+        self._given_up = Event()
         self.model = self.model or self._only_model()
-        with ThreadPoolExecutor(self.workers) as pool:
+        pool = ThreadPoolExecutor(self.workers)
+        try:
             return list(pool.map(self.grade, answers, samples))
+        finally:  # after an error or a signal nobody waits for requests that are under way
+            self._given_up.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def grade(self, answer: Written, sample: Sample) -> float:
         """The grade of one answer, from 0 to 1."""
@@ -97,10 +114,11 @@ class Judge:
         return names[0]
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
-        """The JSON that the endpoint replies, after as many tries as it takes and is allowed."""
-        for number in range(self.tries):
-            if number:
-                time.sleep(self.pause * 2 ** (number - 1))
+        """The JSON that the endpoint replies, after as many tries as it takes and patience allows."""
+        patience = self.patience if self._known else min(self.patience, FIRST)
+        began, pause, tries = time.monotonic(), self.pause, 0
+        while True:
+            tries += 1
             try:
                 return self._send(path, body)
             except HTTPError as error:
@@ -111,7 +129,15 @@ class Judge:
                 failure = reason(error)
             except ValueError as error:
                 raise RewardError(f"{self.url}{path} does not reply with JSON: {reason(error)}") from error
-        raise RewardError(f"{self.url}{path} fails after {self.tries} tries: {failure}")
+            left = began + patience - time.monotonic()
+            if left <= 0 or self._given_up.wait(min(pause, left)):
+                raise ServiceError(
+                    f"{self.url}{path} fails for {patience:g} seconds ({tries} tries): {failure}; "
+                    "--resume goes on when it is back, and train.grpo.patience waits longer"
+                )
+            if pause >= TOLD:
+                LOG.warning("%s is away (%s); waiting for it, %d seconds at most", self.url, failure, left)
+            pause = min(2 * pause, self.longest)
 
     def _send(self, path: str, body: dict[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -119,7 +145,9 @@ class Judge:
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
         with urlopen(Request(self.url + path, data, headers), timeout=self.timeout) as reply:
-            return json.load(reply)
+            told = json.load(reply)
+        self._known = True
+        return told
 
 
 def grade_in(reply: str) -> float:

@@ -52,4 +52,4 @@ def _f1(found: list[str], wanted: list[str]) -> float:
 
 
 def _words(text: str) -> list[str]:
-    return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
+    return ARTICLES.sub(" ", metrics.composed(text).lower().translate(NO_PUNCTUATION)).split()

@@ -1,0 +1,53 @@
+"""Running a command: what goes wrong becomes one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
+from typing import Any, NoReturn, cast
+
+import typer
+import typer.main
+
+from vismem_core.errors import VismemError
+
+from .app import app
+
+USAGE = cast(type[Exception], typer.BadParameter.__mro__[1])
+"""UsageError, of click or of the copy that newer typers bring along."""
+ADVICE = {
+    errno.ENOSPC: "; free some space and run the same command again (train: with --resume)",
+    errno.EDQUOT: "; free some space and run the same command again (train: with --resume)",
+    errno.EACCES: "; check the permissions, or choose another place",
+    errno.EROFS: "; choose another place",
+}
+
+
+def run(args: Sequence[str]) -> NoReturn:
+    """Run ``vismem`` with ``args``; always ends in SystemExit."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not cost the answer
+    try:
+        code = typer.main.get_command(app).main(list(args) or ["--help"], prog_name="vismem", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except USAGE as error:
+        _fail(_usage(error), 2)
+    except typer.Abort:
+        _fail("interrupted", 130)
+    except VismemError as error:
+        _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}{ADVICE.get(error.errno or 0, '')}")
+
+
+def _usage(error: Any) -> str:
+    command = error.ctx.command_path if error.ctx else "vismem"
+    return f"{error.format_message().rstrip('.')}; see {command} --help"
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - plain, whatever the terminal
+    sys.exit(code)
