@@ -1,7 +1,21 @@
 """Fixtures that many tests share."""
 
+import os
+from collections.abc import Iterator
+
 import pytest
 from bases import FAMILIES, Base, mini, tied, untied
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What vismem remembers of checked data is this session's, in child processes too."""
+    before = os.environ.get("VISMEM_CACHE")
+    os.environ["VISMEM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["VISMEM_CACHE"]
+    if before is not None:
+        os.environ["VISMEM_CACHE"] = before
 
 
 @pytest.fixture(params=[tied, untied], ids=lambda make: make.__name__)

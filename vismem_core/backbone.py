@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, DynamicCache
 
 from . import cache as kv
 from .data import PLACEHOLDER
-from .errors import AttachError
+from .errors import AttachError, DataError
 from .images import Picture, decode
 from .plugins import reason
 from .vision import VisionStates
@@ -204,7 +205,7 @@ class Backbone(ABC):
             raise AttachError("prompts are a list of texts, and images a list for each: inputs([text], [[image]])")
         if len(prompts) != len(images):
             raise AttachError(f"{len(prompts)} prompts, and lists of images for {len(images)}")
-        decoded = [[decode(image) for image in own] for own in images]
+        decoded = [[_decoded(image, row, at) for at, image in enumerate(own)] for row, own in enumerate(images)]
         arguments: dict[str, Any] = {"images": decoded} if any(decoded) else {}
         try:
             texts = [self.prompt(text, len(own)) for text, own in zip(prompts, decoded, strict=True)]
@@ -273,3 +274,10 @@ class Backbone(ABC):
             use_cache=cache is not None,
         )
         return output.last_hidden_state.to(self.device)  # type: ignore[no-any-return]
+
+
+def _decoded(image: Picture, row: int, at: int) -> Image:
+    try:
+        return decode(image)
+    except DataError as error:
+        raise DataError(f"image {at} of prompt {row} {error}") from error

@@ -119,27 +119,24 @@ def prepare(
     Raises:
         DataError: a bad sample, by its name.
     """
-    checker = _Checker(backbone, answers)
+    checker, inputs = _Checker(backbone, answers), None
     faults = dict(checker.texts(samples))
-    good = [sample for at, sample in enumerate(samples) if at not in faults]
-    bad = [(samples[at], why) for at, why in faults.items()]
-    inputs = None
+    good = [at for at in range(len(samples)) if at not in faults]
     if good:
         try:
-            inputs = _inputs(backbone, good)
+            inputs = _inputs(backbone, [samples[at] for at in good])
         except VismemError:
-            alone = [(sample, checker.alone(sample)) for sample in good]
-            bad += [(sample, why) for sample, why in alone if why]
-            if not any(why for _, why in alone):
+            alone = {at: why for at in good if (why := checker.alone(samples[at]))}
+            if not alone:
                 raise
-            good = [sample for sample, why in alone if not why]
-            inputs = _inputs(backbone, good) if good else None
-    if bad and out is None:
-        sample, why = bad[0]
-        raise DataError(f"{sample.name}: {why}")
-    if out is not None:
-        out += [left_out(sample, why) for sample, why in bad]
-    return good, inputs
+            faults |= alone
+            good = [at for at in good if at not in alone]
+            inputs = _inputs(backbone, [samples[at] for at in good]) if good else None
+    for at, why in sorted(faults.items()):
+        if out is None:
+            raise DataError(f"{samples[at].name}: {why}")
+        out.append(left_out(samples[at], why))
+    return [samples[at] for at in good], inputs
 
 
 def left_out(sample: Sample, why: str) -> Skipped:

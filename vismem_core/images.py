@@ -7,7 +7,6 @@ scaled to 8 bits instead of cut off.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 from io import BytesIO
@@ -21,9 +20,11 @@ Picture = Image.Image | Path | bytes
 """An image, the path of an image file, or what such a file holds."""
 
 DATA_URL = re.compile(r"data:[^,]{0,200}?;base64,", re.IGNORECASE)
-BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{80,}={0,2}\s*")
+BASE64 = re.compile(r"[A-Za-z0-9+/_\r\n-]{80,}={0,2}\s*")
 DEPTHS = (8, 10, 12, 14, 16)
 """Bits that cameras and scanners put into integers of 16 or 32."""
+LONGEST = 400
+"""Characters of a path that a message shows whole."""
 BITS_PER_SAMPLE = 258
 """The tag in which a TIFF says how many of them count."""
 
@@ -65,18 +66,29 @@ def embedded(text: str) -> bytes | None:
     """The file that a data URL or bare base64 holds; None for anything else, such as a path.
 
     Raises:
-        DataError: it is a data URL, or far too long for a path, and holds nothing.
+        DataError: a data URL that holds none.
     """
-    head = DATA_URL.match(text)
-    if head is None and (text[:5].lower() == "data:" or not BASE64.fullmatch(text) or is_file(Path(text))):
-        if text[:5].lower() == "data:":
+    if text[:5].lower() == "data:":
+        head = DATA_URL.match(text)
+        if head is None:
             raise DataError(f"the image is a data URL without base64: {cut(text)!r}")
+        try:
+            return _unpacked(text[head.end() :])
+        except ValueError as error:
+            raise DataError(f"the image is base64 that does not decode: {cut(text)!r}") from error
+    if not BASE64.fullmatch(text) or is_file(Path(text)):
         return None
-    body = re.sub(r"\s+", "", text[head.end() :] if head else text).translate(str.maketrans("-_", "+/"))
     try:
-        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"the image is base64 that does not decode: {cut(text)!r}") from error
+        held = _unpacked(text)
+        verify(held)
+    except (ValueError, DataError):  # then it is a long path
+        return None
+    return held
+
+
+def _unpacked(text: str) -> bytes:
+    plain = "".join(text.split()).translate(str.maketrans("-_", "+/"))
+    return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
 
 
 def content(image: Image.Image) -> str:
@@ -86,7 +98,7 @@ def content(image: Image.Image) -> str:
 
 def shown(path: Path) -> str:
     """A path for a message; whole, unless it is longer than paths are."""
-    return cut(path, 240)
+    return cut(path, 80 if len(str(path)) > LONGEST else LONGEST)
 
 
 def is_file(path: Path) -> bool:

@@ -128,7 +128,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights": (lambda f: describe(f, lambda a: a["base"].update(fingerprint="x")), "weights differ.*any_base=True"),
     "no base": (lambda f: describe(f, lambda a: a.pop("base")), "does not say which base"),
     "text for a base": (lambda f: describe(f, lambda a: a.update(base="mine")), "does not say which base"),
-    "a number for a base's name": (lambda f: describe(f, lambda a: a["base"].update(name=7)), "does not say which base"),
+    "a number for a base": (lambda f: describe(f, lambda a: a["base"].update(name=7)), "does not say which base"),
     "NaN": (lambda f: rewrite(f, lambda t: t["short.gain"].fill_(torch.nan)), "short.gain holds NaN"),
     "whole numbers": (
         lambda f: rewrite(f, lambda t: t.update({"short.gain": t["short.gain"].long()})),

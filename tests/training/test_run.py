@@ -13,48 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from runs import GRPO, RESAMPLING, run
 from safetensors.torch import load_file
-from tiny import picture, qwen
 
-import vismem_core as vismem
-from vismem_core.config import Config, load
-from vismem_core.data import Sample
 from vismem_core.errors import ConfigError, TrainingError
 from vismem_core.training import run as runs
-from vismem_core.training.run import train
-
-GROUPS = {"seen": ("colour",), "new": ("shape",)}
-SETTINGS = [
-    "train.formation={steps: 4, batch: 3, lr: 1e-3}",
-    "train.invocation={steps: 3, batch: 3, lr: 1e-2}",
-    "train.save_every=2",
-    "train.eval_samples=2",
-    "train.max_new_tokens=4",
-]
-
-
-def samples() -> list[Sample]:
-    return [
-        Sample(str(n), (picture(16, 16 + 8 * (n % 3), n),), "what is left ?", ("a bag , a boot .", "boot")[n % 2], kind)
-        for n, kind in enumerate(("colour", "shape") * 4)
-    ]
-
-
-def run(output: Path, overrides: list[str] | None = None, **options: Any) -> dict[str, Any]:
-    config: Config = load(None, [*SETTINGS, *(overrides or [])])
-    memory = vismem.attach(*qwen(), config=config.memory)
-    return train(memory, samples(), samples(), config, output, groups=GROUPS, **options)
-
-
-GRPO = [
-    "train.objective=grpo",
-    "train.grpo={group: 3, max_new_tokens: 6, rewards: ['call:samples:even']}",
-    "train.grpo.formation={steps: 4, batch: 2, lr: 1e-3}",
-    "train.grpo.invocation={steps: 3, batch: 2, lr: 1e-2}",
-]
-
-
-RESAMPLING = [own.replace("even'", "fickle'").replace("{group", "{resample: 2, group") for own in GRPO]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +110,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import vismem_core.training.run as runs
-from test_run import run
+from runs import run
 update, count = runs.Run._gradients, 0
 def slow(*args):
     global count
@@ -168,8 +131,8 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     fixture = {"sft": "finished", "grpo": "finished_grpo", "resampling": "finished_resampling"}
     whole_run: Path = request.getfixturevalue(fixture[objective])
     overrides = {"sft": [], "grpo": GRPO, "resampling": RESAMPLING}[objective]
-    output, here = tmp_path / "killed", Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    output, here = tmp_path / "killed", Path(__file__).parents[1]
+    path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(here), str(output), str(steps), *overrides],
         stdout=subprocess.PIPE,

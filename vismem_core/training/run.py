@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import nn
 
 from .. import checkpoint
-from ..checking import checked
+from ..checking import checked, prepare
 from ..config import Config, StageConfig, TrainConfig, to_dict
 from ..data import Dataset, OnBad, Sample, Skipped
 from ..errors import ConfigError, DataError, TrainingError
@@ -348,7 +348,11 @@ class Run:
 
     def rehearse(self, heldout: Sequence[Sample], groups: Mapping[str, Sequence[str]] | None) -> None:
         """Try the closing report on a few samples: what it cannot do is known before the first step."""
-        few = Dataset([heldout[at] for at in range(min(REHEARSED, len(heldout)))])
+        few: list[Sample] = []
+        for at in range(len(heldout)):
+            few += prepare(self.memory.backbone, [heldout[at]], self.left_out if self.on_bad == "skip" else None)[0]
+            if len(few) == REHEARSED:
+                break
         self._evaluate(few, groups, min(REHEARSED_TOKENS, self.config.train.max_new_tokens))
 
     def measure(self, heldout: Sequence[Sample], groups: Mapping[str, Sequence[str]] | None) -> dict[str, Any]:
