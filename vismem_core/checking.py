@@ -205,6 +205,10 @@ class _Checker:
 
     def alone(self, sample: Sample) -> str | None:
         """Why the model takes no inputs of this sample alone."""
+        sizes = self.sizes(sample)
+        why = sizes if isinstance(sizes, str) else self.taken(sample, sizes)[0]
+        if why is not None:
+            return why
         try:
             _inputs(self.backbone, [sample])
         except VismemError as error:

@@ -1,9 +1,10 @@
-"""Rows that a model cannot use: told with file and line before training, or left out and listed; never met as a surprise."""
+"""Rows that a model cannot use: told with file and line before training, or left out and listed."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,9 @@ def test_left_out_and_listed(tmp_path: Path, check: Any, objective: str) -> None
         assert set(told) == {(folder, line) for folder in ("data", "held") for line in lines}
     assert set(told) <= {(folder, line) for folder in ("data", "held") for line in lines}
     assert {place for place in told if place[0] == "data"}, "none was met"
-    import re
-
     for (_, line), why in told.items():
         assert re.search(list(FAULTS.values())[line - 1][1], why)
-    assert report["samples"] >= 2
+    assert report["samples"] >= 1
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 7 and all(step["loss"] is not None for step in steps)
 
@@ -144,8 +143,8 @@ def test_a_file_without_a_usable_row(tmp_path: Path) -> None:
 
 def test_rows_longer_than_the_context_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = rows(tmp_path / "data")
-    told[2]["prompt"] = "a bag , " * 600
-    told[5]["answer"] = "a coat . " * 700
+    told[2]["prompt"] = "a bag , " * 900
+    told[5]["answer"] = "a coat . " * 1200
     path = written(tmp_path / "data" / "q.jsonl", told)
     run(tmp_path / "run", ["train.formation.steps=1", "train.invocation.steps=1"], data=read(path))
     err = " ".join(capsys.readouterr().err.split())
