@@ -6,8 +6,11 @@ Exit codes: 0 done, 1 an error that is said in one line, 2 wrong usage, 130 inte
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+
+TYPE_CHECKING = False  # Ctrl-C is caught from here on, and importing typing takes long enough to press it
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
 
 __all__ = ["main"]
 
@@ -15,7 +18,7 @@ __all__ = ["main"]
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run ``vismem`` with ``args``, by default those of the process; always ends in SystemExit."""
     try:
-        from .program import run  # here, so that Ctrl-C is caught while the program is still being imported
+        from .program import run
 
         run(list(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt:

@@ -19,10 +19,11 @@ from torch import nn
 
 from .. import checkpoint
 from ..checking import checked, prepare
-from ..config import Config, StageConfig, TrainConfig, to_dict
+from ..config import KINDS, Config, StageConfig, TrainConfig, to_dict
 from ..data import Dataset, OnBad, Sample, Skipped
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import evaluate
+from ..inference import answers
 from ..lock import alone
 from ..memory import Memory
 from ..reward import parse
@@ -99,7 +100,7 @@ def train(
         for name in stages:
             run.train(name, usable)
         if run.processes.first:
-            run.refuse_nonsense()
+            run.refuse_nonsense(asked)
             checkpoint.save(memory, output, {"training": to_dict(config.train)})
             report = run.measure(asked, groups)
         run.processes.wait()
@@ -346,13 +347,17 @@ class Run:
         if math.isfinite(norm):
             optimizer.step()
 
-    def rehearse(self, heldout: Sequence[Sample], groups: Mapping[str, Sequence[str]] | None) -> None:
-        """Try the closing report on a few samples: what it cannot do is known before the first step."""
+    def _few(self, data: Sequence[Sample]) -> list[Sample]:
         few: list[Sample] = []
-        for at in range(len(heldout)):
-            few += prepare(self.memory.backbone, [heldout[at]], self.left_out if self.on_bad == "skip" else None)[0]
+        for at in range(len(data)):
+            few += prepare(self.memory.backbone, [data[at]], self.left_out if self.on_bad == "skip" else None)[0]
             if len(few) == REHEARSED:
                 break
+        return few
+
+    def rehearse(self, heldout: Sequence[Sample], groups: Mapping[str, Sequence[str]] | None) -> None:
+        """Try the closing report on a few samples: what it cannot do is known before the first step."""
+        few = self._few(heldout)
         self._evaluate(few, groups, min(REHEARSED_TOKENS, self.config.train.max_new_tokens))
 
     def measure(self, heldout: Sequence[Sample], groups: Mapping[str, Sequence[str]] | None) -> dict[str, Any]:
@@ -378,16 +383,22 @@ class Run:
             progress=progress,
         )
 
-    def refuse_nonsense(self) -> None:
-        """See that what was trained is numbers.
+    def refuse_nonsense(self, heldout: Sequence[Sample]) -> None:
+        """See that what was trained is numbers, and makes numbers.
 
         Raises:
-            TrainingError: a tensor holds NaN or infinity.
+            TrainingError: a tensor or a latent vector holds NaN or infinity.
         """
-        if odd := state.not_finite(self.memory):
+        odd = state.not_finite(self.memory)
+        for kind in KINDS if odd is None else ():
+            few = self._few(heldout)
+            for _ in answers(self.memory, few, max_new_tokens=REHEARSED_TOKENS, trigger=f"schedule:0={kind}"):
+                if not all(own.latents.isfinite().all() for own in self.memory.trace.invocations):
+                    odd = f"a latent vector of {kind} memory"
+        if odd is not None:
             raise TrainingError(
-                f"{self.output}: {odd} of the trained memory holds NaN or infinity, so it is not saved as finished; "
-                "lower the learning rate (--set train...lr) and begin anew"
+                f"{self.output}: {odd} holds NaN or infinity, so this memory is not saved as finished; lower the "
+                "learning rate (--set train...lr) and begin anew"
             )
 
     def told(self, data: Sequence[Sample], heldout: Sequence[Sample]) -> dict[str, Any]:
