@@ -17,6 +17,7 @@ from .app import app
 
 USAGE = cast(type[Exception], typer.BadParameter.__mro__[1])
 """UsageError, of click or of the copy that newer typers bring along."""
+INTERRUPTED = 130
 ADVICE = {
     errno.ENOSPC: "; free some space and run the same command again (train: with --resume)",
     errno.EDQUOT: "; free some space and run the same command again (train: with --resume)",
@@ -31,11 +32,13 @@ def run(args: Sequence[str]) -> NoReturn:
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not cost the answer
     try:
         code = typer.main.get_command(app).main(list(args) or ["--help"], prog_name="vismem", standalone_mode=False)
+        if code == INTERRUPTED:  # as newer typers tell of Ctrl-C
+            _fail("interrupted", INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
     except USAGE as error:
         _fail(_usage(error), 2)
     except typer.Abort:
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
     except VismemError as error:
         _fail(str(error))
     except OSError as error:
