@@ -112,12 +112,12 @@ def test_lazily_a_fault_is_told_where_it_is_met_and_nothing_is_lost(tmp_path: Pa
 def test_what_is_drawn_in_place_of_a_bad_row_is_the_same_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vismem_core.training import run as runs
+    from vismem_core.training import loop as loops
 
     path = data(tmp_path / "data", "truncated image", "an image like a thread", count=12)
     given: dict[str, Any] = {"data": read(path), "check": "lazy", "on_bad": "skip"}
     whole = run(tmp_path / "whole", **given)
-    gradients, left = runs.Run._gradients, iter(range(3))
+    gradients, left = loops.Loop._gradients, iter(range(3))
 
     def failing(*args: Any) -> float:
         if next(left, None) is None:
@@ -125,7 +125,7 @@ def test_what_is_drawn_in_place_of_a_bad_row_is_the_same_after_a_resume(
         return gradients(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "_gradients", failing)
+        patch.setattr(loops.Loop, "_gradients", failing)
         with pytest.raises(RuntimeError):
             run(tmp_path / "run", **given)
     again = run(tmp_path / "run", resume=True, **given)

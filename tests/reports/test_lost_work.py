@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from tiny import qwen
 
 from vismem_core.errors import AttachError, RewardError, TrainingError
-from vismem_core.training import interrupt
-from vismem_core.training import run as runs
+from vismem_core.training import batches, interrupt
+from vismem_core.training import loop as loops
+from vismem_core.training.display import Display
 from vismem_core.training.formation import Formation
 
 KINDS = {"sft": [], "grpo": GRPO}
@@ -44,9 +45,9 @@ def steps(output: Path) -> int:
 
 
 PLACES = {
-    "while gradients are made": (runs.Run, "_gradients"),
-    "while a batch is made": (runs, "usable_batch"),
-    "after the step": (runs.Display, "step"),
+    "while gradients are made": (loops.Loop, "_gradients"),
+    "while a batch is made": (batches, "usable_batch"),
+    "after the step": (Display, "step"),
 }
 
 
@@ -87,19 +88,19 @@ def test_any_error_saves_the_last_whole_step(
 
 
 def test_a_step_that_is_half_taken_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, calls = runs.Run._step, 0
+    take, calls = loops.Loop._step, 0
 
-    def half(self: runs.Run, optimizer: Any, rate: float, norm: float) -> None:
+    def half(self: loops.Loop, step: int, norm: float) -> None:
         nonlocal calls
         calls += 1
-        take(self, optimizer, rate, norm)
+        take(self, step, norm)
         if calls == 3:
             raise RuntimeError("out of memory in the optimiser")
 
-    monkeypatch.setattr(runs.Run, "_step", half)
+    monkeypatch.setattr(loops.Loop, "_step", half)
     with pytest.raises(RuntimeError):
         run(tmp_path / "run")
-    monkeypatch.setattr(runs.Run, "_step", take)
+    monkeypatch.setattr(loops.Loop, "_step", take)
     run(tmp_path / "run", resume=True)
     run(tmp_path / "whole")
     same(tmp_path / "run", tmp_path / "whole")
@@ -123,19 +124,19 @@ def test_signals_end_the_step_and_save_it(
 ) -> None:
     kind, unbroken = whole
     number = getattr(signal, name)
-    gradients, before, left = runs.Run._gradients, signal.getsignal(number), iter(range(2))
+    gradients, before, left = loops.Loop._gradients, signal.getsignal(number), iter(range(2))
 
     def signalled(*args: Any) -> float:
         if next(left, None) is None:
             os.kill(os.getpid(), number)
         return gradients(*args)
 
-    monkeypatch.setattr(runs.Run, "_gradients", signalled)
+    monkeypatch.setattr(loops.Loop, "_gradients", signalled)
     with pytest.raises(TrainingError, match=r"interrupted after \w+, step 3, which is saved; .*--resume goes on"):
         run(tmp_path / "run", KINDS[kind])
     assert signal.getsignal(number) is before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert steps(tmp_path / "run") == 3
-    monkeypatch.setattr(runs.Run, "_gradients", gradients)
+    monkeypatch.setattr(loops.Loop, "_gradients", gradients)
     run(tmp_path / "run", KINDS[kind], resume=True)
     same(tmp_path / "run", unbroken)
 
@@ -145,7 +146,7 @@ def test_a_step_that_does_not_end_is_left_and_the_one_before_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(interrupt, "GRACE", 0.3)
-    gradients, left = runs.Run._gradients, iter(range(2))
+    gradients, left = loops.Loop._gradients, iter(range(2))
 
     def stuck(*args: Any) -> float:
         if next(left, None) is None:
@@ -155,12 +156,12 @@ def test_a_step_that_does_not_end_is_left_and_the_one_before_saved(
             time.sleep(60)
         return gradients(*args)
 
-    monkeypatch.setattr(runs.Run, "_gradients", stuck)
+    monkeypatch.setattr(loops.Loop, "_gradients", stuck)
     began = time.monotonic()
     with pytest.raises(TrainingError, match="interrupted after formation, step 2, which is saved"):
         run(tmp_path / "run", ["train.save_every=50"])
     assert time.monotonic() - began < 20
-    monkeypatch.setattr(runs.Run, "_gradients", gradients)
+    monkeypatch.setattr(loops.Loop, "_gradients", gradients)
     run(tmp_path / "run", ["train.save_every=50"], resume=True)
     run(tmp_path / "whole", ["train.save_every=50"])
     same(tmp_path / "run", tmp_path / "whole")
@@ -168,17 +169,17 @@ def test_a_step_that_does_not_end_is_left_and_the_one_before_saved(
 
 def test_a_signal_while_a_step_is_taken_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two at once: the second would end the process at once, were it not in the middle of a step of the optimiser."""
-    take, calls = runs.Run._step, 0
+    take, calls = loops.Loop._step, 0
 
-    def signalled(self: runs.Run, optimizer: Any, rate: float, norm: float) -> None:
+    def signalled(self: loops.Loop, step: int, norm: float) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
-        take(self, optimizer, rate, norm)
+        take(self, step, norm)
 
-    monkeypatch.setattr(runs.Run, "_step", signalled)
+    monkeypatch.setattr(loops.Loop, "_step", signalled)
     with pytest.raises(TrainingError, match="interrupted after formation, step 2, which is saved"):
         run(tmp_path / "run", ["train.save_every=50"])
 
@@ -224,7 +225,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_judge_that_is_away_is_waited_for(judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [*GRPO, judge]
     run(tmp_path / "whole", settings)
-    gradients, left = runs.Run._gradients, iter(range(2))
+    gradients, left = loops.Loop._gradients, iter(range(2))
 
     def restart(*args: Any) -> float:
         if next(left, None) is None and not Judge.down and not hasattr(restart, "done"):
@@ -233,7 +234,7 @@ def test_a_judge_that_is_away_is_waited_for(judge: str, tmp_path: Path, monkeypa
             threading.Timer(4.5, lambda: setattr(Judge, "down", False)).start()  # before: three tries in three seconds
         return gradients(*args)
 
-    monkeypatch.setattr(runs.Run, "_gradients", restart)
+    monkeypatch.setattr(loops.Loop, "_gradients", restart)
     run(tmp_path / "run", settings)
     same(tmp_path / "run", tmp_path / "whole")
 
@@ -241,16 +242,16 @@ def test_a_judge_that_is_away_is_waited_for(judge: str, tmp_path: Path, monkeypa
 def test_patience_ends_and_the_last_step_is_saved(judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [*GRPO, judge, "train.grpo.patience=0.2", "train.save_every=50"]
     run(tmp_path / "whole", settings)
-    gradients, left = runs.Run._gradients, iter(range(2))
+    gradients, left = loops.Loop._gradients, iter(range(2))
 
     def down(*args: Any) -> float:
         Judge.down = next(left, None) is None
         return gradients(*args)
 
-    monkeypatch.setattr(runs.Run, "_gradients", down)
+    monkeypatch.setattr(loops.Loop, "_gradients", down)
     with pytest.raises(RewardError, match=r"fails for 0\.2 seconds .*HTTP 503: restarting; --resume"):
         run(tmp_path / "run", settings)
-    monkeypatch.setattr(runs.Run, "_gradients", gradients)
+    monkeypatch.setattr(loops.Loop, "_gradients", gradients)
     Judge.down = False
     run(tmp_path / "run", settings, resume=True)
     same(tmp_path / "run", tmp_path / "whole")
@@ -284,9 +285,11 @@ def test_overflow_in_grpo_is_one_line(tmp_path: Path) -> None:
 
 
 def test_skipped_steps_are_said_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gradients, calls = runs.Run._gradients, iter(range(100))
+    gradients, calls = loops.Loop._gradients, iter(range(100))
     monkeypatch.setattr(
-        runs.Run, "_gradients", lambda *args: float("nan") if next(calls) in (1, 2) else gradients(*args)
+        loops.Loop,
+        "_gradients",
+        lambda *args: (gradients(*args)[0], float("nan")) if next(calls) in (1, 2) else gradients(*args),
     )
     report = run(tmp_path / "run")
     assert report["skipped_steps"] == 2

@@ -16,7 +16,8 @@ from tiny import qwen
 
 from vismem_cli import main
 from vismem_core.errors import TrainingError
-from vismem_core.training import run as runs
+from vismem_core.training import batches
+from vismem_core.training import loop as loops
 
 
 def other_weights() -> tuple[Any, Any]:
@@ -29,7 +30,7 @@ def other_weights() -> tuple[Any, Any]:
 
 def stopped(output: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Path:
     """A run that an error ended after its second step."""
-    gradients, left = runs.Run._gradients, iter(range(2))
+    gradients, left = loops.Loop._gradients, iter(range(2))
 
     def failing(*args: Any) -> float:
         if next(left, None) is None:
@@ -37,7 +38,7 @@ def stopped(output: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Pa
         return gradients(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "_gradients", failing)
+        patch.setattr(loops.Loop, "_gradients", failing)
         with pytest.raises(RuntimeError, match="the power is out"):
             run(output, **options)
     return output
@@ -151,7 +152,7 @@ def test_neither_base_nor_data_need_be_named_again(
     sizes = ["train.formation.batch=2", "train.invocation.batch=2", "train.save_every=1"]
     monkeypatch.chdir(tmp_path)
     few = [word for own in [*steps, *sizes] for word in ("--set", own)]
-    gradients, left = runs.Run._gradients, iter(range(2))
+    gradients, left = loops.Loop._gradients, iter(range(2))
 
     def failing(*args: Any) -> float:
         if next(left, None) is None:
@@ -164,7 +165,7 @@ def test_neither_base_nor_data_need_be_named_again(
         return int(ended.value.code or 0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "_gradients", failing)
+        patch.setattr(loops.Loop, "_gradients", failing)
         assert vismem("train", "--model", "base", "--data", "train.jsonl", "--output", "out", *few) == 1
     assert vismem("train", "--resume", "--output", "out", "--data", "mosaic") == 1
     assert "the run's data is" in capsys.readouterr().err
@@ -183,8 +184,10 @@ def test_another_number_of_processes_keeps_the_batch(
     told = json.loads((output / "run.json").read_text())
     (output / "run.json").write_text(json.dumps(told | {"processes": 2}))
     sizes: list[int] = []
-    usable = runs.usable_batch
-    monkeypatch.setattr(runs, "usable_batch", lambda own, some, out: sizes.append(len(some)) or usable(own, some, out))
+    usable = batches.usable_batch
+    monkeypatch.setattr(
+        batches, "usable_batch", lambda own, some, out: sizes.append(len(some)) or usable(own, some, out)
+    )
     run(output, resume=True)
     assert set(sizes) == {6}
     assert "began on 2 processes and goes on on 1; the steps' batches stay as large" in capsys.readouterr().err

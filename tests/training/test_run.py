@@ -17,7 +17,7 @@ from runs import GRPO, RESAMPLING, run
 from safetensors.torch import load_file
 
 from vismem_core.errors import ConfigError, TrainingError
-from vismem_core.training import run as runs
+from vismem_core.training import loop as loops
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +109,9 @@ KILLED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import vismem_core.training.run as runs
+import vismem_core.training.loop as loops
 from runs import run
-update, count = runs.Run._gradients, 0
+update, count = loops.Loop._gradients, 0
 def slow(*args):
     global count
     count += 1
@@ -119,7 +119,7 @@ def slow(*args):
         print("now", flush=True)
         __import__("time").sleep(60)
     return update(*args)
-runs.Run._gradients = slow
+loops.Loop._gradients = slow
 run(Path(sys.argv[2]), sys.argv[4:])
 """
 
@@ -155,18 +155,18 @@ def test_a_killed_run_resumes_to_the_same_numbers(
 def test_an_interrupted_run_keeps_its_step(
     calls: int, where: str, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update, before, left = runs.Run._gradients, signal.getsignal(signal.SIGINT), iter(range(calls - 1))
+    update, before, left = loops.Loop._gradients, signal.getsignal(signal.SIGINT), iter(range(calls - 1))
 
     def interrupting(*args: Any) -> float:
         if next(left, None) is None:
             signal.raise_signal(signal.SIGINT)
         return update(*args)
 
-    monkeypatch.setattr(runs.Run, "_gradients", interrupting)
+    monkeypatch.setattr(loops.Loop, "_gradients", interrupting)
     with pytest.raises(TrainingError, match=rf"interrupted after {where}.*--resume"):
         run(tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) is before
-    monkeypatch.setattr(runs.Run, "_gradients", update)
+    monkeypatch.setattr(loops.Loop, "_gradients", update)
     drawn = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert drawn == calls
     run(tmp_path / "run", resume=True)

@@ -14,6 +14,7 @@ from ..backbone import Backbone
 from ..checking import prepare
 from ..data import Sample, Skipped
 from ..errors import DataError
+from .processes import Processes
 
 
 @dataclass(frozen=True)
@@ -110,3 +111,51 @@ class Sampler:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._permutation: list[int] = torch.randperm(self.size, generator=generator).tolist()
         return self._permutation
+
+
+class Draws:
+    """Gives so many samples of the data as a batch, this process's part of them; None if that is none.
+
+    Args:
+        batch: samples of a step, in all processes.
+        left_out: bad samples are left out and added here, and further ones take their places; without it the first one
+            raises.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: Sequence[Sample],
+        batch: int,
+        seed: int,
+        processes: Processes,
+        left_out: list[Skipped] | None,
+    ) -> None:
+        self.backbone, self.data, self.processes, self.left_out = backbone, data, processes, left_out
+        self.sampler = Sampler(len(data), batch, seed)
+
+    def __call__(self, count: int) -> Batch | None:
+        """All processes ask for the same number.
+
+        Raises:
+            DataError: a bad sample, or no good one is left.
+        """
+        good: list[Sample] = []
+        batch, wanted, looked = None, count, 0
+        while wanted:
+            if looked > len(self.data) + count:
+                raise DataError(
+                    f"no usable sample is left in the data; one of the faults: {(self.left_out or [''])[0]}"
+                )
+            drawn = sorted((self.data[at] for at in self.sampler.draw(wanted)), key=lambda own: -len(own.answer or ""))
+            looked += wanted
+            own = self.processes.part(drawn)
+            batch = usable_batch(self.backbone, own, self.left_out) if own else None
+            lost = len(own) - (len(batch) if batch else 0)
+            wanted = int(self.processes.total(torch.tensor(float(lost))).item())
+            if wanted and self.left_out is not None:  # an epoch later they are met again
+                self.left_out[:] = dict.fromkeys(self.processes.everyones(self.left_out))
+            if wanted or good:
+                good += batch.samples if batch else []
+                batch = None
+        return usable_batch(self.backbone, good, self.left_out) if good else batch

@@ -3,46 +3,40 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from random import Random
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 
 from .. import checkpoint
 from ..checking import checked, prepare
-from ..config import KINDS, Config, StageConfig, TrainConfig, to_dict
+from ..config import KINDS, Config, TrainConfig, to_dict
 from ..data import Dataset, OnBad, Sample, Skipped
-from ..errors import ConfigError, DataError, TrainingError
+from ..errors import ConfigError, TrainingError
 from ..evaluation import evaluate
 from ..inference import answers
 from ..lock import alone
 from ..memory import Memory
 from ..reward import parse
 from . import state
-from .batches import Batch, Sampler, usable_batch
+from .batches import Draws
 from .display import Display
 from .folder import BASIS, METRICS, REPORT, SETTINGS, Basis, basis, read_json, refuse
 from .formation import Formation
 from .formation_grpo import FormationGrpo
-from .interrupt import Interrupt
 from .invocation import InvocationStage
 from .invocation_grpo import InvocationGrpo
+from .loop import Loop
 from .metrics import Metrics, finite_json
 from .processes import Processes
 from .stage import Stage
 from .trackers import Trackers
 
-TRIES = 10
-"""Steps in a row that may be skipped because their gradient is not finite."""
 REHEARSED = 2
 """Held-out samples on which the closing report is tried before the first step, and tokens of their answers."""
 REHEARSED_TOKENS = 4
@@ -218,134 +212,29 @@ class Run:
         return wanted[wanted.index(self.done.stage) :] if self.done else wanted
 
     def train(self, name: str, data: Sequence[Sample]) -> None:
-        """Run one stage to its end."""
-        memory, seed = self.memory, self.config.train.seed
-        stage = STAGES[name][1](memory, self.config.train, self.processes)
-        settings, parameters = stage.settings, stage.parameters()
-        groups = [{"params": [own], "name": name, "rate": rate} for name, own, rate in parameters]
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
-        sampler = Sampler(len(data), settings.batch * self.parts, seed)
-        if sampler.batch < self.processes.count:
-            raise TrainingError(f"{name}: a batch of {sampler.batch} is too small for {self.processes.count} processes")
-        first, finished = 0, False
-        stage.draw = self._drawing(data, sampler)
+        """Run one stage, from where the run stands, to its end."""
+        stage = STAGES[name][1](self.memory, self.config.train, self.processes)
+        draws = Draws(
+            self.memory.backbone,
+            data,
+            stage.settings.batch * self.parts,
+            self.config.train.seed,
+            self.processes,
+            self.left_out if self.on_bad == "skip" else None,
+        )
+        stage.draw = draws
+        loop = Loop(
+            name, stage, draws, self.memory, self.config.train, self.processes, self.output, self.left_out, self.say
+        )
         if self.done and self.done.stage == name:
-            first, finished = self.done.step, self.done.finished
-            state.restore(optimizer, self.done.tensors)
-            stage.restore(state.part(self.done.tensors, "stage."))
-            sampler.position = int(self.done.tensors["sampler.position"])
-        saved = state.Saver(self.output, memory, optimizer, stage, name, self.left_out)
-        metrics = Metrics(self.output / METRICS, list(STAGES), name, first, self.processes.first)
-        self.display.begin(name, settings.steps, first)
-        skipped, interrupt = 0, Interrupt(self.processes)
-        with (
-            metrics,
-            self._saved_whatever_happens(saved, metrics),
-            _only(memory, parameters),
-            self.processes.graphs(),
-            interrupt,
-        ):
-            for step in range(first, settings.steps):
-                key = f"{seed}/{name}/{step}"
-                torch.manual_seed(Random(key).getrandbits(63))
-                batch = stage.draw(sampler.batch)
-                memory.zero_grad()
-                optimizer.zero_grad()
-                figures = stage.accumulate(_some(batch, name), key, step / settings.steps)
-                norm = self._gradients(parameters, settings.clip)
-                with interrupt.held(), saved.torn():
-                    self._step(optimizer, _rate(step, settings), norm)
-                    stage.stepped()
-                    skipped = 0 if math.isfinite(norm) else skipped + 1
-                    row = {"stage": name, "step": step + 1, **figures, "norm": norm, "skipped": bool(skipped)}
-                    metrics.add(row)
-                    saved.whole(step + 1, sampler.position)
-                self.trackers.log(row)
-                self.display.step(row)
-                if skipped == TRIES:
-                    raise TrainingError(
-                        f"{name}: the gradient was not finite in {TRIES} steps in a row, the last one number "
-                        f"{step + 1}; lower the learning rate (--set train...lr)"
-                    )
-                if step + 1 == settings.steps:
-                    break
-                if interrupt.agreed():
-                    raise KeyboardInterrupt
-                if (step + 1) % self.config.train.save_every == 0:
-                    with interrupt.held():
-                        self._save(saved, metrics)
-            memory.eval()
-            if not finished:
-                stage.finish()
-            with interrupt.held():
-                saved.whole(settings.steps, sampler.position, finished=True)
-                self._save(saved, metrics)
-            if interrupt.agreed():
-                raise KeyboardInterrupt
+            loop.restore(self.done)
+        self.display.begin(name, stage.settings.steps, loop.first)
+        metrics = Metrics(self.output / METRICS, list(STAGES), name, loop.first, self.processes.first)
+        loop.run(metrics, self._note)
 
-    def _drawing(self, data: Sequence[Sample], sampler: Sampler) -> Callable[[int], Batch | None]:
-        """What draws a batch, this process's part of it; further samples take the places of bad ones."""
-
-        def draw(count: int) -> Batch | None:
-            good: list[Sample] = []
-            bad = self.left_out if self.on_bad == "skip" else None
-            batch, wanted, looked = None, count, 0
-            while wanted:
-                if looked > len(data) + count:
-                    raise DataError(f"no usable sample is left in the data; one of the faults: {self.left_out[0]}")
-                drawn = sorted((data[at] for at in sampler.draw(wanted)), key=lambda own: -len(own.answer or ""))
-                looked += wanted
-                own = self.processes.part(drawn)
-                batch = usable_batch(self.memory.backbone, own, bad) if own else None
-                lost = len(own) - (len(batch) if batch else 0)
-                wanted = int(self.processes.total(torch.tensor(float(lost))).item())
-                if wanted:  # an epoch later they are met again
-                    self.left_out[:] = dict.fromkeys(self.processes.everyones(self.left_out))
-                if wanted or good:
-                    good += batch.samples if batch else []
-                    batch = None
-            return usable_batch(self.memory.backbone, good, bad) if good else batch
-
-        return draw
-
-    @contextmanager
-    def _saved_whatever_happens(self, saved: state.Saver, metrics: Metrics) -> Iterator[None]:
-        """Before anything ends the run, its last whole step is on disk."""
-        try:
-            yield
-        except BaseException as error:
-            where = None
-            if self.processes.first:
-                try:
-                    where = self._save(saved, metrics)
-                except OSError as full:
-                    self.say(f"{self.output}: the last step could not be saved ({full.strerror or full})")
-            if isinstance(error, KeyboardInterrupt):
-                told = f"{where}, which is saved" if where else "what was saved before"
-                raise TrainingError(f"interrupted after {told}; the same command with --resume goes on") from None
-            if where:
-                self.say(f"{self.output}: saved after {where}; --resume goes on from there")
-            raise
-
-    def _save(self, saved: state.Saver, metrics: Metrics) -> str | None:
-        """Write the last whole step if it is not on disk yet; say which it is."""
-        if not self.processes.first:
-            return None
-        metrics.flush()
-        return saved.write()
-
-    def _gradients(self, parameters: Sequence[tuple[str, nn.Parameter, float]], clip: float) -> float:
-        """All processes' gradients, clipped; their norm before."""
-        trained = [own for _, own, _ in parameters]
-        self.processes.add_gradients(trained)
-        return nn.utils.clip_grad_norm_(trained, clip).item()
-
-    def _step(self, optimizer: torch.optim.Optimizer, rate: float, norm: float) -> None:
-        """A step of the optimiser, unless the gradient is not finite."""
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["rate"]
-        if math.isfinite(norm):
-            optimizer.step()
+    def _note(self, row: dict[str, Any]) -> None:
+        self.trackers.log(row)
+        self.display.step(row)
 
     def _few(self, data: Sequence[Sample]) -> list[Sample]:
         few: list[Sample] = []
@@ -411,43 +300,12 @@ class Run:
         }
 
 
-def _some(batch: Batch | None, name: str) -> Batch:
-    if batch is None:
-        raise DataError(f"{name}: a process has no usable sample in this step; raise the batch")
-    return batch
-
-
 def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Nested settings by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
     return flat
-
-
-class _only:
-    """Gradients for the given parameters of a memory and no others, inside the context."""
-
-    def __init__(self, memory: Memory, parameters: Sequence[tuple[str, nn.Parameter, float]]) -> None:
-        chosen = {name for name, _, _ in parameters}
-        self.others = [tensor for name, tensor in memory.trained().items() if name not in chosen]
-
-    def __enter__(self) -> None:
-        for tensor in self.others:
-            tensor.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for tensor in self.others:
-            tensor.requires_grad_(True)
-
-
-def _rate(step: int, settings: StageConfig) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    warm = max(1, round(settings.warmup * settings.steps))
-    if step < warm:
-        return settings.lr * (step + 1) / warm
-    share = (step - warm) / max(1, settings.steps - warm)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _formation(memory: Memory, config: TrainConfig, processes: Processes) -> Stage:
