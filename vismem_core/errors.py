@@ -5,9 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 1500
+"""Characters of a message."""
+
 
 class VismemError(Exception):
     """Base of all errors raised on purpose; the CLI prints it as one line and exits with 1."""
+
+    def __str__(self) -> str:
+        """One line that can be printed, whatever file or model it quotes."""
+        return cut(" ".join(super().__str__().split()), LONGEST)
 
 
 class ConfigError(VismemError):

@@ -29,9 +29,6 @@ class InjectionHook:
     """
 
     def __init__(self, memory: Memory, model: Any, tokenizer: Any) -> None:
-        backend = getattr(tokenizer, "_tokenizer", None)
-        if backend is None or not hasattr(backend, "to_str"):
-            raise AttachError(f"memory needs a fast tokenizer (the tokenizers library), not {type(tokenizer).__name__}")
         self.memory, self.model, self.tokenizer, self.enabled = memory, model, tokenizer, True
         self._generate = model.generate
         self._had_own_generate = "generate" in vars(model)

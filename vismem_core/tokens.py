@@ -138,8 +138,10 @@ def first_id(tokenizer: Any, rows: int) -> int:
     """The id of the first memory token on a tokenizer, for a model whose matrices have so many rows.
 
     Raises:
-        AttachError: the tokenizer serves another model with memory, which has fewer.
+        AttachError: the tokenizer is no fast one, or it serves another model with memory, which has fewer.
     """
+    if not hasattr(getattr(tokenizer, "_tokenizer", None), "to_str"):
+        raise AttachError(f"memory needs a fast tokenizer (the tokenizers library), not {type(tokenizer).__name__}")
     lesson = _LESSONS.get(tokenizer)
     vocabulary = lesson.backend.get_vocab(with_added_tokens=True) if lesson else tokenizer.get_vocab()
     least: int = max(rows, 1 + max(vocabulary.values()))

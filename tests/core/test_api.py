@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,9 @@ def lines(name: str, value: Any) -> Iterator[str]:
 
 def described(name: str, member: Any) -> str:
     abstract = " abstract" if getattr(member, "__isabstractmethod__", False) else ""
-    if isinstance(member, property):
-        return f"{name} -> {member.fget.__annotations__.get('return')}{abstract}"
+    if isinstance(member, property | cached_property):
+        getter: Any = member.fget if isinstance(member, property) else member.func
+        return f"{name} -> {getter.__annotations__.get('return')}{abstract}"
     inner = getattr(member, "__func__", member)
     return f"{name}{signature(inner)}{abstract}" if callable(inner) else f"{name} = {inner!r}"
 

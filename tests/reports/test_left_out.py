@@ -236,7 +236,7 @@ def test_bad_rows_of_heldout_are_told_before_training_and_in_the_report(
     written(tmp_path / "data" / "train.jsonl", told)
     for row in told[:5]:
         row["image"] = "missing.png"
-    held = written(tmp_path / "data" / "held.jsonl", told)
+    written(tmp_path / "data" / "held.jsonl", told)
     monkeypatch.chdir(tmp_path)
     few = ["train.formation.steps=1", "train.invocation.steps=1", "train.formation.batch=2", "train.invocation.batch=2"]
     settings = [word for own in [*few, "train.max_new_tokens=2"] for word in ("--set", own)]

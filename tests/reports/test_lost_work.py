@@ -52,8 +52,9 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("at", [1, 3, 6])
-@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize(
+    ("at", "error"), [(1, RuntimeError("CUDA out of memory")), (3, SystemExit(3)), (6, KeyboardInterrupt())]
+)
 def test_any_error_saves_the_last_whole_step(
     whole: tuple[str, Path],
     tmp_path: Path,
@@ -79,7 +80,7 @@ def test_any_error_saves_the_last_whole_step(
         run(tmp_path / "run", [*KINDS[kind], "train.save_every=50"])
     monkeypatch.setattr(owner, name, own)
     done = steps(tmp_path / "run")
-    assert done or at == 1
+    assert done or place == "while a batch is made"  # several are made in a step of GRPO
     assert (tmp_path / "run" / "state.safetensors").exists() == (done > 0)
     told = " ".join(capsys.readouterr().err.split())
     assert isinstance(error, KeyboardInterrupt) or ("--resume goes on from there" in told) == (done > 0)
@@ -286,11 +287,12 @@ def test_overflow_in_grpo_is_one_line(tmp_path: Path) -> None:
 
 def test_skipped_steps_are_said_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients, calls = loops.Loop._gradients, iter(range(100))
-    monkeypatch.setattr(
-        loops.Loop,
-        "_gradients",
-        lambda *args: (gradients(*args)[0], float("nan")) if next(calls) in (1, 2) else gradients(*args),
-    )
+
+    def sometimes(*args: Any) -> Any:
+        figures, norm = gradients(*args)
+        return figures, float("nan") if next(calls) in (1, 2) else norm
+
+    monkeypatch.setattr(loops.Loop, "_gradients", sometimes)
     report = run(tmp_path / "run")
     assert report["skipped_steps"] == 2
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

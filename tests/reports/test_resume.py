@@ -185,9 +185,12 @@ def test_another_number_of_processes_keeps_the_batch(
     (output / "run.json").write_text(json.dumps(told | {"processes": 2}))
     sizes: list[int] = []
     usable = batches.usable_batch
-    monkeypatch.setattr(
-        batches, "usable_batch", lambda own, some, out: sizes.append(len(some)) or usable(own, some, out)
-    )
+
+    def counted(backbone: Any, some: Any, out: Any) -> Any:
+        sizes.append(len(some))
+        return usable(backbone, some, out)
+
+    monkeypatch.setattr(batches, "usable_batch", counted)
     run(output, resume=True)
     assert set(sizes) == {6}
     assert "began on 2 processes and goes on on 1; the steps' batches stay as large" in capsys.readouterr().err

@@ -121,7 +121,7 @@ def test_a_processor_that_serves_a_smaller_vocabulary() -> None:
     small, processor = qwen()
     large, _ = qwen(spare=50)
     memory = vismem.attach(small, processor)
-    with pytest.raises(AttachError, match="this processor serves another model .* load a processor for each"):
+    with pytest.raises(AttachError, match=r"this processor serves another model .* load a processor for each"):
         vismem.attach(large, processor)
     memory.detach()
     vismem.attach(large, processor).detach()

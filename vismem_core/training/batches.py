@@ -144,9 +144,8 @@ class Draws:
         batch, wanted, looked = None, count, 0
         while wanted:
             if looked > len(self.data) + count:
-                raise DataError(
-                    f"no usable sample is left in the data; one of the faults: {(self.left_out or [''])[0]}"
-                )
+                one = f"; one of the faults: {self.left_out[0]}" if self.left_out else ""
+                raise DataError(f"no usable sample is left in the data{one}")
             drawn = sorted((self.data[at] for at in self.sampler.draw(wanted)), key=lambda own: -len(own.answer or ""))
             looked += wanted
             own = self.processes.part(drawn)

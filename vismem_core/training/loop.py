@@ -57,10 +57,8 @@ class Loop:
         )
         self.first, self.finished = 0, False
         self.saver = Saver(output, memory, self.optimizer, stage, name, left_out)
-        if draws.sampler.batch < processes.count:
-            raise TrainingError(
-                f"{name}: a batch of {draws.sampler.batch} is too small for {processes.count} processes"
-            )
+        if (batch := draws.sampler.batch) < processes.count:
+            raise TrainingError(f"{name}: a batch of {batch} is too small for {processes.count} processes")
 
     def restore(self, done: State) -> None:
         """Go on from a state of this stage."""
