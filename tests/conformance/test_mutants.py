@@ -46,6 +46,19 @@ class Flat(Qwen2_5_VL):
         return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0).expand(4, -1, -1)
 
 
+class InFront(Qwen2_5_VL):
+    """All images in front, whatever the text says of their places."""
+
+    def prompt(self, text: str, images: int) -> str:
+        return self._chat(images, text.replace("<image>", ""))
+
+
+class OtherEnd(Qwen2_5_VL):
+    """Answers end as the base's texts do, and not as its turns."""
+
+    end_of_turn = 256  # type: ignore[assignment]
+
+
 class RightPadded(Qwen2_5_VL):
     def inputs(self, prompts: Any, images: Any) -> Any:
         texts = [self.prompt(text, len(own)) for text, own in zip(prompts, images, strict=True)]
@@ -225,6 +238,8 @@ MUTANTS: list[tuple[type[Backbone], str, dict[str, Any], str]] = [
     (Unmasked, "rows_alone_and_together", {"context": "cache", "packs": False}, r"row \d forms other memory alone"),
     (Flat, "positions_are_generates", {}, "differ from generate's"),
     (RightPadded, "inputs_are_left_padded", {}, "the last column holds padding"),
+    (InFront, "images_stand_where_their_marks_are", {}, "not between the texts around its mark"),
+    (OtherEnd, "answers_end_as_the_chat_template_says", {}, r"256 is none of \[\d+\]"),
     (Leaky, "carry_sees_its_rows_images", {}, "row 1 sees the image of row 0"),
     (Leaky, "carry_sees_all_patches", {}, r"patch 0 of image 0 is seen by rows \[0, 1, 2, 3\]"),
     (Leaky, "rows_alone_and_together", {"context": "cache", "packs": True}, "row 0 forms other memory alone"),

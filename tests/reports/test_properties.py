@@ -34,8 +34,8 @@ options: dict[str, Any] = {
 chances = st.integers(0, 2**48).map(Random)
 TEXTS = [
     "", " ", "\0", "\ud83d", "\udc80", "a", "é", "e\u0301", "<image>", "<image><image>", "<ms_I>", "../x.png", "a.png",
-    "/etc/passwd", "b.jpg", "c.tif", "missing.png", "x" * 5000, "a/" * 3000, "https://x.org/a.png", "A" * 200, "data:,x",
-    "data:image/png;base64,", "data:image/png;base64,AAAA",
+    "/etc/passwd", "b.jpg", "c.tif", "missing.png", "x" * 5000, "a/" * 3000, "https://x.org/a.png", "A" * 200,
+    "data:,x", "data:image/png;base64,", "data:image/png;base64,AAAA",
 ]  # fmt: skip
 NUMBERS = [0, -1, 1e308, 10**30, float("nan"), float("inf")]
 LISTS = [["a.png"], ["a.png", "b.jpg"], [["a.png"]], [None], {"url": "a.png"}, ["a.png", 3], [], {}]

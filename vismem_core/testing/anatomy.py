@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from .. import cache as kv
+from ..data import PLACEHOLDER
 from ..memory import find_backbone
 from .contract import Contract, holds
 from .liveliness import close, moved, picture
@@ -108,6 +109,36 @@ class Anatomy(Contract):
         prompt = base.backbone.prompt(text, len(images))
         assert text in prompt, f"{text!r} is not in {prompt!r}"
         assert base.backbone.prompt(text, 0) != prompt, "the image leaves no mark in the prompt"
+
+    @holds(
+        "an image must stand where the text has its <image>, and one that leads the text as if it had none",
+        "vismem_core.backbone.Backbone.prompt",
+    )
+    def test_images_stand_where_their_marks_are(self) -> None:
+        base, (text, images) = self.base(), self.questions()[0]
+        tokenize = base.processor.tokenizer
+        words = len(tokenize(text, add_special_tokens=False)["input_ids"])
+        plain, marked = (base.inputs((own, images))["input_ids"][0] for own in (text, f"{text} {PLACEHOLDER} {text}"))
+        here, there = ((ids == base.backbone.placeholders["image"]).nonzero().flatten() for ids in (plain, marked))
+        assert len(there) == len(here) > 0, f"{len(there)} visual tokens in place and {len(here)} in front"
+        after = len(marked) - 1 - int(there[-1])
+        assert int(there[0]) >= words and after >= words, "its tokens are not between the texts around its mark"
+        leading = base.backbone.prompt(f"{PLACEHOLDER}\n{text}", 1)
+        assert leading == base.backbone.prompt(text, 1), f"with a leading mark the prompt is {leading!r}"
+
+    @holds(
+        "an answer must end with a token that ends generate, the one that the chat template writes if it does",
+        "vismem_core.backbone.Backbone.end_of_turn",
+    )
+    def test_answers_end_as_the_chat_template_says(self) -> None:
+        base = self.base()
+        template = base.processor.chat_template
+        told = base.model.generation_config.eos_token_id
+        ends = [told] if isinstance(told, int) else list(told)
+        assert base.backbone.end_of_turn in ends, f"{base.backbone.end_of_turn} is none of {ends}"
+        name = base.processor.tokenizer.convert_ids_to_tokens(base.backbone.end_of_turn)
+        written = [own for own in base.processor.tokenizer.convert_ids_to_tokens(ends) if own in template]
+        assert name in written or not written, f"{name!r} is not in the chat template, and {written[0]!r} is"
 
     @holds(
         "positions() must be those that generate uses, and each token after the prompt one further",
