@@ -20,6 +20,7 @@ from transformers import BatchFeature
 from .backbone import Backbone
 from .data import PLACEHOLDER, Dataset, OnBad, Sample, Skipped
 from .errors import AttachError, DataError, VismemError, cut
+from .images import Picture
 from .tokens import NAMES
 
 CHUNK = 256
@@ -157,6 +158,7 @@ class _Checker:
         self.tokenizer = backbone.processor.tokenizer
         self.media = {token: self.tokenizer.convert_ids_to_tokens(token) for token in backbone.placeholders.values()}
         self._by_sizes: dict[Sizes, tuple[str | None, int]] = {(): (None, 0)}
+        self._by_files: dict[tuple[Picture, ...], Sizes | str] = {}
 
     def texts(self, samples: Sequence[Sample], lengths: list[int] | None = None) -> Iterator[tuple[int, str]]:
         """Indices of samples whose texts cannot be used, and why.
@@ -198,10 +200,16 @@ class _Checker:
 
     def sizes(self, sample: Sample) -> Sizes | str:
         """The sizes of a sample's images, all of them decoded; or why one does not."""
-        try:
-            return tuple(image.size for image in sample.load_images())
-        except DataError as error:
-            return str(error).removeprefix(f"{sample.name}: ")
+        files = all(isinstance(image, Path) for image in sample.images)  # often several questions are about one
+        if not files or sample.images not in self._by_files:
+            try:
+                sizes: Sizes | str = tuple(image.size for image in sample.load_images())
+            except DataError as error:
+                sizes = str(error).removeprefix(f"{sample.name}: ")
+            if not files:
+                return sizes
+            self._by_files[sample.images] = sizes
+        return self._by_files[sample.images]
 
     def alone(self, sample: Sample) -> str | None:
         """Why the model takes no inputs of this sample alone."""

@@ -8,11 +8,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from judge import Judge
 from runs import GRPO, run
 from safetensors.torch import load_file
 from tiny import qwen
@@ -193,29 +194,10 @@ def test_threads_are_left_their_signals(tmp_path: Path) -> None:
     assert told and told[0]["samples"] == 4
 
 
-class Judge(BaseHTTPRequestHandler):
-    down = False
-    asked = 0
-
-    def log_message(self, *args: Any) -> None:
-        return
-
-    def do_POST(self) -> None:
-        said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).asked += 1
-        grade = str(len(said["messages"][1]["content"]) % 11)
-        body = b"restarting" if self.down else json.dumps({"choices": [{"message": {"content": grade}}]}).encode()
-        self.send_response(503 if self.down else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(Judge, "down", False)
-    monkeypatch.setattr(Judge, "asked", 0)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"train.grpo.rewards=['judge:http://127.0.0.1:{server.server_port}/v1#m']"

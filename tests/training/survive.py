@@ -10,7 +10,6 @@ prompts anew. Runs are forks of one process that has everything imported, a seco
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -21,13 +20,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from random import Random
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from judge import Judge
 from runs import GRPO, RESAMPLING, run
 from safetensors.torch import load_file
 
@@ -41,24 +40,6 @@ LONGER = {
 }
 """Settings of the runs, by what is trained."""
 WAYS = ("SIGKILL", "SIGTERM", "full disk", "judge away")
-
-
-class Judge(BaseHTTPRequestHandler):
-    """Grades by the length of what it is told; while ``down`` it is restarting."""
-
-    down = False
-
-    def log_message(self, *args: Any) -> None:
-        return
-
-    def do_POST(self) -> None:
-        said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        grade = str(len(said["messages"][1]["content"]) % 11)
-        body = b"restarting" if self.down else json.dumps({"choices": [{"message": {"content": grade}}]}).encode()
-        self.send_response(503 if self.down else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
 
 def fork(output: Path, settings: list[str], resume: bool = False) -> int:

@@ -47,6 +47,8 @@ class Display:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
+            if not self._live.console.is_terminal:
+                self._live.console.print()  # what is said next begins on a line of its own
 
     def _look(self) -> Group:
         return Group(self.progress, self._figures)

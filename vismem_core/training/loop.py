@@ -157,7 +157,7 @@ class Loop:
     def _save(self, metrics: Metrics) -> str | None:
         """Write the last whole step if it is not on disk yet; say which it is."""
         if not self.processes.first:
-            return None
+            return self.saver.where  # the first one writes it
         metrics.flush()
         return self.saver.write()
 

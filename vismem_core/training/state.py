@@ -86,7 +86,7 @@ class Saver:
 
         A step after which something trained is not finite is not worth to go on from, and not written.
         """
-        if self._last is None or self._torn or not_finite(self.memory):
+        if self._last is None or self.where is None:
             return None
         tensors, about = self._last
         if not self._written:
@@ -95,6 +95,14 @@ class Saver:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             atomically(self.folder / FILE, lambda path: save_file(tensors, path, metadata=about))
             self._written = True
+        return self.where
+
+    @property
+    def where(self) -> str | None:
+        """The last whole step, for people; None if there is none that is worth to go on from."""
+        if self._last is None or self._torn or not_finite(self.memory):
+            return None
+        about = self._last[1]
         return f"the end of {self.name}" if int(about["finished"]) else f"{self.name}, step {about['step']}"
 
     def _trained(self) -> dict[str, Tensor]:
