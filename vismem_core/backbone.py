@@ -148,7 +148,8 @@ class Backbone(ABC):
         """What the chat template writes for the image that follows ``number`` others."""
         mark = "\ue000"
         before, after = (self._chat(images, mark).partition(mark)[0] for images in (number, number + 1))
-        if not after.startswith(before) or before == after:
+        before = before.rstrip()  # some write a space in front of a text that no image precedes
+        if not after.startswith(before) or not after.removeprefix(before).strip():
             raise AttachError("the chat template has no place for an image that stands within the text")
         return after.removeprefix(before)
 

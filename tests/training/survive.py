@@ -117,12 +117,12 @@ def survive(folder: Path, times: int, seed: int, tell: Callable[[str], None]) ->
             seconds[kind] = time.monotonic() - began
         output = folder / f"{number}"
         child = fork(output, settings[kind])
-        time.sleep(chance.uniform(0.0, seconds[kind]))
+        time.sleep(chance.uniform(0.0, 0.8 * seconds[kind]))
         end(way, child, chance)
         code = ended(child)
         while Judge.down:
             time.sleep(0.02)
-        tally[f"{way}: {'it had ended by itself' if code == 0 else 'ended'}"] += 1
+        tally[f"{way}, {'too late' if code == 0 else 'ended'}"] += 1
         why = "ended in a traceback" if code == 2 else None
         if why is None and not (output / "report.json").exists():
             again = ended(fork(output, settings[kind], resume=True))

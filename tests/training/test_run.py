@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def test_runs_that_are_ended_at_random_moments_come_to_the_same_end() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("the same\n") == 10 and "every run came to the same end" in done.stdout
-    assert all(f"{way}: ended" in done.stdout for way in ("SIGKILL", "SIGTERM", "full disk", "judge away"))
+    ended = sum(int(count) for count in re.findall(r", ended: (\d+)", done.stdout))
+    assert ended >= 4, f"{ended} of ten runs were ended before their own end"
 
 
 @pytest.mark.parametrize(("calls", "where"), [(3, "formation, step 3"), (4, "the end of formation")])
