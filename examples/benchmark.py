@@ -30,14 +30,15 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, StoppingCriteriaList
 
 import vismem_core as vismem
-from vismem_core.bases import embedded
+from vismem_core.base.embedded import embedded
+from vismem_core.base.families import find_backbone
 from vismem_core.config import FormerConfig, GrpoConfig, MemoryConfig, QueryConfig, TrainConfig
-from vismem_core.data import Sample
-from vismem_core.memory import Memory, find_backbone
+from vismem_core.files.samples import Sample
+from vismem_core.memory.memory import Memory
+from vismem_core.memory.trigger import Decision, Row, Trigger
 from vismem_core.training.batches import make_batch
 from vismem_core.training.invocation_grpo import InvocationGrpo
 from vismem_core.training.rollout import read_prompts, rollouts
-from vismem_core.trigger import Decision, Row, Trigger
 
 SIDE = 18 * 14  # pixels; 18 x 18 patches, 2 x 2 merged: 81 visual tokens
 PER_ROW = 4
@@ -170,7 +171,7 @@ def attached(trigger: str | Trigger, builder: str = "encoder", context: str = "c
         )
         memory = vismem.attach(bench.model, bench.processor, config=config)
         memory.tokens.head.data.zero_()
-        memory.trigger, memory.hook.enabled = trigger, not off
+        memory.trigger, memory.enabled = trigger, not off
         yield memory
         memory.detach()
 

@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vismem_core as vismem
+from vismem_core.base.families import find_backbone
 from vismem_core.config import FormerConfig, MemoryConfig, QueryConfig
-from vismem_core.memory import find_backbone
 from vismem_plugins.mini import path
 
 Question = tuple[str, list[Image.Image]]

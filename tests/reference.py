@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vismem_core import Memory
-from vismem_core import cache as kv
+from vismem_core.base import cache as kv
 
 
 @dataclass

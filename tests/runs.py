@@ -10,7 +10,7 @@ from tiny import picture, qwen
 
 import vismem_core as vismem
 from vismem_core.config import Config, load
-from vismem_core.data import Dataset, Sample, read_jsonl
+from vismem_core.files.samples import Dataset, Sample, read_jsonl
 from vismem_core.training.run import train
 
 GROUPS = {"seen": ("colour",), "new": ("shape",)}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import tiny
 
-from vismem_core.data import Sample
-from vismem_core.reward import Written
+from vismem_core.answers.reward import Written
+from vismem_core.files.samples import Sample
 
 SAMPLES = [
     Sample("one", (tiny.picture(32, 32, 0),), "what is on the left ?", "a bag , a coat ."),

@@ -51,3 +51,62 @@ def test_the_core_names_no_family_of_models() -> None:
     families = ("qwen", "llava", "internvl")
     for path in sorted((ROOT / "vismem_core").rglob("*.py")):
         assert [word for word in words(path) if any(family in word for family in families)] == [], path
+
+
+ROOMS = ("ground", "config", "base", "files", "memory", "decoding", "answers", "training", "testing")
+"""Of the core, from the ground up: a room imports only lower ones."""
+
+
+def modules() -> dict[str, Path]:
+    """The core's modules by dotted name."""
+    core = ROOT / "vismem_core"
+    found = {}
+    for path in sorted(core.rglob("*.py")):
+        parts = ("vismem_core", *path.relative_to(core).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "ground"
+
+
+def known(module: str, known: dict[str, Path]) -> Iterator[str]:
+    """The core's modules that one imports, wherever in its file and for whatever."""
+    package = module if known[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(known[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                if (own := f"{source}.{alias.name}") in known:
+                    yield own
+                elif source in known:
+                    yield source
+
+
+def test_every_room_imports_only_lower_ones() -> None:
+    """Imports for types alone, and those inside functions, count too."""
+    found = modules()
+    assert {room(name) for name in found} == set(ROOMS)
+    wrong = [
+        f"{name} imports {other}"
+        for name in found
+        if name != "vismem_core"  # it names what is public, and imports it when it is asked for
+        for other in known(name, found)
+        if ROOMS.index(room(other)) > ROOMS.index(room(name))
+    ]
+    assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    found = modules()
+    edges = {name: {own for own in known(name, found) if own not in (name, "vismem_core")} for name in found}
+    del edges["vismem_core"]
+    while leaves := {name for name, others in edges.items() if not others & edges.keys()}:
+        for name in leaves:
+            del edges[name]
+    assert edges == {}

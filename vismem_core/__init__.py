@@ -16,30 +16,32 @@ API_VERSION = 1
 that was right before may be wrong now; what is public is in ``docs/api.txt``."""
 
 if TYPE_CHECKING:
-    from .backbone import Backbone
+    from .answers.reward import Reward, Written
+    from .base.backbone import Backbone
     from .config import Config, MemoryConfig
+    from .decoding.attach import attach
+    from .decoding.injection import InjectionHook
     from .errors import VismemError
-    from .former import MemoryContext, MemoryFormer, RidingFormer
-    from .injection import InjectionHook
-    from .memory import Memory, attach
-    from .query import QueryBuilder
-    from .reward import Reward, Written
-    from .tokens import MemoryTokens
-    from .trace import Invocation, Trace
-    from .trigger import Trigger
+    from .memory.former import MemoryContext, MemoryFormer, RidingFormer
+    from .memory.memory import Memory
+    from .memory.query import QueryBuilder
+    from .memory.tokens import MemoryTokens
+    from .memory.trace import Invocation, Trace
+    from .memory.trigger import Trigger
 
 _HOMES = {
-    "backbone": ("Backbone",),
+    "answers.reward": ("Reward", "Written"),
+    "base.backbone": ("Backbone",),
     "config": ("Config", "MemoryConfig"),
+    "decoding.attach": ("attach",),
+    "decoding.injection": ("InjectionHook",),
     "errors": ("VismemError",),
-    "former": ("MemoryContext", "MemoryFormer", "RidingFormer"),
-    "injection": ("InjectionHook",),
-    "memory": ("Memory", "attach"),
-    "query": ("QueryBuilder",),
-    "reward": ("Reward", "Written"),
-    "tokens": ("MemoryTokens",),
-    "trace": ("Invocation", "Trace"),
-    "trigger": ("Trigger",),
+    "memory.former": ("MemoryContext", "MemoryFormer", "RidingFormer"),
+    "memory.memory": ("Memory",),
+    "memory.query": ("QueryBuilder",),
+    "memory.tokens": ("MemoryTokens",),
+    "memory.trace": ("Invocation", "Trace"),
+    "memory.trigger": ("Trigger",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -42,7 +42,7 @@ class Register(Protocol):
 
 @hookspec
 def register_backbones(register: Register) -> None:
-    """Families of models: subclasses of ``vismem_core.backbone.Backbone``.
+    """Families of models: subclasses of ``vismem_core.Backbone``.
 
     Facts: ``families``, names for people; ``model_types``, as in the models' ``config.json``; ``features``;
     ``fallback``, true for one that takes models which no other knows.
@@ -51,17 +51,17 @@ def register_backbones(register: Register) -> None:
 
 @hookspec
 def register_query_builders(register: Register) -> None:
-    """Query builders: see ``vismem_core.query.QueryBuilder``."""
+    """Query builders: see ``vismem_core.memory.query.QueryBuilder``."""
 
 
 @hookspec
 def register_formers(register: Register) -> None:
-    """Memory formers: see ``vismem_core.former.MemoryFormer``."""
+    """Memory formers: see ``vismem_core.memory.former.MemoryFormer``."""
 
 
 @hookspec
 def register_triggers(register: Register) -> None:
-    """Who invokes memory, and when: callables ``(argument, kinds) -> vismem_core.trigger.Trigger``."""
+    """Who invokes memory, and when: callables ``(argument, kinds) -> vismem_core.memory.trigger.Trigger``."""
 
 
 @hookspec
@@ -79,12 +79,12 @@ def register_metrics(register: Register) -> None:
 
 @hookspec
 def register_rewards(register: Register) -> None:
-    """What reinforcement optimises: callables ``(argument: str) -> vismem_core.reward.Reward``."""
+    """What reinforcement optimises: callables ``(argument: str) -> vismem_core.answers.reward.Reward``."""
 
 
 @hookspec
 def register_bases(register: Register) -> None:
-    """Embedded models: callables ``() -> vismem_core.bases.Base``, registered under the name of their backbone."""
+    """Embedded models: callables ``() -> vismem_core.base.embedded.Base``, by the name of their backbone."""
 
 
 @hookspec

@@ -22,11 +22,11 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vismem_core import cache as kv
-from vismem_core.backbone import Backbone
+from vismem_core.base import cache as kv
+from vismem_core.base.backbone import Backbone
+from vismem_core.base.vision import VisionStates, attend
 from vismem_core.errors import AttachError
 from vismem_core.plugins import reason
-from vismem_core.vision import VisionStates, attend
 
 from .probing import Call, blocks_in, cast, entry, features, heads, seen_keys, sources, targets_in
 from .tiles import listen

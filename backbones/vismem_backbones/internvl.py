@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vismem_core.vision import VisionStates
+from vismem_core.base.vision import VisionStates
 
 from .tiles import Tiles
 

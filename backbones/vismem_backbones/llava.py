@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoProcessor, BatchFeature
 
-from vismem_core.images import Picture
-from vismem_core.vision import VisionStates
+from vismem_core.base.images import Picture
+from vismem_core.base.vision import VisionStates
 
 from .qwen2_5_vl import Qwen2_5_VL
 from .tiles import Tiles, listen

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from vismem_core.backbone import Backbone
-from vismem_core.vision import VisionStates, attend, beside
+from vismem_core.base.backbone import Backbone
+from vismem_core.base.vision import VisionStates, attend, beside
 
 
 class Qwen2_5_VL(Backbone):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vismem_core.backbone import Backbone
-from vismem_core.vision import VisionStates, attend, beside
+from vismem_core.base.backbone import Backbone
+from vismem_core.base.vision import VisionStates, attend, beside
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Language models whose layers hand their keyword arguments on to plain sdpa attention."""

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from vismem_core.base.vision import VisionStates
 from vismem_core.errors import AttachError
-from vismem_core.vision import VisionStates
 
 from .probing import TARGETS
 from .tiles import Tiles

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vismem_core.data import open_dataset
+from vismem_core.files.samples import open_dataset
 
 from . import options
 from .console import print_json
@@ -41,7 +41,7 @@ def eval_(
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
     opened = open_memory(load)
 
-    from vismem_core.evaluation import evaluate
+    from vismem_core.answers.evaluation import evaluate
 
     samples = check_rows(opened, samples, on_bad_sample.value, check.value)
     left_out = list(samples.skipped)

@@ -9,10 +9,10 @@ import typer
 from rich.progress import track
 from rich.text import Text
 
-from vismem_core.bases import embedded
-from vismem_core.data import Dataset, OnBad, Sample, Skipped, open_dataset, question
+from vismem_core.base.embedded import embedded
 from vismem_core.errors import CheckpointError
-from vismem_core.results import Results
+from vismem_core.files.results import Results
+from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped, open_dataset, question
 
 from . import options
 from .console import err, out, print_json, say
@@ -20,7 +20,7 @@ from .report import list_skipped, tell_skipped
 from .sources import LoadOptions, check_names, check_rows, memory_source, open_memory, tell_unknown
 
 if TYPE_CHECKING:
-    from vismem_core.inference import Answer
+    from vismem_core.answers.inference import Answer
 
 EXAMPLE = "Example: vismem infer --memory runs/first --image photo.jpg --prompt 'what is most frequent ?'"
 COLOURS = {"short": "bold cyan", "long": "bold magenta"}
@@ -79,7 +79,7 @@ def infer(
             print_json(report | {"skipped": list_skipped(left_out)})
         return
     if picture is not None:
-        from vismem_core import picture as drawing
+        from vismem_core.answers import picture as drawing
 
         drawing.check(picture)
     sample = _sample(load, image or [], prompt)
@@ -108,7 +108,7 @@ def _answer(load: LoadOptions, sample: Sample, ask: dict[str, Any]) -> Answer:
     memory = open_memory(load)
     tell_unknown(memory.backbone.processor, [sample.prompt])
 
-    from vismem_core.inference import answers
+    from vismem_core.answers.inference import answers
 
     (answer,) = answers(memory, [sample], **ask)
     return answer
@@ -134,7 +134,7 @@ def _answer_all(
         if left:
             memory = open_memory(load)
 
-            from vismem_core.inference import answers
+            from vismem_core.answers.inference import answers
 
             usable = check_rows(memory, samples.only(left), on_bad, check)
             left_out += usable.skipped
@@ -151,7 +151,7 @@ def _answer_all(
 
 def _made(load: LoadOptions, ask: dict[str, Any]) -> dict[str, Any]:
     """What an answer depends on, for its row: answers made otherwise belong into another file."""
-    from vismem_core.checkpoint import description, locate, settings
+    from vismem_core.files.checkpoint import description, locate, settings
 
     source = locate(memory_source(load))
     about = description(source)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from vismem_core.data import Skipped
+from vismem_core.files.samples import Skipped
 
 from .console import print_table, say, warn
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.progress import Progress
 
-from vismem_core.bases import base_of, embedded
+from vismem_core.base.embedded import embedded
 from vismem_core.config import MemoryConfig
-from vismem_core.data import Dataset, OnBad
 from vismem_core.errors import CheckpointError
+from vismem_core.files.samples import Dataset, OnBad
 from vismem_core.plugins import registry
 
 from .console import err, warn
@@ -42,8 +42,8 @@ def check_names(
     rewards: Sequence[str] = (),
 ) -> None:
     """Tell a misspelt name, or an argument that a trigger or a reward does not take, before a model is loaded."""
-    from vismem_core import reward
-    from vismem_core import trigger as triggers
+    from vismem_core.answers import reward
+    from vismem_core.memory import trigger as triggers
 
     if backbone is not None:
         registry("backbones").entry(backbone)
@@ -74,13 +74,15 @@ def with_base(options: LoadOptions) -> LoadOptions:
     """The same options, with the model that the trained memory was made for where none is named."""
     if options.memory is None or options.model is not None:
         return options
+    from vismem_core.files.checkpoint import base_of  # brings torch
+
     recorded, model = base_of(options.memory)
     return replace(options, backbone=options.backbone or recorded, model=model)
 
 
 def open_base(options: LoadOptions) -> tuple[Any, Any, str]:
     """The model, its processor, and the name of its backbone."""
-    from vismem_core.loading import load_base
+    from vismem_core.base.loading import load_base
 
     return load_base(
         options.backbone,
@@ -94,7 +96,7 @@ def open_base(options: LoadOptions) -> tuple[Any, Any, str]:
 
 def check_rows(memory: Memory, data: Dataset, on_bad: OnBad, check: str, *, answers: bool = False) -> Dataset:
     """The rows of a file that the model can use, all of them looked at now, unless ``check`` is lazy."""
-    from vismem_core.checking import checked
+    from vismem_core.answers.checking import checked
 
     if check == "lazy" or not data.told:
         return data

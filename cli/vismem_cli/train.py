@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vismem_core.bases import embedded
+from vismem_core.base.embedded import embedded
 from vismem_core.config import Config, load
-from vismem_core.data import Skipped, open_dataset
+from vismem_core.files.samples import Skipped, open_dataset
 from vismem_core.training.folder import Basis, basis, refuse
 from vismem_core.training.folder import settings as run_settings
 
@@ -167,6 +167,6 @@ def _suited(base: LoadOptions) -> Config:
     suited = load(embedded(base.backbone)[1].settings if base.model is None else None)
     if base.memory is None:
         return suited
-    from vismem_core.checkpoint import settings  # brings torch
+    from vismem_core.files.checkpoint import settings  # brings torch
 
     return replace(suited, memory=settings(base.memory))

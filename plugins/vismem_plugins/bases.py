@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from vismem_core.bases import Base
-from vismem_core.data import read_jsonl
+from vismem_core.base.embedded import Base
+from vismem_core.files.samples import read_jsonl
 
 from .mini import path
 

@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Sequence
 
-from vismem_core.data import Sample
+from vismem_core.files.samples import Sample
 
 
 def exact(predictions: Sequence[str], samples: Sequence[Sample]) -> list[float]:

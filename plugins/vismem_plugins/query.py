@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vismem_core.config import QueryConfig
-from vismem_core.query import QueryBuilder
+from vismem_core.memory.query import QueryBuilder
 
 from .attention import Block
 

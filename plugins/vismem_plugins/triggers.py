@@ -10,7 +10,7 @@ import random as _random
 
 from vismem_core.config import KINDS, Kind
 from vismem_core.errors import ConfigError
-from vismem_core.trigger import Decision, Row, Trigger
+from vismem_core.memory.trigger import Decision, Row, Trigger
 
 
 def policy(argument: str, kinds: tuple[Kind, ...]) -> Trigger:

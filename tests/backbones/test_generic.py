@@ -14,11 +14,11 @@ from transformers import LlavaConfig, Mistral3Config
 
 import vismem_core as vismem
 from vismem_backbones.generic import Generic
+from vismem_core.base.families import find_backbone
+from vismem_core.base.loading import _backbone_of
+from vismem_core.base.vision import VisionStates
 from vismem_core.errors import AttachError
-from vismem_core.loading import _backbone_of
-from vismem_core.memory import find_backbone
 from vismem_core.plugins import Registry, registry
-from vismem_core.vision import VisionStates
 
 
 def test_a_familys_own_adapter_wins() -> None:
@@ -32,7 +32,7 @@ def test_a_familys_own_adapter_wins() -> None:
 def test_it_comes_last_wherever_it_was_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = sorted(registry("backbones").entries(), key=lambda entry: entry.name != "generic")
     assert entries[0].name == "generic"
-    monkeypatch.setattr("vismem_core.memory.registry", lambda kind: Registry(kind, entries))
+    monkeypatch.setattr("vismem_core.memory.memory.registry", lambda kind: Registry(kind, entries))
     model, processor = tiny.llava()
     assert find_backbone(model).name == "llava"
     model.config.vision_config.model_type = "of no family"

@@ -10,7 +10,7 @@ import towers
 from bases import Base, config, internvl
 
 from vismem_backbones.internvl import InternVL
-from vismem_core.vision import VisionStates
+from vismem_core.base.vision import VisionStates
 
 
 @torch.no_grad()

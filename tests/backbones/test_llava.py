@@ -14,9 +14,9 @@ import towers
 from bases import QUESTIONS, Base, config, llava_onevision, rice
 
 from vismem_backbones.llava import Llava, LlavaOneVision, LlavaOneVision15
+from vismem_core.base.loading import load_base
+from vismem_core.base.vision import VisionStates
 from vismem_core.errors import AttachError
-from vismem_core.loading import load_base
-from vismem_core.vision import VisionStates
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from reference import encode, prompt_positions
 from torch import Tensor
 
 from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
-from vismem_core.vision import VisionStates
+from vismem_core.base.vision import VisionStates
 
 PICTURES = [(32, 32), (48, 32), (16, 40), (24, 56), (8, 8)]
 

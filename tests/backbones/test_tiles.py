@@ -13,8 +13,8 @@ from bases import Base, Question
 from torch import Tensor, nn
 
 from vismem_backbones.tiles import Tiles
-from vismem_core.memory import find_backbone
-from vismem_core.vision import VisionStates
+from vismem_core.base.families import find_backbone
+from vismem_core.base.vision import VisionStates
 
 QUESTIONS: list[Question] = [
     ("left ?", [tiny.picture(40, 20, 0)]),

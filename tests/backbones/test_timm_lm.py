@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PerceptionLMProcessor
 
 from vismem_backbones.compose import compose
 from vismem_backbones.timm_lm import TimmLM
+from vismem_core.base.loading import load_base
+from vismem_core.base.vision import VisionStates
 from vismem_core.errors import AttachError
-from vismem_core.loading import load_base
-from vismem_core.vision import VisionStates
 
 VIT = "vit_tiny_patch16_224"
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}

@@ -217,11 +217,11 @@ def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
     about = {"format": 1, "weights": EMPTY, "memory": {"trigger": "policy"}, "base": {"backbone": "qwen2_5_vl"}}
     (tmp_path / "vismem.json").write_text(json.dumps(about))
     fakes = {
-        "loading": {"load_base": core.load_base},
-        "checking": {"checked": lambda backbone, data, on_bad, **how: data},
-        "inference": {"answers": core.answers, "Answer": SimpleNamespace},
+        "base.loading": {"load_base": core.load_base},
+        "answers.checking": {"checked": lambda backbone, data, on_bad, **how: data},
+        "answers.inference": {"answers": core.answers, "Answer": SimpleNamespace},
         "training.run": {"train": core.train},
-        "evaluation": {"evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path)},
+        "answers.evaluation": {"evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path)},
     }
     for name, attributes in fakes.items():
         module = ModuleType(f"vismem_core.{name}")

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest
 import transformers
 
+from vismem_core.base.families import find_backbone
 from vismem_core.errors import AttachError
-from vismem_core.memory import find_backbone
 from vismem_core.plugins import reason
 from vismem_core.testing import BackboneContract
 

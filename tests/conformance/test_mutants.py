@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
-from vismem_core import checkpoint
-from vismem_core.backbone import Backbone
-from vismem_core.decoding import Decoder
-from vismem_core.injection import InjectionHook
-from vismem_core.memory import Memory
+from vismem_core.base.backbone import Backbone
+from vismem_core.base.vision import VisionStates
+from vismem_core.decoding.injection import InjectionHook
+from vismem_core.decoding.loop import Decoder
+from vismem_core.files import checkpoint
+from vismem_core.memory.memory import Memory
+from vismem_core.memory.tokens import MemoryTokens
 from vismem_core.testing import BackboneContract
-from vismem_core.tokens import MemoryTokens
-from vismem_core.vision import VisionStates
 
 
 class Shifted(Qwen2_5_VL):

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vismem_core import Memory
+from vismem_core.base.families import find_backbone
 from vismem_core.config import GrpoConfig, MemoryConfig, PolicyConfig, StageConfig, TrainConfig
 from vismem_core.errors import AttachError
-from vismem_core.memory import find_backbone
 from vismem_core.training.batches import make_batch
 from vismem_core.training.formation import Formation
 from vismem_core.training.formation_grpo import FormationGrpo

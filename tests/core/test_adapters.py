@@ -10,7 +10,7 @@ from bases import QUESTIONS, Base, config, tied
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
-from vismem_core.adapters import Adapter
+from vismem_core.base.adapters import Adapter
 from vismem_core.errors import AttachError
 
 EYE, TONGUE = r"eye\.\d", r"tongue\.\d"

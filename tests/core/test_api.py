@@ -16,20 +16,20 @@ from typing import Any
 LIST = Path(__file__).parents[2] / "docs" / "api.txt"
 MODULES = {
     "vismem_core": None,
-    "vismem_core.bases": ("Base", "embedded"),
-    "vismem_core.data": ("Dataset", "Sample", "open_dataset"),
+    "vismem_core.base.embedded": ("Base", "embedded"),
+    "vismem_core.files.samples": ("Dataset", "Sample", "open_dataset"),
     "vismem_core.errors": ("AttachError", "CheckpointError", "ConfigError", "DataError", "PluginError", "RewardError",
                            "TrainingError", "nearest"),
-    "vismem_core.evaluation": ("evaluate",),
-    "vismem_core.former": ("Needs",),
+    "vismem_core.answers.evaluation": ("evaluate",),
+    "vismem_core.memory.former": ("Needs",),
     "vismem_core.hookspecs": None,
-    "vismem_core.inference": ("Answer", "answers"),
-    "vismem_core.loading": ("load_base",),
+    "vismem_core.answers.inference": ("Answer", "answers"),
+    "vismem_core.base.loading": ("load_base",),
     "vismem_core.plugins": ("registry",),
-    "vismem_core.reward": ("by_row", "parse", "reference", "score"),
+    "vismem_core.answers.reward": ("by_row", "parse", "reference", "score"),
     "vismem_core.testing": None,
-    "vismem_core.trigger": ("Row", "parse"),
-    "vismem_core.vision": ("PatchIndex", "VisionStates", "attend"),
+    "vismem_core.memory.trigger": ("Row", "parse"),
+    "vismem_core.base.vision": ("PatchIndex", "VisionStates", "attend"),
 }  # fmt: skip
 """Modules whose names others may use; None stands for all that the module makes public."""
 

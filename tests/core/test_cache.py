@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from vismem_core import cache as kv
+from vismem_core.base import cache as kv
 from vismem_core.errors import AttachError
 
 WINDOW = 6

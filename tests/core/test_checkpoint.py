@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import vismem_core as vismem
 from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
-from vismem_core import checkpoint
 from vismem_core.config import MemoryConfig, PolicyConfig
 from vismem_core.errors import CheckpointError
+from vismem_core.files import checkpoint
 
 
 def saved(folder: Path, base: Base | None = None, settings: MemoryConfig | None = None, **about: Any) -> Path:

@@ -5,8 +5,8 @@ from typing import Literal
 import pytest
 
 from vismem_core.config import Config, MemoryConfig, from_dict, load, to_dict
+from vismem_core.config.settings import Count, Section, Share, coerce, merge
 from vismem_core.errors import ConfigError
-from vismem_core.settings import Count, Section, Share, coerce, merge
 
 
 def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:

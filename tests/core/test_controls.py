@@ -4,7 +4,7 @@ import pytest
 import torch
 from bases import QUESTIONS, Base, config
 
-from vismem_core.controls import REPLACEMENTS, noise
+from vismem_core.memory.controls import REPLACEMENTS, noise
 
 
 @pytest.mark.parametrize("how", REPLACEMENTS)

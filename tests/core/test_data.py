@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vismem_core.data import Sample, Skipped, open_dataset, question, read_jsonl
 from vismem_core.errors import DataError
+from vismem_core.files.samples import Sample, Skipped, open_dataset, question, read_jsonl
 
 ROW: dict[str, Any] = {"id": "a", "image": "red.png", "prompt": "what colour ?", "answer": "red", "type": "colour"}
 

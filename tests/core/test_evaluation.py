@@ -6,9 +6,9 @@ import pytest
 from tiny import picture, qwen
 
 import vismem_core as vismem
-from vismem_core.data import Sample
-from vismem_core.evaluation import evaluate, pick
-from vismem_core.inference import answers
+from vismem_core.answers.evaluation import evaluate, pick
+from vismem_core.answers.inference import answers
+from vismem_core.files.samples import Sample
 
 
 def sample(number: int, kind: str, answer: str = "boot") -> Sample:
@@ -38,7 +38,7 @@ def test_accuracies_are_those_of_plain_answers() -> None:
 
 
 def test_the_blind_control_is_asked_over_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vismem_core.evaluation as module
+    import vismem_core.answers.evaluation as module
 
     seen: dict[str | None, list[object]] = {}
 

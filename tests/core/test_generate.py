@@ -186,7 +186,7 @@ def test_stop_strings(through: str) -> None:
     assert stop[0] in tokenizer.decode(found)
     assert found.tolist() == whole[: len(found)]
     assert len(found) <= at + 1
-    assert memory.hook.enabled
+    assert memory.enabled
 
 
 class Recorder(BaseStreamer):  # type: ignore[misc]

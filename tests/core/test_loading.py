@@ -14,9 +14,9 @@ import tiny
 from bases import QUESTIONS, Base, config
 
 from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
-from vismem_core import loading
+from vismem_core.base import loading
+from vismem_core.base.loading import load_base
 from vismem_core.errors import AttachError
-from vismem_core.loading import load_base
 
 PUBLISHED = {
     "qwen2_5_vl": "Qwen/Qwen2.5-VL-3B-Instruct",

@@ -6,9 +6,9 @@ import pytest
 import torch
 from bases import QUESTIONS, Base, config, internvl, llava, llava_next, llava_onevision, tied, untied
 
-from vismem_core.decoding import Decoder
-from vismem_core.packing import Packing
-from vismem_core.session import Session
+from vismem_core.decoding.loop import Decoder
+from vismem_core.decoding.packing import Packing
+from vismem_core.decoding.session import Session
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import vismem_core as vismem
 from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
 from vismem_core.config import FormerConfig, MemoryConfig, PolicyConfig
 from vismem_core.errors import AttachError, ConfigError, VismemError
-from vismem_core.memory import Memory
+from vismem_core.memory.memory import Memory
 
 HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 
@@ -250,7 +250,7 @@ def test_off_restores_what_was_before(make: Any) -> None:
     memory = base.attach()
     with pytest.raises(RuntimeError), memory.off(), memory.off():
         raise RuntimeError
-    assert memory.hook.enabled
+    assert memory.enabled
     with pytest.raises(RuntimeError), memory.triggered("never"):
         raise RuntimeError
     assert memory.trigger == "anywhere:0.3"

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from vismem_core.data import Sample
 from vismem_core.errors import DataError
-from vismem_core.results import Results
+from vismem_core.files.results import Results
+from vismem_core.files.samples import Sample
 
 MADE = {"memory": "1f", "trigger": "policy"}
 ROW = json.dumps({"id": "a", "text": "", "question": "q", "made": MADE}).encode()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vismem_core.data import Sample
+from vismem_core.answers.reward import Part, Reward, Weighted, Written, by_row, parse, score
 from vismem_core.errors import ConfigError, PluginError, RewardError
-from vismem_core.reward import Part, Reward, Weighted, Written, by_row, parse, score
+from vismem_core.files.samples import Sample
 
 SAMPLES = [Sample(name, (), "which animal ?", "black cat") for name in ("s0", "s1", "s2")]
 ANSWERS = [Written("Black  cat", (5, 900, 6)), Written("a cat"), Written("dog")]

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 
 from vismem_core.errors import AttachError
-from vismem_core.tokens import NAMES, MemoryTokens, delimiter_ids, taught
+from vismem_core.memory.tokens import NAMES, MemoryTokens, delimiter_ids, taught
 
 TEXTS = [
     "what is on the left of the boot ? a bag , a coat .",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from vismem_core.base.vision import VisionStates, attend
 from vismem_core.errors import AttachError
-from vismem_core.vision import VisionStates, attend
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from vismem_core.data import Sample
+from vismem_core.answers.reward import Written, parse, score
 from vismem_core.errors import ConfigError, RewardError, ServiceError
-from vismem_core.reward import Written, parse, score
+from vismem_core.files.samples import Sample
 from vismem_plugins.rewards.choice import chosen, options
 from vismem_plugins.rewards.judge import Judge, grade_in, judge
 from vismem_plugins.rewards.number import last_number

@@ -4,7 +4,7 @@ import pytest
 
 from vismem_core.config import Kind
 from vismem_core.errors import ConfigError, PluginError
-from vismem_core.trigger import Row, Trigger, parse
+from vismem_core.memory.trigger import Row, Trigger, parse
 
 
 def decisions(spec: str, rows: list[Row]) -> list[str]:

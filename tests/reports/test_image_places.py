@@ -9,9 +9,9 @@ import pytest
 from bases import FAMILIES, Base, llava, tied
 from tiny import picture
 
-from vismem_core.backbone import Backbone
+from vismem_core.base.backbone import Backbone
+from vismem_core.base.families import find_backbone
 from vismem_core.errors import AttachError
-from vismem_core.memory import find_backbone
 
 IMAGES = [picture(24, 24, 0), picture(32, 24, 1)]
 

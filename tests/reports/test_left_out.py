@@ -17,11 +17,11 @@ from runs import read, rows, run, written
 
 import vismem_core as vismem
 from vismem_cli import main
-from vismem_core import checking
-from vismem_core.checking import checked, prepare
-from vismem_core.data import Dataset, Sample
+from vismem_core.answers import checking
+from vismem_core.answers.checking import checked, prepare
+from vismem_core.answers.evaluation import evaluate
 from vismem_core.errors import DataError
-from vismem_core.evaluation import evaluate
+from vismem_core.files.samples import Dataset, Sample
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "truncated image": ({"image": "cut.jpg"}, "the image .*cut.jpg does not decode"),

@@ -12,9 +12,9 @@ from PIL import Image
 from tiny import picture
 
 import vismem_core as vismem
-from vismem_core.data import Sample
-from vismem_core.evaluation import evaluate, pick, swapped
-from vismem_core.images import content
+from vismem_core.answers.evaluation import evaluate, pick, swapped
+from vismem_core.base.images import content
+from vismem_core.files.samples import Sample
 from vismem_plugins.mosaic import mosaic
 
 

@@ -14,10 +14,10 @@ from bases import tied
 from PIL import Image
 from runs import read, written
 
-from vismem_core.data import Sample
+from vismem_core.base.families import find_backbone
+from vismem_core.base.images import decode
 from vismem_core.errors import AttachError, DataError
-from vismem_core.images import decode
-from vismem_core.memory import find_backbone
+from vismem_core.files.samples import Sample
 
 RAMP = np.linspace(0, 1, 256)[None].repeat(4, 0)
 EXPECTED = np.arange(256)

@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import picture
 
-from vismem_core import checkpoint
-from vismem_core.data import KEYS, read_jsonl
+from vismem_core.base.images import decode
 from vismem_core.errors import CheckpointError, DataError, VismemError
-from vismem_core.images import decode
+from vismem_core.files import checkpoint
+from vismem_core.files.samples import KEYS, read_jsonl
 
 ROWS, IMAGES, MEMORIES = 10_000, 2_000, 2_000
 TOGETHER = 50
@@ -221,7 +221,7 @@ def test_memories(saved: Any) -> None:
         before = {name: own.detach().clone() for name, own in memory.trained().items()}
         try:
             stored = checkpoint.read(target, memory.backbone)
-            stored.fill(memory)
+            stored.fill(memory.trained())
             found["read"] += 1
         except CheckpointError as error:
             found["refused"] += 1

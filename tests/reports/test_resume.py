@@ -133,14 +133,14 @@ def test_another_base_of_the_same_shape_is_refused(tmp_path: Path, monkeypatch: 
 def test_neither_base_nor_data_need_be_named_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vismem_core.loading import load_base
+    from vismem_core.base.loading import load_base
 
     model, processor, _ = load_base("qwen2_5_vl")
     with torch.no_grad():
         model.get_input_embeddings().weight[40:60].add_(0.01)
     model.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
-    from vismem_core.data import open_dataset
+    from vismem_core.files.samples import open_dataset
 
     told = []
     for at in range(6):

@@ -22,14 +22,14 @@ from runs import read, rows, run, written
 import vismem_core as vismem
 from vismem_cli import main
 from vismem_cli.report import print_report
-from vismem_core.data import Sample, question
+from vismem_core.answers.inference import Answer
+from vismem_core.answers.picture import draw
+from vismem_core.answers.reward import Written, parse, score
+from vismem_core.base.loading import load_base
 from vismem_core.errors import AttachError, ConfigError, DataError, RewardError, TrainingError, VismemError
-from vismem_core.inference import Answer
-from vismem_core.loading import load_base
-from vismem_core.lock import alone
-from vismem_core.picture import draw
-from vismem_core.results import Results
-from vismem_core.reward import Written, parse, score
+from vismem_core.files.lock import alone
+from vismem_core.files.results import Results
+from vismem_core.files.samples import Sample, question
 from vismem_plugins.metrics import exact
 from vismem_plugins.mini import path as shipped
 
@@ -72,7 +72,7 @@ def test_a_results_file_that_is_refused_is_given_up(tmp_path: Path) -> None:
             Results(tmp_path / "mine.txt", {})
 
 
-HOLD = "import sys, time; from pathlib import Path; from vismem_core.lock import alone\n"
+HOLD = "import sys, time; from pathlib import Path; from vismem_core.files.lock import alone\n"
 HOLD += "with alone(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
 
 
@@ -275,7 +275,7 @@ def test_a_path_that_no_file_system_takes(tmp_path: Path) -> None:
         read(written(tmp_path / "data" / "q.jsonl", told))
     with pytest.raises(DataError, match="no such image"):
         question("?", [Path("x" * 5000)])
-    from vismem_core.data import open_dataset
+    from vismem_core.files.samples import open_dataset
 
     with pytest.raises(DataError, match="neither a file nor a data set"):
         open_dataset("x" * 5000, "train")

@@ -18,11 +18,11 @@ from samples import SAMPLES
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from vismem_core import shards
+from vismem_core.base import shards
+from vismem_core.base.loading import load_base
+from vismem_core.base.shards import Shards
 from vismem_core.config import Config, GrpoConfig, MemoryConfig, PolicyConfig, PolicyStageConfig, TrainConfig
 from vismem_core.errors import AttachError
-from vismem_core.loading import load_base
-from vismem_core.shards import Shards
 from vismem_core.training.run import train
 
 STAGE = PolicyStageConfig(steps=2, batch=2, lr=1e-3)

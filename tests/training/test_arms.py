@@ -12,8 +12,8 @@ import torch
 from bases import config, tied
 
 from vismem_core.config import KINDS, GrpoConfig, PolicyStageConfig, TrainConfig
-from vismem_core.data import Sample
-from vismem_core.memory import Memory
+from vismem_core.files.samples import Sample
+from vismem_core.memory.memory import Memory
 from vismem_core.training.batches import make_batch
 from vismem_core.training.invocation_grpo import InvocationGrpo
 from vismem_core.training.rollout import read_prompts

@@ -9,11 +9,11 @@ import tiny
 from bases import config, tied
 
 from vismem_core.config import GrpoConfig, TrainConfig
-from vismem_core.data import Sample
+from vismem_core.files.samples import Sample
+from vismem_core.memory.trigger import Row
 from vismem_core.training.batches import Batch, make_batch
 from vismem_core.training.formation_grpo import FormationGrpo, curriculum
 from vismem_core.training.group import together
-from vismem_core.trigger import Row
 
 SAMPLES = [Sample(str(number), (tiny.picture(32, 32, number),), "what is it ?", "boot") for number in range(16)]
 

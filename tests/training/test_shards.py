@@ -10,8 +10,8 @@ from launch import launch
 from typer.testing import CliRunner
 
 from vismem_cli.app import app
+from vismem_core.base.loading import load_base
 from vismem_core.errors import AttachError
-from vismem_core.loading import load_base
 
 
 def test_sharing_a_base_changes_nothing(tmp_path: Path) -> None:

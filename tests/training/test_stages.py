@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from vismem_core import Invocation, Memory, Trace
 from vismem_core.config import GrpoConfig, Kind, PolicyConfig, StageConfig, TrainConfig
-from vismem_core.data import Sample
+from vismem_core.files.samples import Sample
 from vismem_core.training import formation as stages
 from vismem_core.training.batches import Batch, make_batch
 from vismem_core.training.formation import Formation

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .. import cache as kv
-from ..data import PLACEHOLDER
-from ..memory import find_backbone
+from vismem_core.base import cache as kv
+from vismem_core.base.families import find_backbone
+from vismem_core.base.images import PLACEHOLDER
+
 from .contract import Contract, holds
 from .liveliness import close, moved, picture
 from .reference import generated, listening, one_pass
@@ -20,7 +21,7 @@ from .reference import generated, listening, one_pass
 class Anatomy(Contract):
     """The parts of the model are where the backbone says."""
 
-    @holds("a backbone must know its own models and no others", "vismem_core.backbone.Backbone.matches")
+    @holds("a backbone must know its own models and no others", "vismem_core.base.backbone.Backbone.matches")
     def test_matches_its_own_models(self) -> None:
         base = self.base()
         assert base.family.matches(base.model), f"{base.family.__name__} does not match the model that load() gives"
@@ -38,7 +39,7 @@ class Anatomy(Contract):
 
     @holds(
         "the head over the decoder's last hidden states must be the model's logits, and width the embeddings' width",
-        "vismem_core.backbone.Backbone.decoder, .embeddings, .head and .width",
+        "vismem_core.base.backbone.Backbone.decoder, .embeddings, .head and .width",
     )
     @torch.no_grad()
     def test_language_model(self) -> None:
@@ -55,7 +56,7 @@ class Anatomy(Contract):
 
     @holds(
         "devices and precisions must be those of the modules",
-        "vismem_core.backbone.Backbone.device, .dtype, .vision_device and .vision_dtype",
+        "vismem_core.base.backbone.Backbone.device, .dtype, .vision_device and .vision_dtype",
     )
     def test_devices_and_precisions(self) -> None:
         base = self.base()
@@ -65,7 +66,7 @@ class Anatomy(Contract):
             base.model.to(dtype)
             assert (backbone.dtype, backbone.vision_dtype) == (dtype, dtype)
 
-    @holds("inputs() must pad on the left, and only there", "vismem_core.backbone.Backbone.inputs")
+    @holds("inputs() must pad on the left, and only there", "vismem_core.base.backbone.Backbone.inputs")
     def test_inputs_are_left_padded(self) -> None:
         base, questions = self.base(), self.questions()
         for side in ("left", "right"):
@@ -82,7 +83,7 @@ class Anatomy(Contract):
 
     @holds(
         "placeholders must be the ids that stand for visual tokens, one each, in the prompts that the processor writes",
-        "vismem_core.backbone.Backbone.placeholders",
+        "vismem_core.base.backbone.Backbone.placeholders",
     )
     @torch.no_grad()
     def test_placeholders(self) -> None:
@@ -103,7 +104,7 @@ class Anatomy(Contract):
         absent = [token for medium, token in base.backbone.placeholders.items() if medium != "image"]
         assert not torch.isin(inputs["input_ids"], torch.tensor(absent)).any(), "another medium's placeholder is there"
 
-    @holds("the prompt must hold the question and a mark for its image", "vismem_core.backbone.Backbone.prompt")
+    @holds("the prompt must hold the question and a mark for its image", "vismem_core.base.backbone.Backbone.prompt")
     def test_prompt(self) -> None:
         base, (text, images) = self.base(), self.questions()[0]
         prompt = base.backbone.prompt(text, len(images))
@@ -112,7 +113,7 @@ class Anatomy(Contract):
 
     @holds(
         "an image must stand where the text has its <image>, and one that leads the text as if it had none",
-        "vismem_core.backbone.Backbone.prompt",
+        "vismem_core.base.backbone.Backbone.prompt",
     )
     def test_images_stand_where_their_marks_are(self) -> None:
         base, (text, images) = self.base(), self.questions()[0]
@@ -128,7 +129,7 @@ class Anatomy(Contract):
 
     @holds(
         "an answer must end with a token that ends generate, the one that the chat template writes if it does",
-        "vismem_core.backbone.Backbone.end_of_turn",
+        "vismem_core.base.backbone.Backbone.end_of_turn",
     )
     def test_answers_end_as_the_chat_template_says(self) -> None:
         base = self.base()
@@ -142,7 +143,7 @@ class Anatomy(Contract):
 
     @holds(
         "positions() must be those that generate uses, and each token after the prompt one further",
-        "vismem_core.backbone.Backbone.positions",
+        "vismem_core.base.backbone.Backbone.positions",
     )
     @torch.no_grad()
     def test_positions_are_generates(self) -> None:
@@ -164,7 +165,7 @@ class Anatomy(Contract):
 
     @holds(
         "continue_() on a cache must equal one pass over the whole sequence, row by row, whatever the padding",
-        "vismem_core.backbone.Backbone.continue_",
+        "vismem_core.base.backbone.Backbone.continue_",
     )
     @torch.no_grad()
     def test_continue_equals_one_pass(self) -> None:
@@ -199,7 +200,7 @@ class Anatomy(Contract):
 
     @holds(
         "long must match linear layers in the language model and nothing else",
-        "vismem_core.backbone.Backbone.lora_targets",
+        "vismem_core.base.backbone.Backbone.lora_targets",
     )
     def test_long_targets(self) -> None:
         base = self.base()

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import checkpoint
-from ..backbone import Backbone
-from ..config import FormerConfig, Kind, MemoryConfig, QueryConfig
-from ..memory import Memory, attach
-from ..trigger import Decision, Row, Trigger
+from vismem_core.base.backbone import Backbone
+from vismem_core.config import FormerConfig, Kind, MemoryConfig, QueryConfig
+from vismem_core.decoding.attach import attach, put_on
+from vismem_core.files import checkpoint
+from vismem_core.memory.memory import Memory
+from vismem_core.memory.trigger import Decision, Row, Trigger
+
 from .liveliness import awaken
 
 Question = tuple[str, list[Image.Image]]
@@ -77,9 +79,9 @@ class Base:
         stored = checkpoint.read(source, self.backbone) if source is not None else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            memory = Memory(self.backbone, settings or (stored.config if stored else MemoryConfig()))
+            memory = put_on(self.backbone, settings or (stored.config if stored else MemoryConfig()))
         if stored:
-            stored.fill(memory)
+            stored.fill(memory.trained())
         return memory
 
     def weights(self) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, ParamSpec
 
 import pytest
 
-from ..backbone import Backbone
-from ..plugins import registry
+from vismem_core.base.backbone import Backbone
+from vismem_core.plugins import registry
+
 from .base import Base, Question
 from .liveliness import picture
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter
-from ..vision import VisionStates
+from vismem_core.base.adapters import Adapter
+from vismem_core.base.vision import VisionStates
+
 from .base import Base, Question
 from .contract import Contract, holds
 from .liveliness import close, moved, picture
@@ -24,7 +25,8 @@ class Encoder(Contract):
     """Extra tokens go the way of a row's patches, and leave no trace."""
 
     @holds(
-        "recording must leave the image's features and the model as they are", "vismem_core.backbone.Backbone.record"
+        "recording must leave the image's features and the model as they are",
+        "vismem_core.base.backbone.Backbone.record",
     )
     @torch.no_grad()
     def test_record_changes_nothing(self) -> None:
@@ -43,7 +45,7 @@ class Encoder(Contract):
 
     @holds(
         "states must hold each block's keys and values for the patches of every image, in order",
-        "vismem_core.vision.VisionStates",
+        "vismem_core.base.vision.VisionStates",
     )
     def test_record_fills_states(self) -> None:
         base, questions = self.base(), self.questions()
@@ -65,7 +67,7 @@ class Encoder(Contract):
         assert (quiet.keys, quiet.values, quiet.inputs) == ([], [], []), "it stores what was not asked for"
         assert (quiet.patches, quiet.tokens) == (filled.patches, filled.tokens)
 
-    @holds("encode() must run again what record() stored", "vismem_core.backbone.Backbone.encode")
+    @holds("encode() must run again what record() stored", "vismem_core.base.backbone.Backbone.encode")
     @torch.no_grad()
     def test_encode_replays(self) -> None:
         base, again = self.base(), VisionStates()
@@ -80,7 +82,7 @@ class Encoder(Contract):
 
     @holds(
         "project(carry(extra)) must turn N * merge tokens of the vision encoder's width into N vectors of width d",
-        "vismem_core.backbone.Backbone.carry, .project, .merge, .vision_width",
+        "vismem_core.base.backbone.Backbone.carry, .project, .merge, .vision_width",
     )
     @torch.no_grad()
     def test_shapes(self) -> None:
@@ -94,7 +96,10 @@ class Encoder(Contract):
         parts = [base.backbone.project(own) for own in carried.split(base.backbone.merge, dim=1)]
         close(projected, torch.cat(parts, dim=1), "a vector depends on more than its own tokens")
 
-    @holds("extra tokens must see the images of their own row and no others", "vismem_core.backbone.Backbone.carry")
+    @holds(
+        "extra tokens must see the images of their own row and no others",
+        "vismem_core.base.backbone.Backbone.carry",
+    )
     @torch.no_grad()
     def test_carry_sees_its_rows_images(self) -> None:
         base, questions = self.base(), self.questions()
@@ -113,7 +118,7 @@ class Encoder(Contract):
             again = base.backbone.carry(extra[:1], states(base, questions[row]), [0])
             close(again[0], plain[row], f"row {row} alone is carried otherwise than among its neighbours")
 
-    @holds("extra tokens must see all patches of their row's images", "vismem_core.backbone.Backbone.carry")
+    @holds("extra tokens must see all patches of their row's images", "vismem_core.base.backbone.Backbone.carry")
     @torch.no_grad()
     def test_carry_sees_all_patches(self) -> None:
         base, questions = self.base(), self.questions()
@@ -134,7 +139,7 @@ class Encoder(Contract):
 
     @holds(
         "what lies between an image and its visual tokens must be used by carry() and then project(), all of it",
-        "vismem_core.backbone.Backbone.carry and .project",
+        "vismem_core.base.backbone.Backbone.carry and .project",
     )
     def test_carry_and_project_use_the_models_own_weights(self) -> None:
         base, questions = self.base(), self.questions()
@@ -156,7 +161,7 @@ class Encoder(Contract):
 
     @holds(
         "short must match linear layers in the vision encoder and nothing else",
-        "vismem_core.backbone.Backbone.lora_targets",
+        "vismem_core.base.backbone.Backbone.lora_targets",
     )
     def test_short_targets(self) -> None:
         base = self.base()
@@ -171,7 +176,7 @@ class Encoder(Contract):
 
     @holds(
         "LoRA on the vision encoder must change what carry() gives while it is on, and nothing otherwise",
-        "vismem_core.backbone.Backbone.lora_targets and .carry",
+        "vismem_core.base.backbone.Backbone.lora_targets and .carry",
     )
     @torch.no_grad()
     def test_lora_is_on_for_extra_tokens_only(self) -> None:

@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from ..memory import Memory
+from vismem_core.memory.memory import Memory
+
 from .base import staggered
 from .contract import Contract, holds
 
-GENERATE = "vismem_core.injection.InjectionHook.generate"
+GENERATE = "vismem_core.decoding.injection.InjectionHook.generate"
 
 
 class Generation(Contract):

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from ..memory import Memory
+from vismem_core.memory.memory import Memory
+
 from .base import Base, Question, staggered
 from .contract import Contract, holds
 from .liveliness import close, moved, picture
@@ -28,7 +29,7 @@ class Insertion(Contract):
     @pytest.mark.parametrize("spec", SCHEDULES.values(), ids=SCHEDULES)
     @holds(
         "promise 2: insertion with the KV cache must equal one pass over the whole sequence",
-        "vismem_core.backbone.Backbone.continue_ and .packs",
+        "vismem_core.base.backbone.Backbone.continue_ and .packs",
     )
     def test_insertion_equals_one_pass(self, spec: str, packs: bool) -> None:
         base, questions = self.base(), self.questions()
@@ -41,7 +42,7 @@ class Insertion(Contract):
     @PACKS
     @holds(
         "promise 2: insertion at different steps of different rows must equal one pass over each row's whole sequence",
-        "vismem_core.backbone.Backbone.continue_ and .packs",
+        "vismem_core.base.backbone.Backbone.continue_ and .packs",
     )
     def test_ragged_insertion_equals_one_pass(self, packs: bool) -> None:
         base, questions = self.base(), self.questions()
@@ -52,7 +53,7 @@ class Insertion(Contract):
 
     @holds(
         "promise 2: memory in the neighbours' pass and in one of its own must come to the same",
-        "vismem_core.backbone.Backbone.packs and vismem_core.packing",
+        "vismem_core.base.backbone.Backbone.packs and vismem_core.decoding.packing",
     )
     def test_packing_changes_nothing(self) -> None:
         base, questions = self.base(), self.questions()
@@ -72,7 +73,7 @@ class Insertion(Contract):
     @pytest.mark.parametrize("context", ["cache", "recompute"])
     @holds(
         "promise 3: a row's output must not depend on its neighbours, nor on when they invoke memory",
-        "vismem_core.backbone.Backbone.carry and .inputs",
+        "vismem_core.base.backbone.Backbone.carry and .inputs",
     )
     def test_rows_alone_and_together(self, context: str, packs: bool) -> None:
         base, questions = self.base(), self.questions()
@@ -97,7 +98,7 @@ class Insertion(Contract):
 
     @holds(
         "promise 3: copies of a prompt (num_return_sequences) must see its images",
-        "vismem_core.backbone.Backbone.record and vismem_core.vision.VisionStates.assign",
+        "vismem_core.base.backbone.Backbone.record and vismem_core.base.vision.VisionStates.assign",
     )
     def test_copies_see_their_prompts_images(self) -> None:
         base, questions = self.base(), self.questions()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..memory import Memory
+from vismem_core.memory.memory import Memory
 
 
 def liven(model: Any) -> None:

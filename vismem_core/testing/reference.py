@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone
-from ..memory import Memory
-from ..vision import VisionStates
+from vismem_core.base.backbone import Backbone
+from vismem_core.base.vision import VisionStates
+from vismem_core.memory.memory import Memory
+
 from .base import NO_END, Base, Question
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .. import cache as kv
-from ..checkpoint import ABOUT, WEIGHTS
-from ..config import StageConfig
-from ..data import Sample
-from ..errors import CheckpointError
+from vismem_core.base import cache as kv
+from vismem_core.config import StageConfig
+from vismem_core.errors import CheckpointError
+from vismem_core.files.checkpoint import ABOUT, WEIGHTS
+from vismem_core.files.samples import Sample
+
 from ..training.batches import make_batch
 from ..training.formation import Formation
 from ..training.replay import Replay
@@ -32,7 +33,7 @@ class Training(Contract):
     @pytest.mark.parametrize(("context", "dropout"), [("cache", 0.0), ("recompute", 0.0), ("cache", 0.5)])
     @holds(
         "promise 5: log-probabilities of a replayed trajectory must equal those of its rollout",
-        "vismem_core.backbone.Backbone.positions and .continue_",
+        "vismem_core.base.backbone.Backbone.positions and .continue_",
     )
     def test_replay_equals_rollout(self, context: str, dropout: float) -> None:
         base, questions = self.base(), self.questions()
@@ -59,7 +60,7 @@ class Training(Contract):
     @pytest.mark.parametrize("context", ["cache", "recompute"])
     @holds(
         "promise 6: a training step must change every tensor that trains and nothing else",
-        "vismem_core.training.formation.Formation and vismem_core.backbone.Backbone.lora_targets",
+        "vismem_core.training.formation.Formation and vismem_core.base.backbone.Backbone.lora_targets",
     )
     def test_what_trains_changes_and_nothing_else(self, context: str) -> None:
         base = self.base()
@@ -87,7 +88,7 @@ class Training(Contract):
 
     @holds(
         "promise 7: a checkpoint must hold what was trained and no more, and give the same memory again",
-        "vismem_core.checkpoint.save",
+        "vismem_core.files.checkpoint.save",
     )
     def test_checkpoints_round_trip(self) -> None:
         base, questions = self.base(), self.questions()
@@ -112,7 +113,7 @@ class Training(Contract):
         assert output.sequences.equal(expected.sequences), "the memory read back answers otherwise"
         assert torch.stack(output.logits).equal(torch.stack(expected.logits))
 
-    @holds("promise 7: a checkpoint must refuse a base that it does not fit", "vismem_core.checkpoint.read")
+    @holds("promise 7: a checkpoint must refuse a base that it does not fit", "vismem_core.files.checkpoint.read")
     def test_checkpoints_refuse_other_bases(self) -> None:
         base = self.base()
         with TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ class Unchanged(Contract):
 
     @holds(
         "promise 1: with memory off, never invoked or detached, tokens and logits must be the base model's bit for bit",
-        "vismem_core.memory.Memory.off",
+        "vismem_core.memory.memory.Memory.off",
     )
     def test_off_and_never_are_the_base(self) -> None:
         base, questions = self.base(), self.questions()
@@ -37,7 +37,7 @@ class Unchanged(Contract):
 
     @holds(
         "promise 1: the decoding loop, where memory may not be invoked, must give the base model's logits bit for bit",
-        "vismem_core.decoding.Decoder",
+        "vismem_core.decoding.loop.Decoder",
     )
     def test_the_loop_itself_is_the_base(self) -> None:
         base, questions = self.base(), self.questions()
@@ -51,7 +51,7 @@ class Unchanged(Contract):
 
     @holds(
         "promise 1: memory must not change the base's weights, and detach() must restore modules, flags and vocabulary",
-        "vismem_core.memory.Memory.detach",
+        "vismem_core.memory.memory.Memory.detach",
     )
     def test_detached_as_it_was(self) -> None:
         base, questions = self.base(), self.questions()

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
-from ..backbone import Backbone
-from ..checking import prepare
-from ..data import Sample, Skipped
-from ..errors import DataError
+from vismem_core.answers.checking import prepare
+from vismem_core.base.backbone import Backbone
+from vismem_core.errors import DataError
+from vismem_core.files.samples import Sample, Skipped
+
 from .processes import Processes
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..memory import Memory
+from vismem_core.memory.memory import Memory
+
 from .processes import Processes
 
 REMEMBERED = 16384

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from random import Random
 
-from ..memory import Memory
+from vismem_core.memory.memory import Memory
 
 
 def drops_images(memory: Memory, share: float, key: str) -> bool:

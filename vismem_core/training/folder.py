@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config, from_dict
-from ..data import Sample, fingerprint
-from ..errors import TrainingError
+from vismem_core.config import Config, from_dict
+from vismem_core.errors import TrainingError
+from vismem_core.files.samples import Sample, fingerprint
 
 if TYPE_CHECKING:
-    from ..memory import Memory
+    from vismem_core.memory.memory import Memory
 
 METRICS, REPORT, SETTINGS, BASIS = "metrics.jsonl", "report.json", "config.json", "run.json"
 
@@ -23,7 +23,7 @@ class Basis:
     """What a run stands on beside its settings; it goes on with the same or not at all.
 
     Attributes:
-        base: as :func:`vismem_core.checkpoint.describe` says, its precision among it.
+        base: as :func:`vismem_core.files.checkpoint.describe` says, its precision among it.
         data, heldout: ``source`` (path or name, for people and ``--resume``), ``samples`` and ``digest``.
         processes: how many shared each step's batch.
         rows: how rows are read and checked.
@@ -44,7 +44,7 @@ class Basis:
         processes: int,
         rows: Mapping[str, Any],
     ) -> Basis:
-        from ..checkpoint import describe  # brings torch
+        from vismem_core.files.checkpoint import describe  # brings torch
 
         base = describe(memory.backbone) | {"dtype": str(memory.backbone.dtype).removeprefix("torch.")}
         return cls(base, _told(data), _told(heldout), processes, rows)
@@ -76,7 +76,7 @@ class Basis:
 
     def write(self, output: Path) -> None:
         """Into the folder of the run."""
-        from ..checkpoint import atomically  # brings torch
+        from vismem_core.files.checkpoint import atomically  # brings torch
 
         text = json.dumps(asdict(self), indent=2) + "\n"
         atomically(output / BASIS, lambda path: path.write_text(text, encoding="utf-8"))

@@ -13,8 +13,9 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from ..config import KINDS, StageConfig
-from ..memory import FORMATION, Memory
+from vismem_core.config import KINDS, StageConfig
+from vismem_core.memory.memory import FORMATION, Memory
+
 from .batches import Batch
 from .dropout import drops_images
 from .processes import Processes

@@ -15,14 +15,15 @@ from random import Random
 import torch
 from torch import nn
 
-from ..config import KINDS, TrainConfig
-from ..data import Sample
-from ..memory import FORMATION, Memory
-from ..trigger import Decision, Row, Trigger
+from vismem_core.config import KINDS, TrainConfig
+from vismem_core.files.samples import Sample
+from vismem_core.memory.memory import FORMATION, Memory
+from vismem_core.memory.trigger import Decision, Row, Trigger
+
 from .batches import Batch, make_batch
-from .group import Group, GroupStage, together
+from .group import GroupStage, together
 from .processes import Processes
-from .rollout import Prompts, Trajectory, read_prompts, rollouts
+from .rollout import Group, Prompts, Trajectory, read_prompts, rollouts
 
 DRAWS = 4
 """How often a step draws, its first batch included, before it makes do with fewer prompts."""

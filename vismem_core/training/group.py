@@ -5,22 +5,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from random import Random
 
 import torch
 from torch import Tensor, nn
 
-from ..config import KINDS, PolicyStageConfig, TrainConfig
-from ..data import Sample
-from ..memory import Memory
-from ..reward import Written, parse, score
+from vismem_core.answers.reward import Written, parse, score
+from vismem_core.config import KINDS, PolicyStageConfig, TrainConfig
+from vismem_core.files.samples import Sample
+from vismem_core.memory.memory import Memory
+
 from . import grpo
 from .batches import Batch
 from .processes import Processes
 from .replay import Replay, micro_batches
 from .resample import resampled
-from .rollout import Prompts, Sampling, Trajectory, read_prompts, rollouts
+from .rollout import Group, Prompts, Sampling, Trajectory, read_prompts, rollouts
 from .stage import Stage
 
 MEMBERS = 16
@@ -30,26 +30,6 @@ MEMBERS = 16
 def together(seed: int) -> int:
     """What the seeds of a group have in common."""
     return seed >> MEMBERS
-
-
-@dataclass
-class Group:
-    """P prompts with G trajectories each, and what they earned.
-
-    Attributes:
-        rewards: what the advantages are made of, (P, G).
-        figures: means over all trajectories, for the log.
-        tried: states (n, d) in which all choices were tried, and their rewards (n, 3), where Stage II dealt some.
-        heard: which prompts (P,) the loss is about; by default all.
-        resampled: how many of the prompts were drawn in place of silent ones, in all processes.
-    """
-
-    trajectories: list[Trajectory]
-    rewards: Tensor
-    figures: dict[str, float]
-    tried: tuple[Tensor, Tensor] | None = None
-    heard: Tensor | None = None
-    resampled: int = 0
 
 
 class GroupStage(Stage):

@@ -16,8 +16,9 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from ..config import KINDS, Kind, TrainConfig
-from ..memory import Memory
+from vismem_core.config import KINDS, Kind, TrainConfig
+from vismem_core.memory.memory import Memory
+
 from .batches import Batch
 from .choices import Choices
 from .dropout import drops_images

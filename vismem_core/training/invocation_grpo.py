@@ -22,14 +22,15 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from ..config import KINDS, TrainConfig
-from ..memory import FORMATION, Memory
+from vismem_core.config import KINDS, TrainConfig
+from vismem_core.memory.memory import FORMATION, Memory
+
 from . import grpo
 from .batches import Batch
 from .choices import CHOICES, Choices
-from .group import Group, GroupStage
+from .group import GroupStage
 from .processes import Processes
-from .rollout import Deal, Prompts, Trajectory, rollouts
+from .rollout import Deal, Group, Prompts, Trajectory, rollouts
 
 DEALS: tuple[Deal, ...] = ("none", *KINDS)
 FIRST = 0.5

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import StageConfig, TrainConfig
-from ..data import Skipped
-from ..errors import DataError, TrainingError
-from ..memory import Memory
+from vismem_core.config import StageConfig, TrainConfig
+from vismem_core.errors import DataError, TrainingError
+from vismem_core.files.samples import Skipped
+from vismem_core.memory.memory import Memory
+
 from .batches import Batch, Draws
 from .interrupt import Interrupt
 from .metrics import Metrics

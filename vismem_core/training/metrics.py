@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .. import checkpoint
+from vismem_core.files import checkpoint
 
 
 class Metrics:

@@ -1,8 +1,8 @@
 """Several processes as one: accelerate is the engine, and all a stage needs of it is here.
 
 Every process holds the whole memory and a part of each batch, and the whole base unless its layers are shared
-(:mod:`vismem_core.shards`). Sums run over all of them, so that a step on two processes is the step of one process on
-both parts.
+(:mod:`vismem_core.base.shards`). Sums run over all of them, so that a step on two processes is the step of one process
+on both parts.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from accelerate.utils import gather, gather_object, reduce
 from torch import Tensor, nn
 
-from .. import shards
-from ..errors import TrainingError
+from vismem_core.base import shards
+from vismem_core.errors import TrainingError
 
 ENGINES = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 """Engines of accelerate that expect the model to be handed to them, by the name in the variable that asks for them."""

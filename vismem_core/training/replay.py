@@ -22,12 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .. import cache as kv
-from ..config import KINDS, Kind
-from ..decoding import NEVER
-from ..errors import AttachError
-from ..former import MemoryContext
-from ..memory import Memory
+from vismem_core.base import cache as kv
+from vismem_core.config import KINDS, Kind
+from vismem_core.decoding.loop import NEVER
+from vismem_core.errors import AttachError
+from vismem_core.memory.former import MemoryContext
+from vismem_core.memory.memory import Memory
+
 from .rollout import Prompts, Trajectory
 
 

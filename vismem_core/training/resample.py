@@ -9,22 +9,35 @@ that were kept because their scores differ would say little about the policy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
+from vismem_core.config import GrpoConfig
+from vismem_core.memory.memory import Memory
+
 from . import grpo
 from .batches import Batch, make_batch
-from .rollout import Prompts, read_prompts
+from .processes import Processes
+from .rollout import Group, Prompts, read_prompts
 
-if TYPE_CHECKING:
-    from .group import Group, GroupStage
+
+class Sampler(Protocol):
+    """What is asked of a stage of GRPO."""
+
+    memory: Memory
+    grpo: GrpoConfig
+    processes: Processes
+    draw: Callable[[int], Batch | None] | None
+
+    def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
+        """Roll out and score one group per prompt."""
 
 
 def resampled(
-    stage: GroupStage, prompts: Prompts, batch: Batch, group: Group, key: str, progress: float
+    stage: Sampler, prompts: Prompts, batch: Batch, group: Group, key: str, progress: float
 ) -> tuple[Prompts, Group]:
     """The prompts and groups of a step with further ones added, and its silent ones marked as not to be heard."""
     rounds, total = stage.grpo.resample, stage.processes.total

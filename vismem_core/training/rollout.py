@@ -15,14 +15,15 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .. import cache as kv
-from ..config import KINDS, Kind
-from ..decoding import NEVER, Decoder, Latents
-from ..errors import TrainingError
-from ..memory import Memory
-from ..session import Session
-from ..trace import Trace
-from ..trigger import Row
+from vismem_core.base import cache as kv
+from vismem_core.config import KINDS, Kind
+from vismem_core.decoding.loop import NEVER, Decoder, Latents
+from vismem_core.decoding.session import Session
+from vismem_core.errors import TrainingError
+from vismem_core.memory.memory import Memory
+from vismem_core.memory.trace import Trace
+from vismem_core.memory.trigger import Row
+
 from .dropout import drops_images
 
 Deal = Kind | Literal["none"]
@@ -60,6 +61,26 @@ class Trajectory:
     def invocations(self) -> list[int]:
         """Indices of the invocation tokens, in order."""
         return sorted(self.latents)
+
+
+@dataclass
+class Group:
+    """P prompts with G trajectories each, and what they earned.
+
+    Attributes:
+        rewards: what the advantages are made of, (P, G).
+        figures: means over all trajectories, for the log.
+        tried: states (n, d) in which all choices were tried, and their rewards (n, 3), where Stage II dealt some.
+        heard: which prompts (P,) the loss is about; by default all.
+        resampled: how many of the prompts were drawn in place of silent ones, in all processes.
+    """
+
+    trajectories: list[Trajectory]
+    rewards: Tensor
+    figures: dict[str, float]
+    tried: tuple[Tensor, Tensor] | None = None
+    heard: Tensor | None = None
+    resampled: int = 0
 
 
 @dataclass(frozen=True)

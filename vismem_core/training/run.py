@@ -13,16 +13,17 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.text import Text
 
-from .. import checkpoint
-from ..checking import checked, prepare
-from ..config import KINDS, Config, TrainConfig, to_dict
-from ..data import Dataset, OnBad, Sample, Skipped
-from ..errors import ConfigError, TrainingError
-from ..evaluation import evaluate
-from ..inference import answers
-from ..lock import alone
-from ..memory import Memory
-from ..reward import parse
+from vismem_core.answers.checking import checked, prepare
+from vismem_core.answers.evaluation import evaluate
+from vismem_core.answers.inference import answers
+from vismem_core.answers.reward import parse
+from vismem_core.config import KINDS, Config, TrainConfig, to_dict
+from vismem_core.errors import ConfigError, TrainingError
+from vismem_core.files import checkpoint
+from vismem_core.files.lock import alone
+from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped
+from vismem_core.memory.memory import Memory
+
 from . import state
 from .batches import Draws
 from .display import Display
@@ -63,7 +64,7 @@ def train(
         output: gets ``memory.safetensors`` and ``vismem.json`` (the memory), ``metrics.jsonl`` (a row per step),
             ``config.json`` (settings), ``run.json`` (base and data) and ``report.json``.
         resume: go on with the run in ``output``, on its base and its data; a finished run gives its report.
-        groups: see :func:`vismem_core.evaluation.evaluate`.
+        groups: see :func:`vismem_core.answers.evaluation.evaluate`.
         on_bad: what to do about a sample that this model cannot use: end with an error, or leave it out and list it in
             the report's ``skipped``.
         check: find such samples of files before the first step (``all``), or when they are met (``lazy``).
@@ -95,7 +96,7 @@ def train(
             run.train(name, usable)
         if run.processes.first:
             run.refuse_nonsense(asked)
-            checkpoint.save(memory, output, {"training": to_dict(config.train)})
+            memory.save(output, training=to_dict(config.train))
             report = run.measure(asked, groups)
         run.processes.wait()
         if not run.processes.first:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..config import StageConfig
-from ..memory import Memory
+from vismem_core.config import StageConfig
+from vismem_core.memory.memory import Memory
+
 from .batches import Batch
 from .processes import Processes
 

@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import atomically, fill
-from ..data import Skipped
-from ..errors import TrainingError
-from ..memory import Memory
+from vismem_core.errors import TrainingError
+from vismem_core.files.checkpoint import atomically, fill
+from vismem_core.files.samples import Skipped
+from vismem_core.memory.memory import Memory
+
 from .stage import Stage
 
 FILE = "state.safetensors"
@@ -134,7 +135,7 @@ def load(folder: Path, memory: Memory) -> State:
         told = State(about["stage"], int(about["step"]), bool(int(about["finished"])), tensors, lost)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(f"{path}: cannot go on from it: {error}") from error
-    fill(memory, part(tensors, "memory."), path)
+    fill(memory.trained(), part(tensors, "memory."), path)
     return told
 
 

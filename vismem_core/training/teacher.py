@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import cache as kv
-from ..config import Kind
-from ..memory import Memory
-from ..session import Session
+from vismem_core.base import cache as kv
+from vismem_core.config import Kind
+from vismem_core.decoding.session import Session
+from vismem_core.memory.memory import Memory
+
 from .batches import Batch, extended
 
 IGNORED = -100

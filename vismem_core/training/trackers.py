@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import filter_trackers
 
-from ..errors import ConfigError
+from vismem_core.errors import ConfigError
 
 
 class Trackers:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vismem_core.loading import load_base
+from vismem_core.base.loading import load_base
 from vismem_core.testing import BackboneContract
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vismem_core import Backbone
-from vismem_core.vision import VisionStates, attend
+from vismem_core.base.vision import VisionStates, attend
 
 
 class SmolVLM(Backbone):

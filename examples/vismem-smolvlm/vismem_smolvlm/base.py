@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vismem_core.bases import Base
+from vismem_core.base.embedded import Base
 
 
 def tiny() -> Base:

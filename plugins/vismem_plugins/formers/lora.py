@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from vismem_core.adapters import Adapter
-from vismem_core.backbone import Backbone
+from vismem_core.base.adapters import Adapter
+from vismem_core.base.backbone import Backbone
+from vismem_core.base.vision import VisionStates
 from vismem_core.config import FormerConfig, Kind
-from vismem_core.former import MemoryContext, MemoryFormer, Needs, RidingFormer
-from vismem_core.vision import VisionStates
+from vismem_core.memory.former import MemoryContext, MemoryFormer, Needs, RidingFormer
 
 
 def lora(kind: Kind, backbone: Backbone, config: FormerConfig) -> MemoryFormer:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vismem_core.backbone import Backbone
+from vismem_core.base.backbone import Backbone
 from vismem_core.config import FormerConfig, Kind
-from vismem_core.former import MemoryContext, MemoryFormer
+from vismem_core.memory.former import MemoryContext, MemoryFormer
 
 from ..attention import Block
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vismem_core.data import Sample
+from vismem_core.files.samples import Sample
 
 from .questions import CLASSES, KINDS, QUESTIONS, Grid, draw_grid
 

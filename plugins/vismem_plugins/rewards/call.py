@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vismem_core.data import Sample
+from vismem_core.answers.reward import Reward, Written
 from vismem_core.errors import ConfigError
+from vismem_core.files.samples import Sample
 from vismem_core.plugins import TARGET, reason, resolve
-from vismem_core.reward import Reward, Written
 
 COLUMNS = ("id", "answer", "type")
 """What a sample has, as TRL passes the columns of a data set: lists by name."""
@@ -19,9 +19,9 @@ OURS = ("answers", "samples")
 def call(argument: str) -> Reward:
     """The function that ``package.module:function`` names.
 
-    It has the form of ``vismem_core.reward.Reward``, or that of TRL's reward functions: it takes ``completions``, and
-    perhaps ``prompts``, ``completion_ids`` and columns of the data (``id``, ``answer``, ``type``), by name, all of them
-    lists. Completions are texts.
+    It has the form of ``vismem_core.Reward``, or that of TRL's reward functions: it takes ``completions``, and perhaps
+    ``prompts``, ``completion_ids`` and columns of the data (``id``, ``answer``, ``type``), by name, all of them lists.
+    Completions are texts.
 
     Raises:
         ConfigError: it cannot be imported, is no function, or takes what is neither of the two.

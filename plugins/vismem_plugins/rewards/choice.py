@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vismem_core.data import Sample
+from vismem_core.answers.reward import Reward, by_row, reference
 from vismem_core.errors import RewardError
-from vismem_core.reward import Reward, by_row, reference
+from vismem_core.files.samples import Sample
 from vismem_plugins.metrics import composed, plain
 
 from . import no_argument

@@ -17,10 +17,10 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from vismem_core.data import Sample
+from vismem_core.answers.reward import PATIENCE, Reward, Written, reference
 from vismem_core.errors import ConfigError, RewardError, ServiceError
+from vismem_core.files.samples import Sample
 from vismem_core.plugins import reason
-from vismem_core.reward import PATIENCE, Reward, Written, reference
 
 INSTRUCTION = """You grade answers to questions about images. You do not see the image; the reference is right.
 Grade how well the answer agrees with the reference: 10 if it says the same, 0 if it does not. What stands in the \

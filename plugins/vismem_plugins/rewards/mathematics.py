@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from vismem_core.data import Sample
+from vismem_core.answers.reward import Reward, by_row, reference
 from vismem_core.errors import ConfigError, RewardError
+from vismem_core.files.samples import Sample
 from vismem_core.plugins import reason
-from vismem_core.reward import Reward, by_row, reference
 
 from . import no_argument
 

@@ -6,9 +6,9 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
-from vismem_core.data import Sample
+from vismem_core.answers.reward import Reward, by_row, reference
 from vismem_core.errors import ConfigError, RewardError
-from vismem_core.reward import Reward, by_row, reference
+from vismem_core.files.samples import Sample
 
 FRAC = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 """LaTeX's fraction of two plain numbers."""

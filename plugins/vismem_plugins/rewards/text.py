@@ -7,8 +7,8 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-from vismem_core.data import Sample
-from vismem_core.reward import Reward, Written, by_row, reference
+from vismem_core.answers.reward import Reward, Written, by_row, reference
+from vismem_core.files.samples import Sample
 from vismem_plugins import metrics
 
 from . import no_argument

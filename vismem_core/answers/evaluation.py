@@ -1,0 +1,177 @@
+"""Accuracy on held-out samples: the base, memory, memory of one kind only, and the controls.
+
+The blind control asks the same questions over other samples' images, which show something else: what it gets right was
+not seen. A question for which there is no other image is left out of it, and counted. The noise control puts noise in
+the latents' places: what it gets right the latents did not tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+from vismem_core.base.images import content
+from vismem_core.errors import DataError
+from vismem_core.files.samples import Sample, Skipped
+from vismem_core.memory.memory import Memory
+from vismem_core.plugins import registry
+
+from .checking import prepare
+from .inference import Answer, answers
+
+
+class Condition(NamedTuple):
+    """Under what answers are given: the trigger (None for memory off), whose image, what stands for the latents."""
+
+    trigger: str | None
+    blind: bool = False
+    replaced: str | None = None
+
+
+CONDITIONS = {
+    "base": Condition(None),
+    "memory": Condition("policy"),
+    "noise": Condition("policy", replaced="noise"),
+    "blind": Condition("policy", blind=True),
+    "short": Condition("schedule:0=short"),
+    "long": Condition("schedule:0=long"),
+    "blind_base": Condition("never", blind=True),
+}
+
+
+def evaluate(
+    memory: Memory,
+    samples: Sequence[Sample],
+    *,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    per_type: int = 100,
+    batch: int = 50,
+    max_new_tokens: int = 64,
+    metric: str = "exact",
+    left_out: list[Skipped] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure every question type under every condition.
+
+    Args:
+        groups: question types the base was trained on (``seen``) and was not (``new``); without it all are new.
+        per_type: samples of each type, the first ones.
+        left_out: gets the samples that cannot be used; without it the first one raises.
+        progress: called with the condition, the samples done and their number.
+
+    Returns:
+        ``{"heldout": {condition: {type: accuracy}}, "seen": {...}, "invocations_per_answer": x, "invocations":
+        {type: {kind: per answer}}, "samples": n, "not_blind": {type: n}}``; conditions are ``base``, ``blind_base``,
+        ``memory``, ``blind``, ``noise``, and ``short`` and ``long``, one memory of that kind forced at the start of
+        each answer. ``not_blind`` counts the questions that the blind conditions leave out.
+
+    Raises:
+        DataError: there is nothing to measure, or a bad sample.
+    """
+    chosen = pick(samples, per_type)
+    if left_out is not None:
+        chosen = {kind: list(_usable(memory, own, batch, left_out)) for kind, own in chosen.items()}
+        chosen = {kind: own for kind, own in chosen.items() if own}
+    if not chosen:
+        raise DataError("there is no sample to measure")
+    other = swapped(chosen)
+    names = {"seen": [kind for kind in (groups or {}).get("seen", ()) if kind in chosen]}
+    names["heldout"] = [kind for kind in chosen if kind not in names["seen"]]
+    tables: dict[str, dict[str, dict[str, float]]] = {"heldout": {}, "seen": {}}
+    used: dict[str, dict[str, float]] = {}
+    for condition, (trigger, blind, replaced) in CONDITIONS.items():
+        asked = other if blind else chosen
+        flat = [sample for own in asked.values() for sample in own]
+        told: list[Answer] = []
+        with memory.off() if trigger is None else memory.replaced(replaced) if replaced else nullcontext():
+            spec = trigger if trigger is None or trigger == "never" else _restricted(trigger, memory)
+            for answer in answers(memory, flat, max_new_tokens=max_new_tokens, batch=batch, trigger=spec):
+                told.append(answer)
+                if progress:
+                    progress(condition, len(told), len(flat))
+        by_type = dict(zip(asked, _split(told, [len(own) for own in asked.values()]), strict=True))
+        for group, kinds in names.items():
+            tables[group][condition] = {
+                kind: _accuracy(metric, by_type[kind], asked[kind]) for kind in kinds if asked[kind]
+            }
+        if condition == "memory":
+            used = {kind: _invocations(own) for kind, own in by_type.items()}
+    count = sum(len(own) for own in chosen.values())
+    total = sum(len(chosen[kind]) * sum(own.values()) for kind, own in used.items())
+    return {
+        **tables,
+        "invocations_per_answer": total / count,
+        "invocations": used,
+        "samples": count,
+        "not_blind": {kind: lost for kind, own in chosen.items() if (lost := len(own) - len(other[kind]))},
+    }
+
+
+def pick(samples: Sequence[Sample], per_type: int) -> dict[str, list[Sample]]:
+    """The first ``per_type`` samples of each type, types in order of appearance.
+
+    A sequence that makes its samples when they are asked for may have a method ``type_of(index)``, so that only those
+    are made that are picked.
+    """
+    type_of = getattr(samples, "type_of", lambda at: samples[at].type)
+    chosen: dict[str, list[int]] = {}
+    for at in range(len(samples)):
+        own = chosen.setdefault(type_of(at) or "all", [])
+        if len(own) < per_type:
+            own.append(at)
+    return {kind: [samples[at] for at in own] for kind, own in chosen.items()}
+
+
+def swapped(chosen: Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
+    """The same questions, each over the images of the next sample that has as many, and none of the same content.
+
+    The next of its type, or else of any; a sample for which there is none is left out.
+    """
+    everyone = [sample for own in chosen.values() for sample in own]
+    shown = {id(sample): [content(image) for image in sample.load_images()] for sample in everyone}
+
+    def differs(sample: Sample, other: Sample) -> bool:
+        ours, theirs = shown[id(sample)], shown[id(other)]
+        return len(ours) == len(theirs) > 0 and set(ours).isdisjoint(theirs)
+
+    found: dict[str, list[Sample]] = {}
+    for kind, own in chosen.items():
+        found[kind] = []
+        for at, sample in enumerate(own):
+            following = (own[(at + step) % len(own)] for step in range(1, len(own)))
+            donor = next((other for other in chain(following, everyone) if differs(sample, other)), None)
+            if donor is not None:
+                found[kind].append(replace(sample, images=donor.images))
+    return found
+
+
+def _usable(memory: Memory, samples: Sequence[Sample], batch: int, out: list[Skipped]) -> Iterator[Sample]:
+    for first in range(0, len(samples), batch):
+        yield from prepare(memory.backbone, samples[first : first + batch], out)[0]
+
+
+def _restricted(trigger: str, memory: Memory) -> str:
+    return memory.config.trigger if trigger == "policy" else trigger
+
+
+def _split(told: Sequence[Answer], sizes: Sequence[int]) -> list[list[Answer]]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(list(told[start : start + size]))
+        start += size
+    return parts
+
+
+def _accuracy(metric: str, told: Sequence[Answer], samples: Sequence[Sample]) -> float:
+    scores = registry("metrics").get(metric)([answer.text for answer in told], samples)
+    return float(sum(scores) / len(scores))
+
+
+def _invocations(told: Sequence[Answer]) -> dict[str, float]:
+    return {
+        kind: sum(place.kind == kind for answer in told for place in answer.invocations) / len(told)
+        for kind in ("short", "long")
+    }

@@ -1,0 +1,1 @@
+"""All that VisMem must know of one model."""

@@ -1,0 +1,284 @@
+"""What VisMem must know of one VLM family: the interface a backbone plugin implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, DynamicCache
+
+from vismem_core.errors import AttachError, DataError
+from vismem_core.plugins import reason
+
+from . import cache as kv
+from .images import PLACEHOLDER, Picture, decode
+from .vision import VisionStates
+
+
+class Backbone(ABC):
+    """One instance around one loaded model. It holds data and small methods, no decoding and no training.
+
+    What is written here fits most transformers image-text-to-text models; a family overrides what differs and must
+    say how extra tokens go through its vision encoder (:meth:`record` and :meth:`carry`).
+
+    Shapes: B rows, L tokens, d the language model's width, D the vision encoder's width, E extra tokens.
+    """
+
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    packs: bool = False
+    """Whether the language model's attention is plain ``sdpa`` and gets its keyword arguments from ``forward``, so that
+    latents can enter in the neighbours' pass (:mod:`vismem_core.decoding.packing`) instead of in one of their own."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        """Whether this class knows ``model`` (by default: its ``config.model_type`` is listed)."""
+        return getattr(model.config, "model_type", None) in cls.model_types
+
+    @classmethod
+    def load(cls, source: str, **options: Any) -> tuple[Any, Any]:
+        """Model and processor from a hub id or a folder; ``options`` go to ``from_pretrained``."""
+        shared = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+        processor = AutoProcessor.from_pretrained(source, **shared)
+        return AutoModelForImageTextToText.from_pretrained(source, **options).eval(), processor
+
+    # Anatomy
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The bare language model; gives ``last_hidden_state`` (B, L, d) after its final norm."""
+        return self.model.get_decoder()  # type: ignore[no-any-return]
+
+    @property
+    def embeddings(self) -> Any:
+        """The input embedding, a module with ``weight`` (V, d)."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def head(self) -> Any:
+        """The output head, a module (.., d) -> (.., V) with ``weight`` (V, d)."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def width(self) -> int:
+        """d"""
+        return int(self.embeddings.weight.shape[1])
+
+    @property
+    @abstractmethod
+    def vision_width(self) -> int:
+        """D"""
+
+    @property
+    @abstractmethod
+    def merge(self) -> int:
+        """Vision tokens that the projector merges into one language token."""
+
+    @property
+    @abstractmethod
+    def placeholders(self) -> dict[str, int]:
+        """Id of the token that stands for one visual token in a prompt, by medium (``image``, ``video``)."""
+
+    @property
+    @abstractmethod
+    def lora_targets(self) -> dict[str, str]:
+        """Regular expressions over module names: ``short`` in the vision encoder, ``long`` in the language model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings enter the language model."""
+        return self.embeddings.weight.device  # type: ignore[no-any-return]
+
+    @property
+    @abstractmethod
+    def vision_device(self) -> torch.device:
+        """Where extra tokens enter the vision encoder."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the embeddings that enter the language model."""
+        return self.embeddings.weight.dtype  # type: ignore[no-any-return]
+
+    @property
+    @abstractmethod
+    def vision_dtype(self) -> torch.dtype:
+        """Precision of the tokens inside the vision encoder."""
+
+    def embedding_scale(self) -> float:
+        """Root mean square of the embedding table's entries, from its first rows."""
+        return float(self.embeddings.weight[:4096].detach().float().pow(2).mean().sqrt())
+
+    # Inputs
+
+    def prompt(self, text: str, images: int) -> str:
+        """The chat-formatted prompt for ``text`` over ``images`` images, ready for the answer to follow.
+
+        Each image stands where the text has its ``<image>``, as published data has it; without any, and where they
+        lead, the images are in front as the chat template puts them.
+
+        Raises:
+            AttachError: the marks are not as many as the images, or the template has no place for images.
+        """
+        pieces = text.split(PLACEHOLDER)
+        if len(pieces) == 1:
+            return self._chat(images, text)
+        if len(pieces) != images + 1:
+            raise AttachError(f"the prompt has {len(pieces) - 1} {PLACEHOLDER}, but there are {images} images")
+        leading = next((at for at, piece in enumerate(pieces) if piece.strip()), images)
+        if leading == images:
+            return self._chat(images, pieces[-1].strip())
+        pieces[leading] = pieces[leading].lstrip() if leading else pieces[leading]
+        # Templates differ in whether they keep the order of parts. So text that no template knows holds the places.
+        mark = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in text)
+        chat = self._chat(leading, mark.join(pieces[leading:]))
+        for image in range(leading, images):
+            chat = chat.replace(mark, self._markup(image).strip(), 1)
+        return chat
+
+    def _markup(self, number: int) -> str:
+        """What the chat template writes for the image that follows ``number`` others."""
+        mark = "\ue000"
+        before, after = (self._chat(images, mark).partition(mark)[0] for images in (number, number + 1))
+        before = before.rstrip()  # some write a space in front of a text that no image precedes
+        if not after.startswith(before) or not after.removeprefix(before).strip():
+            raise AttachError("the chat template has no place for an image that stands within the text")
+        return after.removeprefix(before)
+
+    def _chat(self, images: int, text: str, answer: str | None = None) -> str:
+        content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        told: str = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None)
+        return told
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The id that ends an answer: the first of those that end ``generate`` in what the chat template writes after
+        an assistant's turn.
+
+        Where it writes none of them, the tokenizer's own end counts if it ends ``generate``, or else the first that
+        does.
+
+        Raises:
+            AttachError: the model names no token that ends an answer.
+        """
+        tokenizer, told = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        ends = [told] if isinstance(told, int) else list(told or ())
+        own = tokenizer.eos_token_id
+        if not ends and own is None:
+            raise AttachError(
+                "this model names no token that ends an answer: set eos_token_id in its generation_config.json"
+            )
+        ends = ends or [int(own)]
+        mark = "\ue000"
+        try:
+            closing = self._chat(0, "?", mark).partition(mark)[2]
+        except Exception:  # a template that takes no turns of an assistant says nothing of their end
+            closing = ""
+        written = tokenizer(closing, add_special_tokens=False)["input_ids"]
+        found = next((token for token in written if token in ends), None)
+        if found is not None:
+            return int(found)
+        return int(own if own in ends else ends[0])
+
+    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]]) -> BatchFeature:
+        """Left-padded model inputs for ``generate``, on the model's device.
+
+        Args:
+            prompts: the questions of the rows.
+            images: each row's images; the model sees them as a person does (:mod:`vismem_core.base.images`).
+
+        Raises:
+            AttachError: the processor or its chat template does not take them.
+            DataError: an image that does not decode.
+        """
+        if isinstance(prompts, str) or any(isinstance(own, Picture) for own in images):
+            raise AttachError("prompts are a list of texts, and images a list for each: inputs([text], [[image]])")
+        if len(prompts) != len(images):
+            raise AttachError(f"{len(prompts)} prompts, and lists of images for {len(images)}")
+        decoded = [[_decoded(image, row, at) for at, image in enumerate(own)] for row, own in enumerate(images)]
+        arguments: dict[str, Any] = {"images": decoded} if any(decoded) else {}
+        try:
+            texts = [self.prompt(text, len(own)) for text, own in zip(prompts, decoded, strict=True)]
+            self.processor.tokenizer.padding_side = "left"
+            batch = self.processor(text=texts, padding=True, return_tensors="pt", **arguments)
+        except Exception as error:  # the model's own code; often a chat template without a place for images
+            raise AttachError(f"the processor takes no such prompts and images: {reason(error)}") from error
+        return batch.to(self.device)  # type: ignore[no-any-return]
+
+    def positions(self, inputs: dict[str, Any]) -> Tensor:
+        """Position ids of a prompt as ``generate`` would make them, (.., B, L)."""
+        rest = {key: value for key, value in inputs.items() if key != "input_ids"}
+        return self.model._prepare_position_ids_for_generation(inputs["input_ids"], rest)  # type: ignore[no-any-return]
+
+    # Memory's ways in
+
+    @abstractmethod
+    def record(self, states: VisionStates, *, keep: bool, inputs: bool) -> AbstractContextManager[None]:
+        """Fill ``states`` while the vision encoder runs inside the context.
+
+        Args:
+            keep: store every block's keys and values.
+            inputs: store the arguments of the encoder's calls, for :meth:`encode`.
+        """
+
+    @abstractmethod
+    def encode(self, inputs: dict[str, Tensor]) -> None:
+        """Run the vision encoder again on arguments that :meth:`record` stored."""
+
+    @abstractmethod
+    def carry(self, extra: Tensor, states: VisionStates, rows: Sequence[int]) -> Tensor:
+        """Take extra tokens through the vision encoder, where they attend to all patches of their row's images.
+
+        Args:
+            extra: (R, E, D)
+            states: what :meth:`record` filled, for the whole batch.
+            rows: the R rows of the batch that ``extra`` belongs to.
+
+        Returns:
+            (R, E, D), as the encoder hands its tokens to the projector; wider than D where it hands over the states
+            of several blocks side by side.
+        """
+
+    @abstractmethod
+    def project(self, tokens: Tensor) -> Tensor:
+        """The model's own projector: (R, N * merge, D) -> (R, N, d)."""
+
+    def continue_(
+        self, embeds: Tensor, attention_mask: Tensor, positions: Tensor, cache: DynamicCache | None
+    ) -> Tensor:
+        """Last hidden states of the language model over ``embeds`` that follow a cache, which grows.
+
+        Args:
+            embeds: (R, E, d)
+            attention_mask: (R, past + E); or additive, what each token may look at, (R, 1, E, past + E).
+            positions: (.., R, E)
+
+        Returns:
+            (R, E, d), after the final norm, on :attr:`device` wherever the last layer is.
+        """
+        output = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            **kv.given(self.decoder, cache),
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state.to(self.device)  # type: ignore[no-any-return]
+
+
+def _decoded(image: Picture, row: int, at: int) -> Image:
+    try:
+        return decode(image)
+    except DataError as error:
+        raise DataError(f"image {at} of prompt {row} {error}") from error

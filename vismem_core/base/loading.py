@@ -1,0 +1,119 @@
+"""Loading a base model by backbone, hub id or folder; without any of them, the embedded one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import disable_fsdp_ram_efficient_loading, get_max_memory
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from vismem_core.errors import AttachError, VismemError, nearest
+from vismem_core.plugins import registry
+
+from . import shards
+from .embedded import embedded
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_base(
+    backbone: str | None = None,
+    model: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[Any, Any, str]:
+    """A model, its processor, and the name of the backbone that knows it.
+
+    Args:
+        model: hub id or folder; None takes the model embedded for ``backbone``.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's on a GPU, fp32 on a CPU.
+        device: a torch device, ``auto`` for a GPU where there is one, ``map`` to spread over all GPUs (each of
+            several processes on a machine over its share of them), or ``shard`` for layers that all processes share
+            (:mod:`vismem_core.base.shards`), which is ``auto`` where ``accelerate launch`` asks for FSDP.
+
+    Raises:
+        VismemError: what is missing or does not fit, and what to do.
+    """
+    if dtype not in DTYPES:
+        raise AttachError(f"dtype {dtype!r}: {nearest(dtype, DTYPES)} (one of {', '.join(DTYPES)})")
+    source = model or str(embedded(backbone)[1].model)
+    name = backbone or _backbone_of(source, trust_remote_code, revision)
+    family = registry("backbones").get(name)
+    plain = "cuda" if torch.cuda.is_available() else "cpu"
+    place = ("shard" if shards.asked() else plain) if device == "auto" else device
+    precise = (plain if place == "shard" else place) == "cpu"
+    if place == "cuda":  # each process that ``accelerate launch`` starts has a GPU of its own
+        place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    options["dtype"] = (torch.float32 if precise else "auto") if dtype == "auto" else getattr(torch, dtype)
+    if place == "map":
+        options |= {"device_map": "auto"} | _share()
+    if place == "shard":
+        disable_fsdp_ram_efficient_loading()  # with it transformers gives weights to the first process alone
+    try:
+        loaded, processor = family.load(source, **options)
+    except Exception as error:  # damaged files make the libraries that read them raise nearly anything
+        raise AttachError(_reason(source, error)) from error
+    if place not in ("map", "shard"):
+        try:
+            loaded = loaded.to(place)
+        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+            raise AttachError(f"device {place!r}: {str(error).splitlines()[0]}") from error
+    if not family.matches(loaded):
+        raise AttachError(f"{source}: backbone {name!r} does not know model type {loaded.config.model_type!r}")
+    if place == "shard":
+        shards.Shards(loaded)
+    return loaded, processor, name
+
+
+def _share() -> dict[str, Any]:
+    """How much of which GPUs this process may fill, if it has neighbours; the first is the one accelerate gives it."""
+    rank, processes = (
+        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    free = get_max_memory()
+    gpus = sorted(device for device in free if isinstance(device, int))
+    if processes == 1 or not gpus:
+        return {}
+    if len(gpus) < processes:
+        raise AttachError(f"{processes} processes on a machine with {len(gpus)} GPUs: start as many, or fewer")
+    return {"max_memory": {gpu: free[gpu] for gpu in gpus[rank::processes]}}
+
+
+def _backbone_of(source: str, trust_remote_code: bool, revision: str | None) -> str:
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+    except Exception as error:  # as above
+        raise AttachError(_reason(source, error)) from error
+    backbones = registry("backbones")
+    known: dict[str, str] = {}
+    for entry in backbones.entries():
+        for model_type in entry.facts.get("model_types", ()):
+            known.setdefault(str(model_type), entry.name)
+    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        for entry in backbones.entries():
+            if entry.facts.get("fallback"):
+                known.setdefault(config.model_type, entry.name)
+    if config.model_type not in known:
+        hint = nearest(config.model_type, known)
+        raise AttachError(f"{source}: no backbone knows model type {config.model_type!r}; {hint}")
+    return known[config.model_type]
+
+
+def _reason(source: str, error: Exception) -> str:
+    if isinstance(error, VismemError):
+        return str(error)
+    if "trust_remote_code" in str(error):
+        return f"{source}: brings its own code, which would run on this machine; pass --trust-remote-code to allow it"
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    if isinstance(error, OSError) and not Path(source).exists():
+        why = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "it could not be fetched from the hub"
+        return f"{source}: no such folder, and {why}; pass --model a folder that holds the checkpoint"
+    return f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,122 @@
+"""What the vision encoder computed for a batch, kept so that memory can look at the images again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vismem_core.errors import AttachError
+
+
+@dataclass
+class VisionStates:
+    """Keys and values of every encoder block over all patches of a batch, packed image after image.
+
+    A backbone fills one while its encoder runs (``Backbone.record``) and reads it in ``Backbone.carry``. An image
+    that the encoder takes in tiles may be several images here: either each with its own language tokens, or the last
+    one with those of all and the others with none.
+    """
+
+    keys: list[Tensor] = field(default_factory=list)
+    """Per block (P, heads, head width), positions already applied."""
+    values: list[Tensor] = field(default_factory=list)
+    """Per block (P, heads, head width)."""
+    patches: list[int] = field(default_factory=list)
+    """Patches of each image, in packed order; they add up to P."""
+    tokens: list[int] = field(default_factory=list)
+    """Language tokens of each image, in packed order."""
+    inputs: list[dict[str, Tensor]] = field(default_factory=list)
+    """Arguments of the encoder's calls, kept for ``context="recompute"``."""
+    rows: list[list[int]] = field(default_factory=list)
+    """Which images belong to each row of the batch; see :meth:`assign`."""
+
+    def extend(self, block: int, keys: Tensor, values: Tensor) -> None:
+        """Add one encoder call's keys and values of one block, each (P', heads, head width)."""
+        if block == len(self.keys):
+            self.keys.append(keys)
+            self.values.append(values)
+        else:
+            self.keys[block] = torch.cat([self.keys[block], keys])
+            self.values[block] = torch.cat([self.values[block], values])
+
+    def assign(self, counts: Sequence[Sequence[int]]) -> None:
+        """Deal the images out to rows.
+
+        Args:
+            counts: for each medium in the order the encoder is called (images, then videos), how many of its
+                placeholder tokens every row holds. Rows that ``generate`` made as copies of one prompt
+                (``num_return_sequences``) share its images.
+
+        Raises:
+            AttachError: if the images' tokens are no such placeholders.
+        """
+        self.rows = [[] for _ in counts[0]]
+        if not self.tokens:  # text only, or nothing was recorded
+            return
+        copies = sum(map(sum, counts)) // sum(self.tokens)
+        queue = iter(range(len(self.tokens)))
+        for row_tokens in counts:
+            for first in range(0, len(row_tokens), copies):
+                need, mine = row_tokens[first], []
+                while need > 0 and (image := next(queue, None)) is not None:
+                    mine.append(image)
+                    need -= self.tokens[image]
+                if need:
+                    raise AttachError(
+                        "cannot tell which images belong to which prompt: their language tokens do not add up to the "
+                        "prompts' placeholders"
+                    )
+                for row in range(first, first + copies):
+                    self.rows[row] += mine
+
+    def gather(self, rows: Sequence[int]) -> PatchIndex:
+        """Index of the patches of each of ``rows``, padded to the longest."""
+        starts = [0]
+        for count in self.patches:
+            starts.append(starts[-1] + count)
+        lists = [[p for image in self.rows[row] for p in range(starts[image], starts[image + 1])] for row in rows]
+        longest = max(map(len, lists), default=0)
+        index = torch.tensor([row + [0] * (longest - len(row)) for row in lists], dtype=torch.long)
+        ragged = any(len(row) != longest for row in lists)
+        mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in lists])
+        return PatchIndex(index, mask if ragged else None)
+
+
+@dataclass(frozen=True)
+class PatchIndex:
+    """Patches of some rows: ``index`` (R, P) into the packed patches, ``mask`` (R, P) or None if none is padding."""
+
+    index: Tensor
+    mask: Tensor | None
+
+
+def beside(extra: Tensor, block: nn.Module) -> Tensor:
+    """Extra tokens on the device of the block that they enter next, where an encoder's blocks are spread."""
+    return extra.to(next(block.parameters()).device)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, states: VisionStates, block: int, where: PatchIndex
+) -> Tensor:
+    """Extra tokens attend to their row's patches in one block, and to each other; patches see none of it.
+
+    Args:
+        queries, keys, values: of the extra tokens, each (R, heads, E, head width).
+
+    Returns:
+        (R, E, heads * head width)
+    """
+    mask = None
+    if states.keys:
+        index = where.index.to(queries.device)
+        seen_keys = states.keys[block].to(queries)[index].transpose(1, 2)
+        seen_values = states.values[block].to(queries)[index].transpose(1, 2)
+        if where.mask is not None:
+            extras = where.mask.new_ones(len(index), queries.shape[2])
+            mask = torch.cat([where.mask, extras], dim=1)[:, None, None, :].to(queries.device)
+        keys, values = torch.cat([seen_keys, keys], dim=2), torch.cat([seen_values, values], dim=2)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2).flatten(2)

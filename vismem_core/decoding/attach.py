@@ -1,0 +1,85 @@
+"""Attaching memory to a live model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vismem_core.base.backbone import Backbone
+from vismem_core.base.families import find_backbone
+from vismem_core.config import MemoryConfig
+from vismem_core.errors import AttachError
+from vismem_core.files import checkpoint
+from vismem_core.memory.memory import Memory
+
+from .injection import ATTRIBUTE, InjectionHook
+
+
+def attach(
+    model: Any,
+    processor: Any,
+    source: str | Path | None = None,
+    *,
+    config: MemoryConfig | None = None,
+    backbone: str | None = None,
+    seed: int = 0,
+    any_base: bool = False,
+) -> Memory:
+    """Give a model latent vision memory: its ordinary ``generate`` invokes it from now on.
+
+    Args:
+        model: a loaded vision-language model; its weights are not written.
+        processor: its processor.
+        source: folder or hub id of a trained memory; without it memory is untrained.
+        config: its settings; by default those that a trained memory was saved with, or else :class:`MemoryConfig`'s.
+        backbone: registered name; found from the model if not given.
+        seed: of the initial values.
+        any_base: load a memory that was trained on other weights of the same shape.
+
+    Raises:
+        AttachError: if these are no model and processor, no backbone knows the model, memory is attached already, or
+            weights are offloaded.
+        CheckpointError: if ``source`` does not fit the model.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise AttachError(f"attach(model, processor): the model is one of transformers, no {type(model).__name__}")
+    if not hasattr(getattr(processor, "tokenizer", processor), "get_vocab"):
+        raise AttachError(
+            f"attach(model, processor): the processor has a tokenizer, {type(processor).__name__} has none"
+        )
+    if ATTRIBUTE in vars(model):
+        raise AttachError("this model has memory attached already: memory.detach() first")
+    away = next((name for name, own in model.named_parameters() if own.is_meta), None)
+    if away is not None:
+        raise AttachError(f"{away} is offloaded: memory needs all weights on devices; load fewer bits or use more GPUs")
+    family = find_backbone(model, backbone)
+    adapter = family(model, processor)
+    stored = checkpoint.read(source, adapter, any_base=any_base) if source is not None else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        memory = put_on(adapter, config or (stored.config if stored else MemoryConfig()))
+    if stored:
+        try:
+            stored.fill(memory.trained())
+        except BaseException:
+            memory.detach()
+            raise
+    return memory
+
+
+def put_on(backbone: Backbone, config: MemoryConfig) -> Memory:
+    """Untrained memory on the model of a backbone; its initial values come from torch's generator.
+
+    Raises:
+        AttachError: what does not fit; the model is as it was.
+    """
+    memory = Memory(backbone, config)
+    try:
+        memory.hook = InjectionHook(memory)
+    except BaseException:
+        memory.detach()
+        raise
+    return memory

@@ -1,0 +1,93 @@
+"""What ``attach`` puts on a model and ``detach`` takes off."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import StoppingCriteriaList, StopStringCriteria
+
+from vismem_core.errors import AttachError
+from vismem_core.memory.memory import Memory
+from vismem_core.memory.tokens import forget, teach
+from vismem_core.memory.trace import Trace
+
+from .loop import Decoder
+from .session import Session
+
+ATTRIBUTE = "vismem_memory"
+"""The attribute by which a model knows its memory."""
+
+
+class InjectionHook:
+    """The ordinary ``model.generate`` invokes memory, the embedding and the tokenizer know the four tokens."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory, self.model = memory, memory.model
+        self.tokenizer = getattr(memory.backbone.processor, "tokenizer", memory.backbone.processor)
+        model = self.model
+        self._generate = model.generate
+        self._had_own_generate = "generate" in vars(model)
+        teach(self.tokenizer, memory.tokens.first)
+        self._handles = memory.tokens.lay_over(memory.backbone.embeddings)
+        model.generate = self.generate
+        vars(model)[ATTRIBUTE] = memory
+
+    def remove(self) -> None:
+        """Put everything back: the same objects, flags and vocabulary as before. A second call does nothing."""
+        if vars(self.model).get(ATTRIBUTE) is not self.memory:
+            return
+        for handle in self._handles:
+            handle.remove()
+        forget(self.tokenizer)
+        del self.model.generate
+        if self._had_own_generate:
+            self.model.generate = self._generate
+        del vars(self.model)[ATTRIBUTE]
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``model.generate`` with memory; same arguments, same results."""
+        memory = self.memory
+        memory.trace = Trace()
+        named = dict(zip(inspect.signature(self._generate).parameters, args, strict=False)) | kwargs
+        ids = named.get("input_ids", named.get("inputs"))
+        told = ids is not None and not ids.is_floating_point() and bool(memory.tokens.contains(ids).any())
+        if told and not memory.enabled:
+            raise AttachError("the prompt holds memory tokens, which the base model does not know: strip them")
+        # A prompt that holds memory tokens needs logits as wide as its ids, even if no more are to come.
+        if not memory.enabled or not (memory.active_trigger.active or told):
+            return self._generate(*args, **kwargs)
+        self._check(named)
+        session = Session(memory.backbone, memory.needs())
+        decoder = Decoder(memory, session, memory.active_trigger, memory.trace, named.get("streamer"))
+        return self.decode(decoder, **self._stopping(named))
+
+    def decode(self, decoder: Decoder, **arguments: Any) -> Any:
+        """The base's ``generate`` with another decoding loop, whose session listens from the prefill on."""
+        with decoder.session.listen():
+            return self._generate(**arguments, custom_generate=decoder)
+
+    def _check(self, named: dict[str, Any]) -> None:
+        for argument in ("assistant_model", "custom_generate", "prompt_lookup_num_tokens"):
+            if named.get(argument) is not None:
+                raise AttachError(f"memory does not work with generate({argument}=...): use memory.off() for this call")
+        if "paged" in (self._setting(named, "cache_implementation") or ""):
+            raise AttachError("memory does not work with continuous batching: use memory.off() for this call")
+
+    def _setting(self, named: dict[str, Any], name: str) -> Any:
+        """A setting of this call, from where ``generate`` would take it."""
+        given = named.get("generation_config")
+        own = named.get(name, getattr(given, name, None))
+        return getattr(self.model.generation_config, name, None) if own is None else own
+
+    def _stopping(self, named: dict[str, Any]) -> dict[str, Any]:
+        """``generate`` keeps the tokenizer from custom loops, so stop strings become a criterion here."""
+        tokenizer, strings = named.pop("tokenizer", None), self._setting(named, "stop_strings")
+        if tokenizer is None or strings is None:
+            return named
+        criteria = StoppingCriteriaList(
+            [*(named.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)]
+        )
+        return named | {"stop_strings": None, "stopping_criteria": criteria}

@@ -1,0 +1,387 @@
+"""The decoding loop: ``generate``'s own sampling loop, in which rows may take in memory (Eq. 3, 4).
+
+Every row writes one id per step, so the ids stay rectangular without filler: an invocation token, then its end token,
+then text. Between the two the row's latents enter the cache; they have no ids.
+
+An invocation token is fed like any other. The query is built from the states that chose it and the tokens before it,
+so memory that is formed by the language model can ride behind the invocation token in the same forward pass. If all
+rows take in latents of the same kind together (always so for one row), these and the end token enter in one pass. In a
+ragged batch the latents enter in the pass of the neighbours' next tokens (:mod:`vismem_core.decoding.packing`), or
+alone where that cannot be.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+
+from vismem_core.base import cache as kv
+from vismem_core.config import KINDS, Kind
+from vismem_core.errors import AttachError
+from vismem_core.memory.former import MemoryFormer, RidingFormer
+from vismem_core.memory.trace import Invocation, Trace
+from vismem_core.memory.trigger import Row, Trigger
+
+from .session import Session
+
+if TYPE_CHECKING:
+    from vismem_core.memory.memory import Memory
+
+NEVER = float("-inf")
+Latents = dict[Kind, tuple[list[int], Tensor]]
+"""Rows and the vectors (R, N, d) they take in, by kind."""
+
+
+class Decoder:
+    """One ``generate`` call with memory; passed to transformers as ``custom_generate``.
+
+    Args:
+        memory: what is attached.
+        session: already listening, since the images are encoded before the loop starts.
+        streamer: ``generate`` keeps the user's streamer from custom loops, so it is handed over here.
+    """
+
+    def __init__(self, memory: Memory, session: Session, trigger: Trigger, trace: Trace, streamer: Any = None) -> None:
+        self.memory, self.session, self.trigger, self.trace = memory, session, trigger, trace
+        self.tokens, self.streamer = memory.tokens, streamer
+        self.rows: list[Row] = []
+        self.due: dict[int, Kind] = {}
+        self.formed: dict[int, Tensor] = {}  # latents that rode in the last pass, by row
+        self.order: list[int] = []  # number in the result of each row that is being decoded
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Decode until every row has stopped; the same arguments and results as transformers' sampling loop."""
+        _check(generation_config, model_kwargs)
+        record = _Record(generation_config)
+        prompt = input_ids.shape[1]
+        limit = stopping_criteria.max_length or generation_config.max_length
+        pad: Any = generation_config._pad_token_tensor
+        padded = model_kwargs.get("attention_mask") is not None
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+
+        output = self._begin(model, input_ids, generation_config, model_kwargs)
+        self.order, fed = list(range(len(input_ids))), [-1] * len(input_ids)
+        running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        while True:
+            model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
+            latents = self._form(fed, input_ids.shape[1] - prompt - 1)
+            padded = self._forget(latents) or padded
+            logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            room = None if limit is None else limit - input_ids.shape[1]
+            logits, forced = self._choices(logits, room, running.tolist())
+            scores = self._force(logits_processor(input_ids, logits), forced)  # type: ignore[arg-type]
+            record.add(output, scores, logits)
+            tokens = self._select(scores, generation_config.do_sample)
+            if ends:  # without an end token ``generate`` pads nothing either
+                tokens = torch.where(running, tokens, pad.to(tokens.device))
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            fed = self._note(tokens.tolist())
+            owes = torch.tensor([self.tokens.kind(token) is not None for token in fed], device=running.device)
+            running = running & (~stopping_criteria(input_ids, record.scores) | owes)
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
+            del output
+            if not running.any():
+                break
+            input_ids, running, fed, latents = self._retire(input_ids, running, fed, latents, model_kwargs)
+            with self.memory.acting() if self.trigger.active else nullcontext():
+                output, padded = self._feed(model, input_ids, fed, latents, model_kwargs, padded)
+            self.session.observe([row for row, token in enumerate(fed) if token >= self.tokens.first + len(KINDS)])
+            self.session.advance()
+        if self.streamer is not None:
+            self.streamer.end()
+        return record.result(input_ids, self.session.cache)
+
+    # What rollouts do otherwise
+
+    def _drops_images(self, row: int) -> bool:
+        """Whether the images of ``row`` leave the cache once memory is formed."""
+        return self.memory.config.drop_image_after_invocation
+
+    def _begin(self, model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
+        """Read the prompts; what the first tokens are chosen from."""
+        output = model._prefill(input_ids, config, model_kwargs)
+        self._start(input_ids, model_kwargs, output, config.num_return_sequences or 1)
+        return output
+
+    def _select(self, scores: Tensor, sample: bool) -> Tensor:
+        """Each row's next token."""
+        if sample:
+            return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+        return scores.argmax(-1)
+
+    def _retire(
+        self, input_ids: Tensor, running: Tensor, fed: list[int], latents: Latents, model_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, list[int], Latents]:
+        """Before the next pass: what of the batch goes on (all of it, as ``generate`` does)."""
+        return input_ids, running, fed, latents
+
+    # One step
+
+    def _start(self, input_ids: Tensor, model_kwargs: dict[str, Any], output: Any, copies: int) -> None:
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        if positions is None:
+            full = torch.ones_like(input_ids) if mask is None else mask
+            positions = (full.cumsum(-1) - 1).clamp(min=0)
+        self.session.start(input_ids, mask, positions, getattr(output, kv.NAME))
+        self.rows = [Row(seed=seed) for seed in _seeds(input_ids, mask, copies)]
+
+    def _form(self, fed: list[int], position: int) -> Latents:
+        """Form memory for the rows that were just fed an invocation token."""
+        rows: dict[Kind, list[int]] = defaultdict(list)
+        for row, token in enumerate(fed):
+            if kind := self.tokens.kind(token):
+                rows[kind].append(row)
+                self.due[row] = kind
+        latents = {}
+        for kind, own in rows.items():
+            if own[0] in self.formed:
+                vectors = torch.stack([self.formed.pop(row) for row in own])
+            else:
+                vectors = self.session.form(own, self.memory.builder, self.memory.former(kind))
+            if self.memory.replacement is not None:
+                vectors = self.memory.replacement(vectors)
+            latents[kind] = (own, vectors)
+            self.trace.invocations += [
+                Invocation(self.order[row], kind, position, vectors[at]) for at, row in enumerate(own)
+            ]
+        return latents
+
+    def _forget(self, latents: Latents) -> bool:
+        """Let rows that have formed memory lose sight of their images; whether there are such rows."""
+        rows = [row for own, _ in latents.values() for row in own if self._drops_images(row)]
+        self.session.hide_images(rows)
+        return bool(rows)
+
+    def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
+        """Append the memory tokens' logits, and say which rows have no choice."""
+        forced: dict[int, int] = {}
+        offered: dict[int, tuple[Kind, ...]] = {}
+        for at, row in enumerate(self.rows):
+            if at in self.due:
+                forced[at] = self.tokens.end(self.due.pop(at))
+            elif running[at] and self.memory.allows(row, room):
+                decision = self.trigger(row)
+                if decision == "policy":
+                    offered[at] = self.trigger.kinds
+                elif decision != "none":
+                    forced[at] = self.tokens.invocation(decision)
+        extended = F.pad(logits, (0, self.tokens.first + 4 - logits.shape[-1]), value=NEVER)
+        if offered:
+            own = self.tokens.logits(self.session.hidden[:, -1]).to(logits.device)
+            allowed = torch.tensor([[kind in offered.get(at, ()) for kind in KINDS] for at in range(len(logits))])
+            columns = slice(self.tokens.first, self.tokens.first + len(KINDS))
+            extended[:, columns] = own.masked_fill(~allowed.to(own.device), NEVER)
+        return extended, forced
+
+    @staticmethod
+    def _force(scores: Tensor, forced: dict[int, int]) -> Tensor:
+        """Leave forced rows a single choice, of log-probability 0."""
+        if forced:
+            rows, tokens = list(forced), list(forced.values())
+            scores = scores.clone()  # without a processor they are the raw logits, which the record keeps
+            scores[rows] = NEVER
+            scores[rows, tokens] = 0.0
+        return scores
+
+    def _note(self, tokens: list[int]) -> list[int]:
+        for row, token in zip(self.rows, tokens, strict=True):
+            row.step += 1
+            row.boundary = token in self.memory.delimiters
+            row.since_end = 0 if token >= self.tokens.first else row.since_end + 1
+            row.invocations += self.tokens.kind(token) is not None
+        return tokens
+
+    def _feed(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        fed: list[int],
+        latents: Latents,
+        model_kwargs: dict[str, Any],
+        padded: bool,
+    ) -> tuple[Any, bool]:
+        """Feed every row's last id, after the latents of the rows that formed some."""
+        session, together = self.session, next(iter(latents.values()), None)
+        if together is not None and len(together[0]) == len(self.rows):
+            return self._feed_together(model, input_ids, together[1], model_kwargs, padded), padded
+        if self._packs(model_kwargs):
+            riders = self._riders(fed)
+            if latents or riders:
+                padded = padded or bool(latents)
+                return self._feed_packed(model, input_ids, latents, riders, model_kwargs, padded), padded
+        if latents:
+            session.insert(latents)
+            padded = True
+        model_kwargs["attention_mask"] = _longer(session.mask, 1) if padded else None
+        if "position_ids" in model_kwargs:
+            model_kwargs["position_ids"] = session.positions
+        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+        return model(**inputs, return_dict=True), padded
+
+    def _packs(self, model_kwargs: dict[str, Any]) -> bool:
+        backbone = self.session.backbone
+        attention = backbone.decoder.config._attn_implementation  # type: ignore[union-attr]
+        watched = model_kwargs.get("output_attentions") or model_kwargs.get("output_hidden_states")
+        return backbone.packs and attention == "sdpa" and not watched
+
+    def _riders(self, fed: list[int]) -> Latents:
+        """For rows whose next token is an invocation: what their memory is formed of, where it may ride along."""
+        riders = {}
+        for kind in KINDS:
+            rows = [row for row, token in enumerate(fed) if self.tokens.kind(token) == kind]
+            former = self.memory.former(kind)
+            if rows and former.rides:
+                riders[kind] = (rows, self.session.rider(rows, self.memory.builder, _riding(former)))
+        return riders
+
+    def _feed_packed(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        latents: Latents,
+        riders: Latents,
+        model_kwargs: dict[str, Any],
+        padded: bool,
+    ) -> Any:
+        session, formers = self.session, [_riding(self.memory.former(kind)) for kind in riders]
+        last = session.backbone.embeddings(input_ids[:, -1])
+        packing, positions = session.pack(latents, riders)
+        model_kwargs["attention_mask"] = packing.mask if padded else None
+        if "position_ids" in model_kwargs:
+            model_kwargs["position_ids"] = session.positions
+        behind = [vectors.flatten(0, 1) for own in (latents, riders) for _, vectors in own.values()]
+        with packing.on(session.backbone.decoder, session.cache) as cache, ExitStack() as stack:
+            if formers:
+                stack.enter_context(self.memory.acting(slice(packing.slices()[0].start)))
+            for former, tokens in zip(formers, packing.slices(), strict=True):
+                stack.enter_context(former.on(tokens))
+            output = model(
+                inputs_embeds=torch.cat([last, *behind])[None],
+                position_ids=positions,
+                **kv.given(model, cache),
+                use_cache=True,
+                logits_to_keep=slice(len(last)),  # not a tensor: the states may be on another device than these ids
+                return_dict=True,
+                packing=packing,
+            )
+        for former, (rows, _), hidden in zip(formers, riders.values(), packing.deal(session.hidden[0])[2], strict=True):
+            self.formed |= dict(zip(rows, former.read(hidden), strict=True))
+        session.unpack()
+        output.logits = output.logits.transpose(0, 1)
+        setattr(output, kv.NAME, session.cache)
+        return output
+
+    def _feed_together(
+        self, model: Any, input_ids: Tensor, latents: Tensor, model_kwargs: dict[str, Any], padded: bool
+    ) -> Any:
+        session, length = self.session, latents.shape[1]
+        end = self.tokens.vectors(input_ids[:, -1:], latents)
+        steps = torch.arange(length + 1, device=session.positions.device)
+        positions = session.positions + steps
+        session.took_in(range(len(latents)), latents, positions[..., :length])
+        session.advance(length)
+        model_kwargs["attention_mask"] = _longer(session.mask, 1) if padded else None
+        if "position_ids" in model_kwargs:
+            model_kwargs["position_ids"] = session.positions
+        wanted = {
+            name: model_kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in model_kwargs
+        }
+        output = model(
+            inputs_embeds=torch.cat([latents, end], dim=1),
+            attention_mask=model_kwargs["attention_mask"],
+            position_ids=positions,
+            **kv.given(model, session.cache),
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+            **wanted,
+        )
+        for name in ("attentions", "hidden_states"):  # one position per returned id, as everywhere else
+            if layers := getattr(output, name, None):
+                setattr(output, name, tuple(layer[..., -1:, :] for layer in layers))
+        return output
+
+
+class _Record:
+    """What ``return_dict_in_generate`` asked to be kept."""
+
+    def __init__(self, config: GenerationConfig) -> None:
+        self.wanted = bool(config.return_dict_in_generate)
+        self.scores: tuple[Tensor, ...] | None = () if self.wanted and config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if self.wanted and config.output_logits else None
+        self.attentions: tuple[Any, ...] | None = () if self.wanted and config.output_attentions else None
+        self.hidden: tuple[Any, ...] | None = () if self.wanted and config.output_hidden_states else None
+
+    def add(self, output: Any, scores: Tensor, logits: Tensor) -> None:
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self.attentions is not None:
+            self.attentions += (output.attentions,)
+        if self.hidden is not None:
+            self.hidden += (output.hidden_states,)
+
+    def result(self, ids: Tensor, cache: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        if not self.wanted:
+            return ids
+        return GenerateDecoderOnlyOutput(
+            sequences=ids,  # type: ignore[arg-type]
+            scores=self.scores,  # type: ignore[arg-type]
+            logits=self.logits,  # type: ignore[arg-type]
+            attentions=self.attentions,
+            hidden_states=self.hidden,
+            **{kv.NAME: cache},
+        )
+
+
+def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise AttachError(
+            f"memory works with greedy search and sampling, not with {mode.value.replace('_', ' ')}: "
+            "use num_beams=1 and no other search, or memory.off() for this call"
+        )
+    if not model_kwargs.get("use_cache", True):
+        raise AttachError("memory lives in the KV cache: call generate with use_cache=True")
+    if config.prefill_chunk_size is not None:
+        raise AttachError("memory needs the prompt in one piece: call generate without prefill_chunk_size")
+    if config.guidance_scale not in (None, 1):
+        raise AttachError("memory does not work with generate(guidance_scale=...): use memory.off() for this call")
+    past = model_kwargs.get(kv.NAME)
+    if past is not None and past.get_seq_length():
+        raise AttachError("memory cannot see what past_key_values already holds: pass the whole prompt without them")
+
+
+def _riding(former: MemoryFormer) -> RidingFormer:
+    assert isinstance(former, RidingFormer), f"{type(former).__name__}.rides, and is no RidingFormer"
+    return former
+
+
+def _longer(mask: Tensor, tokens: int) -> Tensor:
+    return torch.cat([mask, mask.new_ones(len(mask), tokens)], dim=-1)
+
+
+def _seeds(input_ids: Tensor, mask: Tensor | None, copies: int) -> list[int]:
+    """One number per row from its own prompt and from which of its ``copies`` (``num_return_sequences``) it is."""
+    kept = list(input_ids) if mask is None else [ids[own.bool()] for ids, own in zip(input_ids, mask, strict=True)]
+    prompts = [zlib.crc32(str(ids.tolist()).encode("ascii")) for ids in kept]
+    return [prompt + 0x100000000 * (row % copies) for row, prompt in enumerate(prompts)]

@@ -1,0 +1,331 @@
+"""What memory knows of one batch: what it saw, what it wrote since the last end token, where its cache stands."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from vismem_core.base import cache as kv
+from vismem_core.base.backbone import Backbone
+from vismem_core.base.vision import VisionStates
+from vismem_core.config import Kind
+from vismem_core.errors import AttachError
+from vismem_core.memory.former import History, MemoryContext, MemoryFormer, Needs, RidingFormer
+from vismem_core.memory.query import QueryBuilder
+
+from .packing import Packing
+
+
+class Session:
+    """Follows one batch from its prefill on.
+
+    Attributes:
+        cache: the language model's KV cache, right-aligned (see :mod:`vismem_core.base.cache`).
+        mask: (B, W) over the cache.
+        positions: (.., B, 1), the position id of each row's next token.
+        hidden: (B, L, d), last hidden states of the latest forward pass through :meth:`listen`.
+        vision: the vision encoder's states.
+    """
+
+    def __init__(self, backbone: Backbone, needs: Needs) -> None:
+        self.backbone, self.needs = backbone, needs
+        self.vision = VisionStates()
+        self.cache: DynamicCache
+        self.mask: Tensor
+        self.positions: Tensor
+        self.hidden: Tensor
+        self._embeds: Tensor
+        self._visual: Tensor
+        self._visual_mask: Tensor
+        self._images: list[Tensor] = []  # each row's visual tokens that it may see, counted from its first token
+        self._source: list[int]  # each row's row of the visual tokens, which copies of a prompt share
+        self._recording = ExitStack()
+        self._started = self._forming = False
+        self._written: list[Tensor] = []
+        self._segment: list[int] = []
+        self._padding: list[int] = []
+        self._history: list[list[tuple[Tensor, Tensor]]] = []
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Note what enters and leaves the language model, and what the vision encoder computes, inside the context."""
+
+        def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._forming:
+                return
+            embeds = kwargs.get("inputs_embeds")
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            self._embeds = embeds if embeds is not None else self.backbone.embeddings(ids)
+
+        def leave(module: Any, args: Any, output: Any) -> None:
+            if not self._forming:
+                hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+                self.hidden = hidden.to(self.backbone.device)  # from the last layer's, where layers are spread
+
+        decoder, needs = self.backbone.decoder, self.needs
+        with ExitStack() as stack:
+            stack.callback(decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(decoder.register_forward_hook(leave).remove)
+            stack.enter_context(self._recording)
+            if not self._started and (needs.vision_cache or needs.vision_inputs):
+                recording = self.backbone.record(self.vision, keep=needs.vision_cache, inputs=needs.vision_inputs)
+                self._recording.enter_context(recording)
+            yield
+
+    def start(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: object,
+        written: Sequence[int] | None = None,
+    ) -> None:
+        """Begin after the prefill.
+
+        Args:
+            input_ids: (B, L), left-padded prompts.
+            mask: (B, past + L), or None if nothing is padding.
+            positions: (.., B, L), the prompt's position ids.
+            written: how many tokens at each row's end belong to its answer already (none by default).
+        """
+        self._recording.close()
+        self._started = True
+        batch, length = input_ids.shape
+        if self.hidden.shape[1] != length:
+            raise AttachError("memory needs the prompt's input_ids: it cannot tell images from text in inputs_embeds")
+        self.cache = kv.check(cache)
+        width = self.cache.get_seq_length()
+        self.mask = input_ids.new_ones(batch, width) if mask is None else mask[:, :width]
+        self._padding = self.mask.argmax(-1).tolist() if mask is not None else [0] * batch
+        self.positions = positions.expand(*positions.shape[:-2], batch, length)[..., -1:] + 1
+        self._see(input_ids)
+        longest = max(written or [0])
+        self._written = list(self.hidden[:, -1 - longest :].unbind(1))
+        self._segment = [longest - count for count in written or [0] * batch]
+        if self.needs.history:
+            own = positions.expand(*positions.shape[:-2], batch, length)
+            self._history = [
+                [(self._embeds[b, self._padding[b] :], own[..., b, self._padding[b] :])] for b in range(batch)
+            ]
+
+    def _see(self, input_ids: Tensor) -> None:
+        media = [input_ids == token for token in self.backbone.placeholders.values()]
+        seen = torch.stack(media).any(0)
+        tokens = [self._embeds[row, seen[row].to(self._embeds.device)] for row in range(len(input_ids))]
+        counts = torch.tensor([len(own) for own in tokens], device=self._embeds.device)
+        self._images = [own.nonzero().flatten() - start for own, start in zip(seen, self._padding, strict=True)]
+        self._visual = pad_sequence(tokens, batch_first=True).float()
+        self._source = list(range(len(input_ids)))
+        self._visual_mask = torch.arange(self._visual.shape[1], device=counts.device) < counts[:, None]
+        self.vision.assign([medium.sum(-1).tolist() for medium in media])
+
+    def observe(self, ended: Sequence[int]) -> None:
+        """Note the states of the token just fed; rows in ``ended`` were fed their end token and begin a segment."""
+        for row in ended:
+            self._segment[row] = len(self._written)
+        self._written.append(self.hidden[:, -1])
+        if self.needs.history:
+            for row, pieces in enumerate(self._history):
+                pieces.append((self._embeds[row, -1:], self.positions[..., row, :]))
+
+    def advance(self, tokens: int = 1) -> None:
+        """The cache of every row grew by ``tokens`` real tokens."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), tokens)], dim=-1)
+        self.positions = self.positions + tokens
+
+    # Rows
+
+    def branch(self, rows: Sequence[int]) -> Session:
+        """A session of the given rows in that order, one perhaps several times, as a prompt for its group.
+
+        This one stays as it is. Nothing is heard by the new one until it is what :meth:`listen` was called on.
+        """
+        branch = copy.copy(self)
+        branch._recording = ExitStack()
+        branch.take(rows)
+        return branch
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with the given rows alone."""
+        index = torch.as_tensor(rows, device=self.mask.device)
+        self.cache = kv.select(self.cache, rows)
+        self.mask, self.positions = self.mask[index], self.positions[..., index, :]
+        self.hidden = self.hidden[index.to(self.hidden.device), -1:]
+        self._written = [states[index.to(states.device)] for states in self._written]
+        self._source = [self._source[row] for row in rows]
+        self._images = [self._images[row] for row in rows]
+        self._segment = [self._segment[row] for row in rows]
+        self._padding = [self._padding[row] for row in rows]
+        self._history = [list(self._history[row]) for row in rows] if self._history else []
+        self.vision = replace(self.vision, rows=[self.vision.rows[row] for row in rows])
+
+    # Forming
+
+    def form(self, rows: Sequence[int], builder: QueryBuilder, former: MemoryFormer) -> Tensor:
+        """The latents (R, N, d) of ``rows`` that have just been fed their invocation tokens."""
+        context = self.context(rows)
+        with self._apart():
+            context.query = builder(context.states, context.mask)
+            latents: Tensor = former(context)
+        return latents
+
+    def rider(self, rows: Sequence[int], builder: QueryBuilder, former: RidingFormer) -> Tensor:
+        """For ``rows`` that are yet to be fed their invocation tokens: what rides behind these, (R, E, d)."""
+        states, mask = self._states(rows, len(self._written))
+        return former.rider(builder(states, mask))
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Passes through the language model inside the context are memory's own business."""
+        self._forming = True
+        try:
+            yield
+        finally:
+            self._forming = False
+
+    def context(self, rows: Sequence[int]) -> MemoryContext:
+        """What memory may look at for ``rows``, with an empty query."""
+        index = torch.as_tensor(rows, device=self.mask.device)
+        states, mask = self._states(rows, len(self._written) - 1)  # the last one is the invocation token's own
+        return MemoryContext(
+            states=states,
+            mask=mask,
+            visual=self._visual.shape[1],
+            query=states[:, :0],
+            cache=kv.select(self.cache, rows),
+            attention_mask=self.mask[index],
+            next_position=self.positions[..., index, :],
+            vision=self.vision,
+            rows=rows,
+            history=self.history(rows) if self.needs.history else None,
+        )
+
+    def _states(self, rows: Sequence[int], stop: int) -> tuple[Tensor, Tensor]:
+        index = torch.as_tensor(rows)
+        visual, seen = self.visual(rows)
+        first = min(self._segment[row] for row in rows)
+        written = torch.stack([states[index.to(states.device)] for states in self._written[first:stop]], dim=1)
+        begin = torch.tensor([self._segment[row] - first for row in rows], device=written.device)
+        fresh = torch.arange(written.shape[1], device=written.device) >= begin[:, None]
+        return torch.cat([visual, written.to(visual)], dim=1), torch.cat([seen, fresh.to(seen.device)], dim=1)
+
+    def visual(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Projected visual tokens of ``rows`` in fp32, (R, y, d), and their mask (R, y)."""
+        source = torch.as_tensor([self._source[row] for row in rows], device=self._visual.device)
+        return self._visual[source], self._visual_mask[source]
+
+    def history(self, rows: Sequence[int], told: Sequence[tuple[Tensor, Tensor]] = ()) -> History:
+        """All that ``rows`` fed to the language model, images that have left the cache included.
+
+        Args:
+            told: what each row fed besides: (L, d) and (.., L).
+        """
+        pieces = [[*self._history[row], *told[at : at + 1]] for at, row in enumerate(rows)]
+        embeds = [torch.cat([piece[0] for piece in own]) for own in pieces]
+        places = [torch.cat([piece[1] for piece in own], dim=-1) for own in pieces]
+        width = max(map(len, embeds))
+        history = torch.stack([torch.nn.functional.pad(own, (0, 0, width - len(own), 0)) for own in embeds])
+        positions = [torch.nn.functional.pad(own, (width - own.shape[-1], 0)) for own in places]
+        lengths = self.mask.new_tensor([len(own) for own in embeds])
+        mask = self.mask.new_ones(history.shape[:2]).cumsum(-1) > width - lengths[:, None]
+        return History(history, mask.to(self.mask), torch.stack(positions, dim=-2))
+
+    # Forgetting images
+
+    def image_columns(self) -> Tensor:
+        """Where in the cache the visual tokens are that rows may see, (B, W)."""
+        found = torch.zeros_like(self.mask, dtype=torch.bool)
+        for row, (start, own) in enumerate(zip(self._padding, self._images, strict=True)):
+            found[row, own + start] = True
+        return found
+
+    def hide_images(self, rows: Sequence[int]) -> None:
+        """Nothing that ``rows`` take in from now on sees their images in the cache; positions go on as they were.
+
+        Columns that no row needs any more leave the cache, unless a layer has a sliding window: distances count there.
+        """
+        if not any(len(self._images[row]) for row in rows):
+            return
+        hidden = self.image_columns()
+        hidden[[row for row in range(len(hidden)) if row not in set(rows)]] = False
+        self.mask = self.mask.masked_fill(hidden, 0)
+        for row in rows:
+            self._images[row] = self._images[row][:0]
+        spare = int((self.mask == 0).sum(-1).min())
+        if spare and kv.whole(self.cache):
+            self.mask = kv.compact(self.cache, self.mask, spare)
+            self._padding = (self.mask == 0).sum(-1).tolist()
+
+    # Inserting
+
+    def insert(self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]]) -> None:
+        """Let some rows take in latents on their own, while their neighbours wait.
+
+        Args:
+            latents: kind -> (rows, (R, N, d)).
+        """
+        for rows, vectors in latents.values():
+            length = vectors.shape[1]
+            index = torch.as_tensor(rows, device=self.mask.device)
+            grown = kv.select(self.cache, rows)
+            steps = torch.arange(length, device=self.positions.device)
+            positions = self.positions[..., index, :] + steps
+            mask = torch.cat([self.mask[index], self.mask.new_ones(len(rows), length)], dim=-1)
+            with self._apart():
+                self.backbone.continue_(vectors, mask, positions, grown)
+            self.took_in(rows, vectors, positions)
+            kv.graft(self.cache, grown, rows, self._make_room(rows, length))
+
+    def pack(
+        self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]], riders: Mapping[Kind, tuple[Sequence[int], Tensor]]
+    ) -> tuple[Packing, Tensor]:
+        """Prepare a pass in which every row takes in its next token, some latents before it, some riders behind it.
+
+        Returns:
+            the packing, and the position ids (.., 1, M) of the packed tokens.
+        """
+        places = []
+        for rows, vectors in latents.values():
+            places.append(self._places(rows, vectors.shape[1]))
+            self.took_in(rows, vectors, places[-1])
+            self._make_room(rows, vectors.shape[1])
+        places += [self._places(rows, vectors.shape[1]) + 1 for rows, vectors in riders.values()]
+        packed = torch.cat([self.positions.squeeze(-1), *(own.flatten(-2) for own in places)], dim=-1)
+        mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=-1)
+        groups, behind = ([(rows, vectors.shape[1]) for rows, vectors in own.values()] for own in (latents, riders))
+        return Packing(mask, groups, behind), packed[..., None, :]
+
+    def _places(self, rows: Sequence[int], length: int) -> Tensor:
+        index = torch.as_tensor(rows, device=self.positions.device)
+        return self.positions[..., index, :] + torch.arange(length, device=self.positions.device)
+
+    def unpack(self) -> None:
+        """After a packed pass: what it noted of each row's last token, as after any other pass."""
+        rows = len(self.mask)
+        self.hidden = self.hidden[:, :rows].transpose(0, 1)
+        self._embeds = self._embeds[:, :rows].transpose(0, 1)
+
+    def _make_room(self, rows: Sequence[int], length: int) -> int:
+        """Note that ``rows`` grow by ``length`` tokens; the columns by which the whole batch grows for it."""
+        padding = max(0, length - min(self._padding[row] for row in rows))
+        self.mask = kv.graft_mask(self.mask, rows, length, padding)
+        self._padding = [own + padding for own in self._padding]
+        for row in rows:
+            self._padding[row] -= length
+        self.positions = self.positions.clone()
+        self.positions[..., torch.as_tensor(rows, device=self.positions.device), :] += length
+        return padding
+
+    def took_in(self, rows: Sequence[int], vectors: Tensor, positions: Tensor) -> None:
+        """Note latents that entered the cache, for ``context="recompute"``."""
+        if self.needs.history:
+            for at, row in enumerate(rows):
+                self._history[row].append((vectors[at], positions[..., at, :]))

@@ -1,0 +1,1 @@
+"""What is on disk: samples, trained memory, answers."""

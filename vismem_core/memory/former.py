@@ -1,0 +1,134 @@
+"""The interface of memory formers: a query and a context become latent vectors (Eq. 6)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from vismem_core.base.backbone import Backbone
+from vismem_core.base.vision import VisionStates
+from vismem_core.config import FormerConfig, Kind
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a former asks a session to keep: the vision encoder's keys and values, its inputs, all embeddings."""
+
+    vision_cache: bool = False
+    vision_inputs: bool = False
+    history: bool = False
+
+    @staticmethod
+    def union(needs: Iterable[Needs]) -> Needs:
+        """All of what several formers need."""
+        flags = [(own.vision_cache, own.vision_inputs, own.history) for own in needs]
+        return Needs(*(any(column) for column in zip(*flags, strict=True)))
+
+
+@dataclass(frozen=True)
+class History:
+    """All that R rows fed to the language model, right-aligned: for ``context="recompute"``.
+
+    Attributes:
+        embeds: (R, W, d)
+        mask: (R, W)
+        positions: (.., R, W)
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
+@dataclass
+class MemoryContext:
+    """What memory may look at when R rows invoke the same kind at the same time.
+
+    Attributes:
+        states, mask: H (R, y + z, d) in fp32 and its mask (R, y + z); see :class:`~vismem_core.QueryBuilder`.
+        visual: y, how many of the states are visual tokens (they come first).
+        query: Q (R, K, d) in fp32.
+        cache: the language model's cache of these rows, up to the invocation token. Appending to it is allowed: it
+            is a fork.
+        attention_mask: (R, W) over the cache.
+        next_position: (.., R, 1), the position id of the next token.
+        vision: the vision encoder's states of the whole batch.
+        rows: the R rows' numbers in the batch, for ``vision``.
+        history: where the former needs it; of all memory may look at, images included that the cache has no more.
+    """
+
+    states: Tensor
+    mask: Tensor
+    visual: int
+    query: Tensor
+    cache: DynamicCache
+    attention_mask: Tensor
+    next_position: Tensor
+    vision: VisionStates
+    rows: Sequence[int]
+    history: History | None = None
+
+
+class MemoryFormer(nn.Module, ABC):
+    """F_s or F_l: forms the N latent vectors of one kind.
+
+    Args:
+        kind: which memory this one forms.
+        backbone: the model it is attached to. A former may put adapters on it and must take them off in
+            :meth:`detach`; it must not keep the model as a submodule.
+        config: its settings.
+    """
+
+    def __init__(self, kind: Kind, backbone: Backbone, config: FormerConfig) -> None:
+        super().__init__()
+        self.kind, self.config = kind, config
+
+    @property
+    def needs(self) -> Needs:
+        """What :meth:`forward` reads beyond the states, the query and the cache."""
+        return Needs()
+
+    @abstractmethod
+    def forward(self, context: MemoryContext) -> Tensor:
+        """(R, N, d), in the precision of the language model's embeddings."""
+
+    @property
+    def rides(self) -> bool:
+        """Whether it is a :class:`RidingFormer` whose settings let it ride."""
+        return False
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained tensors that live inside the base model, by name."""
+        return {}
+
+    def detach(self) -> None:
+        """Leave the base model as it was."""
+
+
+class RidingFormer(MemoryFormer):
+    """A former that is one pass of the language model over a few tokens.
+
+    These can ride in the pass that feeds the invocation token, behind it (:mod:`vismem_core.decoding.packing`);
+    ``forward`` is the same thing as a pass of its own.
+    """
+
+    @property
+    @abstractmethod
+    def rides(self) -> bool: ...
+
+    @abstractmethod
+    def rider(self, query: Tensor) -> Tensor:
+        """Q (R, K, d) -> the tokens (R, E, d) that enter the language model behind the invocation token."""
+
+    @abstractmethod
+    def read(self, hidden: Tensor) -> Tensor:
+        """The riders' last states (R, E, d) -> the latents (R, N, d)."""
+
+    @abstractmethod
+    def on(self, tokens: slice) -> AbstractContextManager[None]:
+        """The former's adapters for those tokens of a packed sequence (1, M, d) alone, inside the context."""

@@ -1,0 +1,200 @@
+"""Memory on a model: its parts, who invokes it, switching it off, saving it, and taking it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from vismem_core.base.adapters import Adapter
+from vismem_core.base.backbone import Backbone
+from vismem_core.config import KINDS, Kind, MemoryConfig
+from vismem_core.errors import AttachError
+from vismem_core.files import checkpoint
+from vismem_core.plugins import registry
+
+from . import trigger as triggers
+from .controls import REPLACEMENTS, Replacement
+from .former import MemoryFormer, Needs
+from .query import QueryBuilder
+from .tokens import MemoryTokens, delimiter_ids, first_id
+from .trace import Trace
+from .trigger import Row, Trigger
+
+FORMATION = ("builder.", "short.", "long.")
+"""How the names of what Stage I trains begin; all the rest belongs to the policy."""
+ROOM = 3
+"""Ids an invocation needs before ``max_length``: its two tokens and one that can profit from it."""
+
+
+class Memory(nn.Module):
+    """Latent vision memory on one model; made by :func:`vismem_core.attach`.
+
+    Attributes:
+        config: its settings.
+        enabled: with False, ``generate`` is the base model's own.
+        hook: what stands between the model's ``generate`` and memory (:mod:`vismem_core.decoding.injection`).
+        tokens, builder, short, long: the four tokens, the query builder B and the formers F_s and F_l.
+        policy: the policy's own LoRA, if it has one.
+        trace: the invocations of the last ``generate`` call.
+        replacement: what enters instead of latents that were formed; see :mod:`vismem_core.memory.controls`.
+    """
+
+    def __init__(self, backbone: Backbone, config: MemoryConfig) -> None:
+        super().__init__()
+        vars(self)["_backbone"] = backbone  # it holds the base model, which is no part of this module
+        self.config, self.trace = config, Trace()
+        self.replacement: Replacement | None = None
+        self.enabled, self.hook = True, cast(Any, None)
+        self.policy: Adapter | None = None
+        tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
+        ids = delimiter_ids(tokenizer, config.delimiters)
+        if not ids:
+            raise AttachError(f"the tokenizer has none of the delimiters {config.delimiters}: set memory.delimiters")
+        self.delimiters = frozenset(ids)
+        self.active_trigger = triggers.parse(config.trigger)
+        first = first_id(tokenizer, max(_rows(backbone.embeddings), _rows(backbone.head)))
+        self.tokens = MemoryTokens.like(ids[0], backbone.embeddings, backbone.head, first).to(backbone.device)
+        builder = registry("query_builders").get(config.query.builder)(backbone.width, config.query)
+        self.builder: QueryBuilder = builder.to(backbone.device)
+        # From here on the model changes, and whatever fails puts it back.
+        self._flags = [(parameter, parameter.requires_grad) for parameter in backbone.model.parameters()]
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
+        try:
+            self.short = self._make("short")
+            self.long = self._make("long")
+            if config.policy.trains == "lora":
+                targets, own = backbone.lora_targets["long"], config.policy
+                self.policy = Adapter(backbone.model, "policy", targets, own.rank, own.alpha, 0.0)
+        except BaseException:
+            self.detach()
+            raise
+        self.eval()
+
+    def _make(self, kind: Kind) -> MemoryFormer:
+        settings = getattr(self.config, kind)
+        former = registry("formers").get(settings.name)(kind, self.backbone, settings)
+        if not isinstance(former, MemoryFormer):
+            raise AttachError(f"former {settings.name!r} gave {type(former).__name__} instead of a MemoryFormer")
+        return former
+
+    @property
+    def backbone(self) -> Backbone:
+        """The adapter of the model's family."""
+        return vars(self)["_backbone"]  # type: ignore[no-any-return]
+
+    @property
+    def model(self) -> Any:
+        """The base model."""
+        return self.backbone.model
+
+    def former(self, kind: Kind) -> MemoryFormer:
+        """F_s or F_l."""
+        return self.short if kind == "short" else self.long
+
+    def needs(self) -> Needs:
+        """What the formers want kept while a batch is decoded."""
+        kinds = self.active_trigger.kinds
+        return Needs.union(self.former(kind).needs for kind in kinds)
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(f"{kind} {getattr(self.config, kind).length}" for kind in KINDS)
+        return (
+            f"Memory on {type(self.model).__name__} ({self.backbone.name}): latents {lengths}; trigger {self.trigger}"
+        )
+
+    # Switching
+
+    @property
+    def trigger(self) -> str:
+        """Who decides about invocations; assign a spec such as ``"random:0.5"`` to change it."""
+        return self.active_trigger.spec
+
+    @trigger.setter
+    def trigger(self, spec: str | Trigger) -> None:
+        self.active_trigger = spec if isinstance(spec, Trigger) else triggers.parse(spec)
+
+    @contextmanager
+    def triggered(self, spec: str | Trigger) -> Iterator[None]:
+        """Another trigger inside the context."""
+        before = self.active_trigger
+        self.trigger = spec
+        try:
+            yield
+        finally:
+            self.active_trigger = before
+
+    @contextmanager
+    def replaced(self, how: str | Replacement) -> Iterator[None]:
+        """Other vectors in the latents' places inside the context: ``noise``, ``zero``, ``repeated`` or a function."""
+        before = self.replacement
+        self.replacement = REPLACEMENTS[how] if isinstance(how, str) else how
+        try:
+            yield
+        finally:
+            self.replacement = before
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The base model, exactly, inside the context."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextmanager
+    def acting(self, tokens: slice | None = None) -> Iterator[None]:
+        """Passes inside the context are the policy's own: its LoRA is on, if it has one.
+
+        These are the passes after the prompt: latents, end tokens, text, invocation tokens. Prompts are read by the
+        base, so that their cache serves the policy, its reference and tau_base alike and carries no gradient; memory is
+        formed without it too, from a cache in which it acted.
+
+        Args:
+            tokens: of a packed sequence, the policy's own; by default all.
+        """
+        with self.policy.on(tokens) if self.policy else nullcontext():
+            yield
+
+    def allows(self, row: Row, room: int | None) -> bool:
+        """Whether ``row`` may invoke now: its budget, its distance from the last one, and ids left to write."""
+        distant = row.invocations == 0 or row.since_end >= self.config.distance
+        return distant and row.invocations < self.config.budget and (room is None or room >= ROOM)
+
+    def detach(self) -> None:
+        """The model as it was, bit for bit: modules, flags, hooks, vocabulary."""
+        for kind in KINDS:
+            if hasattr(self, kind):
+                self.former(kind).detach()
+        if self.policy:
+            self.policy.eject()
+        if self.hook is not None:
+            self.hook.remove()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._flags = []
+
+    # Trained state
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All trained tensors by name, those inside the base model's adapters included."""
+        tensors = dict(self.named_parameters())
+        for kind in KINDS:
+            adapters = self.former(kind).adapter_parameters()
+            tensors |= {f"{kind}.adapter.{name}": tensor for name, tensor in adapters.items()}
+        if self.policy:
+            tensors |= {f"policy.adapter.{name}": tensor for name, tensor in self.policy.parameters().items()}
+        return tensors
+
+    def save(self, folder: str | Path, **about: Any) -> None:
+        """Write ``memory.safetensors`` and ``vismem.json``; see :mod:`vismem_core.files.checkpoint`."""
+        checkpoint.save(Path(folder), self.trained(), self.backbone, self.config, about)
+
+
+def _rows(layer: nn.Module) -> int:
+    return int(layer.weight.shape[0])  # type: ignore[index]
