@@ -41,6 +41,10 @@ class TrainingError(VismemError):
     """Training that cannot go on, such as an output directory that holds another run."""
 
 
+class RunInterruptedError(TrainingError):
+    """Training that a signal ended; the message says what was saved."""
+
+
 class RewardError(VismemError):
     """A reward that failed or gave no number from 0 to 1; the message names the reward and the sample."""
 

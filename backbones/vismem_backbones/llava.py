@@ -100,7 +100,7 @@ class LlavaOneVision15(Qwen2_5_VL):
     def merge(self) -> int:
         return int(self.visual.spatial_merge_size) ** 2
 
-    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]]) -> BatchFeature:
+    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]] = ()) -> BatchFeature:
         batch = super().inputs(prompts, images)
         batch.pop("mm_token_type_ids", None)  # its processor is Qwen's, whose later versions say more than it takes
         return batch

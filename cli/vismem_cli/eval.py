@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vismem_core.files.samples import open_dataset
+from vismem_core.training.folder import basis
 
 from . import options
-from .console import print_json
-from .report import list_skipped, print_report, tell_skipped
+from .console import print_json, warn
+from .report import list_skipped, print_report, tell_skipped, warn_of
 from .sources import LoadOptions, check_names, check_rows, default_data, open_memory
 
 EXAMPLE = "Example: vismem eval --memory runs/first --data mosaic --per-type 50"
@@ -34,7 +36,11 @@ def eval_(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Compare answers with memory, without it, and over another question's image, by type of question."""
+    """Compare answers with memory, without it, and over another question's image, by type of question.
+
+    Columns: base (memory off), memory (invoked by the policy), noise (in the latents' places), blind_base and blind
+    (base and memory over another sample's image), short and long (forced at the answer's start).
+    """
     check_names(backbone)
     source = data or default_data(backbone, model)
     samples = open_dataset(source, "heldout", on_bad=on_bad_sample.value, allow_outside=allow_outside)
@@ -54,8 +60,13 @@ def eval_(
         max_new_tokens=max_new_tokens,
         left_out=left_out if on_bad_sample.value == "skip" else None,
     )
+    stood = basis(Path(memory)) if memory and Path(memory).is_dir() else None
+    trained_on = stood is not None and bool(samples.told) and stood.data["digest"] == samples.told
+    if trained_on:
+        warn(f"this memory was trained on these questions, {source}; name others with --data")
+    tell_skipped(left_out)
     if as_json:
+        warn_of(report)
         print_json(report | {"skipped": list_skipped(left_out)})
     else:
-        print_report(report)
-        tell_skipped(left_out)
+        print_report(report, "Training questions" if trained_on else "Held-out questions")

@@ -144,8 +144,9 @@ def _answer_all(
                 asked = questions[answer.sample_id]
                 results.add({"id": asked.id, "question": asked.digest()} | answer.to_dict())
                 answered += 1
-    kept = len(samples) - len(left)
-    say(f"written to {output}: {answered} of {len(samples)} answers, {kept} were there already")
+    kept, rows = len(samples) - len(left), len(samples) + len(samples.skipped)
+    lost = f", {len(left_out)} rows left out" if left_out else ""
+    say(f"written to {output}: {answered} of {rows} answers, {kept} were there already{lost}")
     return {"output": str(output), "answered": answered, "kept": kept}
 
 
@@ -165,8 +166,8 @@ def _made(load: LoadOptions, ask: dict[str, Any]) -> dict[str, Any]:
 
 def _show(sample: Sample, answer: Answer) -> None:
     """The answer on stdout with its invocations as marks; the question on stderr."""
-    for image in sample.images:
-        say(f"image   {image if isinstance(image, Path) else 'embedded'}")
+    for image in sample.images or ("none",):
+        say(f"image   {image if isinstance(image, Path | str) else 'embedded'}")
     say(f"prompt  {sample.prompt}")
     out.print(marked(answer.marked), soft_wrap=True)
     kinds = [invocation.kind for invocation in answer.invocations]

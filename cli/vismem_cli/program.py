@@ -11,7 +11,7 @@ from typing import Any, NoReturn, cast
 import typer
 import typer.main
 
-from vismem_core.errors import VismemError
+from vismem_core.errors import RunInterruptedError, VismemError
 
 from .app import app
 
@@ -39,6 +39,8 @@ def run(args: Sequence[str]) -> NoReturn:
         _fail(_usage(error), 2)
     except typer.Abort:
         _fail("interrupted", INTERRUPTED)
+    except RunInterruptedError as error:
+        _fail(str(error), INTERRUPTED)
     except VismemError as error:
         _fail(str(error))
     except OSError as error:

@@ -12,24 +12,30 @@ from .console import print_table, say, warn
 
 
 def print_report(report: Mapping[str, Any], title: str = "Held-out questions") -> None:
-    """Accuracies by question type, a column per way of answering."""
+    """Accuracies by question type, a column per way of answering, and how many questions they are from."""
+    counts: Mapping[str, int] = report.get("questions") or {}
     for part, heading in (("heldout", title), ("seen", "\nSeen types of question")):
         ways: Mapping[str, Mapping[str, float]] = report.get(part) or {}
         types = list(dict.fromkeys(name for scores in ways.values() for name in scores))
         if not types:
             continue
-        rows = [(name, *(_share(scores.get(name)) for scores in ways.values())) for name in types]
+        rows = [(name, str(counts.get(name, "")), *(_share(own.get(name)) for own in ways.values())) for name in types]
         if len(types) > 1:
             means = (sum(scores.values()) / len(scores) if scores else None for scores in ways.values())
-            rows.append(("mean", *map(_share, means)))
-        print_table(heading, ("accuracy", *ways), rows, numbers=True)
-    if lost := report.get("not_blind"):
-        told = ", ".join(f"{count} of {name!r}" for name, count in lost.items())
-        warn(f"questions for which there is no other image are left out of the blind columns: {told}")
-    if steps := report.get("skipped_steps"):
-        warn(f"{steps} steps of training were skipped, since their gradient was not finite")
+            rows.append(("mean", "", *map(_share, means)))
+        print_table(heading, ("accuracy", "n", *ways), rows, numbers=True)
+    warn_of(report)
     if (count := report.get("invocations_per_answer")) is not None:
         say(f"\n{count:.2f} invocations per answer, {report.get('seconds', 0):.0f} seconds")
+
+
+def warn_of(report: Mapping[str, Any]) -> None:
+    """What a reader of the figures must know, on stderr."""
+    if lost := report.get("not_blind"):
+        told = ", ".join(f"{count} of {report['questions'][name]} {name!r}" for name, count in lost.items())
+        warn(f"the blind columns leave out questions that no sample has other images for: {told}")
+    if steps := report.get("skipped_steps"):
+        warn(f"{steps} steps of training were skipped, since their gradient was not finite")
 
 
 def _share(value: float | None) -> str:

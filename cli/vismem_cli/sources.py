@@ -10,6 +10,7 @@ import typer
 from rich.progress import Progress
 
 from vismem_core.base.embedded import embedded
+from vismem_core.base.images import PLACEHOLDER
 from vismem_core.config import MemoryConfig
 from vismem_core.errors import CheckpointError
 from vismem_core.files.samples import Dataset, OnBad
@@ -19,6 +20,10 @@ from .console import err, warn
 
 if TYPE_CHECKING:
     from vismem_core import Memory
+
+
+SHOWN = 5
+"""Words that a warning names."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +120,13 @@ def check_rows(memory: Memory, data: Dataset, on_bad: OnBad, check: str, *, answ
 def tell_unknown(processor: Any, texts: Sequence[str]) -> None:
     """Warn of words that a tokenizer has no token for; only small models have such."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    words = list(dict.fromkeys(word for text in texts for word in text.split()))
+    words = list(dict.fromkeys(word for text in texts for word in text.replace(PLACEHOLDER, " ").split()))
     ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     lost = [word for word, own in zip(words, ids, strict=True) if tokenizer.unk_token_id in own]
     if lost:
-        warn(f"this model has no token for {len(lost)} of the {len(words)} words it is given, such as {lost[0]!r}")
+        some = ", ".join(map(repr, lost[:SHOWN]))
+        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+        warn(f"this model has no token for {len(lost)} of the {len(words)} words it is given: {some}{more}")
 
 
 def memory_source(options: LoadOptions) -> str:

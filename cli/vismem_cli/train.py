@@ -12,13 +12,14 @@ import typer
 
 from vismem_core.base.embedded import embedded
 from vismem_core.config import Config, load
-from vismem_core.files.samples import Skipped, open_dataset
+from vismem_core.errors import TrainingError
+from vismem_core.files.samples import open_dataset
 from vismem_core.training.folder import Basis, basis, refuse
 from vismem_core.training.folder import settings as run_settings
 
 from . import options
 from .console import print_json, say, warn
-from .report import print_report, tell_skipped
+from .report import print_report, tell_skipped, warn_of
 from .sources import LoadOptions, check_names, default_data, open_base, tell_unknown, with_base
 
 EXAMPLE = "Example: vismem train --backbone qwen2_5_vl --set train.formation.steps=200 --output runs/first"
@@ -103,6 +104,8 @@ def train(
     overrides = [*(settings or []), *(f"train.{key}={value}" for key, value in flags.items() if value is not None)]
     overrides += [f"memory.policy.trains={policy.value}"] if policy else []
     place = output or (Path("runs") / backbone if backbone else None)
+    if resume and not (place and place.exists()) and not (data or model or memory or config or settings):
+        raise TrainingError(f"{place or 'no --output'}: there is no run to resume; without --resume one begins")
     before = run_settings(place) if resume and place else None
     stood = basis(place) if resume and place else None
     began = load(config, overrides, before).train.memory or None
@@ -143,10 +146,12 @@ def train(
     if not report:
         return  # another process has it
     if as_json:
+        warn_of(report)
         print_json(report | {"output": str(place)})
         return
     print_report(report, title)
-    tell_skipped(Skipped(**own) for own in report["skipped"])
+    if report["skipped"]:
+        warn(f"bad rows were left out: {len(report['skipped'])}; {place / 'report.json'} lists them")
     say(f"\nwritten to {place}; ask it: vismem infer --memory {place} --image FILE --prompt TEXT")
 
 

@@ -21,6 +21,7 @@ from vismem_cli.app import app
 from vismem_core import plugins
 from vismem_core.config import Config, MemoryConfig, TrainConfig, to_dict
 from vismem_core.errors import TrainingError
+from vismem_core.files.samples import read_jsonl
 
 COMMANDS = ("train", "infer", "eval", "plugins", "backbones")
 EMPTY = hashlib.sha256(b"").hexdigest()[:16]
@@ -193,7 +194,8 @@ class Core:
         scores = {"right": 0.5, "below": 0.25}
         skipped = [asdict(own) for own in samples.skipped]
         tables = {"heldout": {"base": {"right": 0.0}, "memory": scores}}
-        return {**tables, "invocations_per_answer": 1.0, "seconds": 2.0, "skipped": skipped}
+        counts = {"questions": {"right": 4, "below": 2}, "not_blind": {"below": 1}}
+        return {**tables, **counts, "invocations_per_answer": 1.0, "seconds": 2.0, "skipped": skipped}
 
     def answers(self, memory: Any, samples: Any, **how: Any) -> Iterator[Any]:
         self.calls["answers"] = how
@@ -221,7 +223,9 @@ def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
         "answers.checking": {"checked": lambda backbone, data, on_bad, **how: data},
         "answers.inference": {"answers": core.answers, "Answer": SimpleNamespace},
         "training.run": {"train": core.train},
-        "answers.evaluation": {"evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path)},
+        "answers.evaluation": {
+            "evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path)
+        },
     }
     for name, attributes in fakes.items():
         module = ModuleType(f"vismem_core.{name}")
@@ -321,7 +325,7 @@ def test_a_model_of_ones_own_is_not_given_the_shipped_memory(
 
 def test_words_without_a_token_are_told(vismem: Callable[..., Run], core: Core, questions: Path) -> None:
     done = vismem("infer", "--prompt", "is it a zebra ?")
-    told = "warning: this model has no token for 1 of the 5 words it is given, such as 'zebra'\n"
+    told = "warning: this model has no token for 1 of the 5 words it is given: 'zebra'\n"
     assert done.code == 0
     assert told in done.err
     assert told not in vismem("infer", "--prompt", "is it a bag ?").err
@@ -338,6 +342,26 @@ def test_a_run_goes_on_by_its_settings(vismem: Callable[..., Run], core: Core, t
     assert core.calls["train"][1] == before
     assert vismem("train", "--output", tmp_path, "--resume", "--seed", "6").code == 0
     assert core.calls["train"][1].train.seed == 6  # which the run itself refuses
+
+
+def test_a_run_that_is_not_there_is_not_resumed(vismem: Callable[..., Run], core: Core, tmp_path: Path) -> None:
+    done = vismem("train", "--resume", "--output", tmp_path / "rnus")
+    assert (done.code, core.calls) == (1, {})
+    assert done.err == f"error: {tmp_path / 'rnus'}: there is no run to resume; without --resume one begins\n"
+    assert vismem("train", "--resume", "--output", tmp_path / "new", "--data", "mosaic").code == 0  # as a queue does
+
+
+def test_questions_that_memory_was_trained_on_are_told(
+    vismem: Callable[..., Run], core: Core, questions: Path, tmp_path: Path
+) -> None:
+    questions.write_text('{"id": "a", "prompt": "hm ?", "answer": "yes"}\n')
+    told = {"source": str(questions), "samples": 1, "digest": read_jsonl(questions, need_answer=True).told}
+    run = {"base": {}, "data": told, "heldout": told, "processes": 1, "rows": {}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    done = vismem("eval", "--memory", tmp_path, "--data", questions)
+    assert "this memory was trained on these questions" in done.err and "Training questions" in done.out
+    questions.write_text('{"id": "a", "prompt": "hm ?", "answer": "no"}\n')
+    assert "trained on" not in vismem("eval", "--memory", tmp_path, "--data", questions).err
 
 
 def test_memory_that_holds_nothing_is_told(vismem: Callable[..., Run], core: Core) -> None:
@@ -364,11 +388,12 @@ def test_reports_are_tables(vismem: Callable[..., Run], core: Core, command: str
     assert done.code == 0, done.err
     rows = [line.split() for line in done.out.splitlines()]
     assert rows[1:] == [
-        ["accuracy", "base", "memory"],
-        ["right", "0.000", "0.500"],
-        ["below", "0.250"],
+        ["accuracy", "n", "base", "memory"],
+        ["right", "4", "0.000", "0.500"],
+        ["below", "2", "0.250"],
         ["mean", "0.000", "0.375"],
     ]
+    assert "blind columns leave out questions that no sample has other images for: 1 of 2 'below'" in done.err
     assert "1.00 invocations per answer" in done.err
 
 

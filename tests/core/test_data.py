@@ -63,7 +63,7 @@ BAD: list[tuple[dict[str, Any] | str | bytes, str]] = [
     (ROW | {"image": "text.png"}, "data/text.png is damaged or of no known format"),
     (ROW | {"image": "../outside.png"}, "lies outside the folder"),
     (ROW | {"image": "/etc/hostname"}, "lies outside the folder"),
-    (ROW | {"prompt": "<image> or <image> ?"}, "the prompt has 2 <image>, but there are 1 images"),
+    (ROW | {"prompt": "<image> or <image> ?"}, "the prompt has 2 <image>, and images: 1"),
     (ROW | {"id": "first"}, "the id 'first' is taken by line 1"),
 ]
 
@@ -135,7 +135,7 @@ def test_a_question_is_checked_like_a_row(folder: Path) -> None:
         (" ", "red.png", "the prompt is empty"),
         ("?", "blue.png", "no such image"),
         ("?", "text.png", "damaged"),
-        ("<image><image>", "red.png", "has 2 <image>, but there are 1 images"),
+        ("<image><image>", "red.png", "has 2 <image>, and images: 1"),
     ]:
         with pytest.raises(DataError, match=message):
             question(prompt, [folder / name])

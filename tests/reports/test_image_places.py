@@ -82,7 +82,7 @@ def test_a_template_that_numbers_images_numbers_them_in_place() -> None:
 def test_marks_and_images_must_agree(any_base: Base) -> None:
     told = backbone(any_base)
     for images in ([], IMAGES):
-        with pytest.raises(AttachError, match=f"the prompt has 1 <image>, but there are {len(images)} images"):
+        with pytest.raises(AttachError, match=f"the prompt has 1 <image>, and images: {len(images)}"):
             told.inputs(["what is <image> ?"], [images])
 
 

@@ -73,6 +73,15 @@ def test_blind_where_the_numbers_of_images_alternate() -> None:
     assert all(set(shades(ours)).isdisjoint(shades(theirs)) for ours, theirs in zip(rows, blind, strict=True))
 
 
+def test_blind_where_all_samples_share_an_image() -> None:
+    """A reference beside each question's own image: the own one is swapped, and by a wholly other pair if there is."""
+    reference = Image.new("RGB", (8, 8), (200, 0, 0))
+    rows = [Sample(str(at), (Image.new("RGB", (8, 8), (at, 0, 0)), reference), "?", "a", "pair") for at in (1, 2, 3)]
+    assert [shades(own) for own in swapped({"pair": rows})["pair"]] == [[2, 200], [3, 200], [1, 200]]
+    other = sample("other", 50, images=2)
+    assert [shades(own) for own in swapped({"pair": rows, "read": [other]})["pair"]] == [[50, 51]] * 3
+
+
 def test_the_only_sample_of_a_type_is_shown_another_types_image() -> None:
     rows = {"read": [sample("a", 10)], "count": [sample("b", 20, "count"), sample("c", 30, "count")]}
     assert [shades(own) for own in swapped(rows)["read"]] == [[20]]

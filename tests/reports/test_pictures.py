@@ -170,6 +170,24 @@ def test_base64_is_decoded_or_told_shortly(tmp_path: Path) -> None:
         assert len(str(error.value)) < len(str(tmp_path)) + 400
 
 
+def test_pictures_in_python_may_be_texts_and_nothing_else_is_taken(tmp_path: Path) -> None:
+    base = tied()
+    backbone = find_backbone(base.model)(base.model, base.processor)
+    image = Image.new("RGB", (24, 24), "red")
+    image.save(tmp_path / "a.png")
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    expected = backbone.inputs(["?"], [[image]])["pixel_values"]
+    for way in (str(tmp_path / "a.png"), url):
+        assert backbone.inputs(["?"], [[way]])["pixel_values"].equal(expected)
+    for wrong, told in (
+        (np.asarray(image), "is a ndarray; give an image of PIL"),
+        ("lost.png", "is no file: lost.png"),
+    ):
+        with pytest.raises(DataError, match=rf"image 0 of prompt 0 {told}"):
+            backbone.inputs(["?"], [[wrong]])
+    assert backbone.inputs(["?"])["input_ids"].equal(backbone.inputs(["?"], [[]])["input_ids"])
+
+
 def test_images_over_the_limit_are_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (100, 100)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

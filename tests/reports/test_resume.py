@@ -93,7 +93,7 @@ def test_other_data_are_refused(
     output = stopped(tmp_path / "run", monkeypatch, data=read(data), heldout=read(data))
     given = {"data": read(data), "heldout": read(data)} | {part: read(change(data))}
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    named = "data" if part == "data" else "heldout data"
+    named = part
     with pytest.raises(TrainingError, match=rf"run\.json: the run's {named} is .*train\.jsonl .* and this is .*jsonl"):
         run(output, resume=True, **given)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before

@@ -248,12 +248,12 @@ def test_reports_keep_their_figures_in_one_piece(
     monkeypatch.setattr(console, "out", Console(width=80, highlight=False))
     ways = ("base", "memory", "noise", "blind", "short", "long", "blind_base")
     name = "visual-commonsense-reasoning/what-is-to-the-right-of-the-person"
-    print_report({"heldout": {way: {name: 0.125, "read": 0.5} for way in ways}})
+    print_report({"heldout": {way: {name: 0.125, "read": 0.5} for way in ways}, "questions": {name: 100, "read": 100}})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     figures = [line.split() for line in lines if "0.125" in line]
     assert [words.count("0.125") for words in figures] == [7]
-    assert lines[1].split() == ["accuracy", *ways]
+    assert lines[1].split() == ["accuracy", "n", *ways]
     assert "".join(line[:20].strip() for line in lines[2:] if "0.500" not in line and "mean" not in line).startswith(
         "visual"
     )
@@ -288,6 +288,21 @@ def test_compressed_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "data" / "cut.gz").write_bytes(gzip.compress(path.read_bytes())[:100])
     with pytest.raises(DataError, match=r"cut\.gz: is compressed by gzip and damaged"):
         read(tmp_path / "data" / "cut.gz", on_bad="skip")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"id": "a", "prompt": "wh', r"Invalid control character at column 26, perhaps cut off"),
+        ('{"id": "a",', "perhaps cut off"),
+        ('{"id": a}', r"Expecting value at column 8;"),
+        ("[", "one JSON value over several lines"),
+    ],
+)
+def test_lines_that_are_no_json_say_where(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "q.jsonl").write_text(text + "\n")
+    with pytest.raises(DataError, match=rf"q\.jsonl:1: not JSON: .*{told}"):
+        read(tmp_path / "q.jsonl")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])

@@ -20,7 +20,7 @@ from transformers import BatchFeature
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.images import PLACEHOLDER, Picture
 from vismem_core.errors import AttachError, DataError, VismemError, cut
-from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped
+from vismem_core.files.samples import HINT, Dataset, OnBad, Sample, Skipped
 from vismem_core.memory.tokens import NAMES
 
 CHUNK = 256
@@ -73,12 +73,15 @@ def checked(
             f"{len(found.long)} of {len(data)} rows are longer than the model's context of {found.context} tokens "
             f"(the longest has {found.longest}), the first is {first.name}"
         )
+    bare = sum(not data[at].images for at in range(len(data)))
+    if bare and warn:
+        warn(f"{bare} of {len(data)} rows of {data.source} have no image")
     if not found.faults:
         return data
     at, why = min(found.faults.items())
     if on_bad == "fail" or len(found.faults) == len(data):
         more = f" (and {len(found.faults) - 1} more bad rows)" if len(found.faults) > 1 else ""
-        raise DataError(f"{data[at].name}: {why}{more}; mend it, or leave bad rows out with --on-bad-sample skip")
+        raise DataError(f"{data[at].name}: {why}{more}; {HINT}")
     kept = [data[at] for at in range(len(data)) if at not in found.faults]
     out = [left_out(data[at], why) for at, why in sorted(found.faults.items())]
     return Dataset(kept, [*data.skipped, *out], data.groups, data.told, data.source)
@@ -135,7 +138,7 @@ def prepare(
             inputs = _inputs(backbone, [samples[at] for at in good]) if good else None
     for at, why in sorted(faults.items()):
         if out is None:
-            raise DataError(f"{samples[at].name}: {why}")
+            raise DataError(f"{samples[at].name}: {why}{f'; {HINT}' if samples[at].place else ''}")
         out.append(left_out(samples[at], why))
     return [samples[at] for at in good], inputs
 

@@ -35,10 +35,10 @@ CONDITIONS = {
     "base": Condition(None),
     "memory": Condition("policy"),
     "noise": Condition("policy", replaced="noise"),
+    "blind_base": Condition("never", blind=True),
     "blind": Condition("policy", blind=True),
     "short": Condition("schedule:0=short"),
     "long": Condition("schedule:0=long"),
-    "blind_base": Condition("never", blind=True),
 }
 
 
@@ -64,9 +64,9 @@ def evaluate(
 
     Returns:
         ``{"heldout": {condition: {type: accuracy}}, "seen": {...}, "invocations_per_answer": x, "invocations":
-        {type: {kind: per answer}}, "samples": n, "not_blind": {type: n}}``; conditions are ``base``, ``blind_base``,
-        ``memory``, ``blind``, ``noise``, and ``short`` and ``long``, one memory of that kind forced at the start of
-        each answer. ``not_blind`` counts the questions that the blind conditions leave out.
+        {type: {kind: per answer}}, "samples": n, "questions": {type: n}, "not_blind": {type: n}}``; conditions are
+        ``base``, ``memory``, ``noise``, ``blind_base``, ``blind``, and ``short`` and ``long``, one memory of that kind
+        forced at the start of each answer. ``not_blind`` counts the questions that the blind conditions leave out.
 
     Raises:
         DataError: there is nothing to measure, or a bad sample.
@@ -106,6 +106,7 @@ def evaluate(
         "invocations_per_answer": total / count,
         "invocations": used,
         "samples": count,
+        "questions": {kind: len(own) for kind, own in chosen.items()},
         "not_blind": {kind: lost for kind, own in chosen.items() if (lost := len(own) - len(other[kind]))},
     }
 
@@ -128,21 +129,25 @@ def pick(samples: Sequence[Sample], per_type: int) -> dict[str, list[Sample]]:
 def swapped(chosen: Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
     """The same questions, each over the images of the next sample that has as many, and none of the same content.
 
-    The next of its type, or else of any; a sample for which there is none is left out.
+    The next of its type, or else of any. Where all samples share an image, such as a reference, the next with another
+    image beside it; a sample for which there is none either is left out.
     """
     everyone = [sample for own in chosen.values() for sample in own]
     shown = {id(sample): [content(image) for image in sample.load_images()] for sample in everyone}
 
-    def differs(sample: Sample, other: Sample) -> bool:
+    def differs(sample: Sample, other: Sample, wholly: bool) -> bool:
         ours, theirs = shown[id(sample)], shown[id(other)]
-        return len(ours) == len(theirs) > 0 and set(ours).isdisjoint(theirs)
+        if len(ours) != len(theirs):
+            return False
+        return bool(ours) and set(ours).isdisjoint(theirs) if wholly else not set(ours) <= set(theirs)
 
     found: dict[str, list[Sample]] = {}
     for kind, own in chosen.items():
         found[kind] = []
         for at, sample in enumerate(own):
-            following = (own[(at + step) % len(own)] for step in range(1, len(own)))
-            donor = next((other for other in chain(following, everyone) if differs(sample, other)), None)
+            following = [own[(at + step) % len(own)] for step in range(1, len(own))]
+            candidates = ((other, wholly) for wholly in (True, False) for other in chain(following, everyone))
+            donor = next((other for other, wholly in candidates if differs(sample, other, wholly)), None)
             if donor is not None:
                 found[kind].append(replace(sample, images=donor.images))
     return found

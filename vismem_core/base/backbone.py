@@ -132,7 +132,7 @@ class Backbone(ABC):
         if len(pieces) == 1:
             return self._chat(images, text)
         if len(pieces) != images + 1:
-            raise AttachError(f"the prompt has {len(pieces) - 1} {PLACEHOLDER}, but there are {images} images")
+            raise AttachError(f"the prompt has {len(pieces) - 1} {PLACEHOLDER}, and images: {images}")
         leading = next((at for at, piece in enumerate(pieces) if piece.strip()), images)
         if leading == images:
             return self._chat(images, pieces[-1].strip())
@@ -191,12 +191,13 @@ class Backbone(ABC):
             return int(found)
         return int(own if own in ends else ends[0])
 
-    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]]) -> BatchFeature:
+    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]] = ()) -> BatchFeature:
         """Left-padded model inputs for ``generate``, on the model's device.
 
         Args:
             prompts: the questions of the rows.
-            images: each row's images; the model sees them as a person does (:mod:`vismem_core.base.images`).
+            images: each row's images, none by default; the model sees them as a person does
+                (:mod:`vismem_core.base.images`).
 
         Raises:
             AttachError: the processor or its chat template does not take them.
@@ -204,6 +205,7 @@ class Backbone(ABC):
         """
         if isinstance(prompts, str) or any(isinstance(own, Picture) for own in images):
             raise AttachError("prompts are a list of texts, and images a list for each: inputs([text], [[image]])")
+        images = images or [[] for _ in prompts]
         if len(prompts) != len(images):
             raise AttachError(f"{len(prompts)} prompts, and lists of images for {len(images)}")
         decoded = [[_decoded(image, row, at) for at, image in enumerate(own)] for row, own in enumerate(images)]

@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 
 from vismem_core.errors import DataError, cut
 
-Picture = Image.Image | Path | bytes
-"""An image, the path of an image file, or what such a file holds."""
+Picture = Image.Image | Path | bytes | str
+"""An image, the path of an image file, or what such a file holds; as text, a path, a data URL or base64."""
 
 PLACEHOLDER = "<image>"
 """Where an image stands in a prompt; a prompt without any has its images in front."""
@@ -37,6 +37,13 @@ def decode(picture: Picture) -> Image.Image:
     Raises:
         DataError: it does not decode; the message says why, and not which picture.
     """
+    if isinstance(picture, str):
+        held = embedded(picture)
+        picture = Path(picture) if held is None else held
+    if not isinstance(picture, Picture):
+        raise DataError(f"is a {type(picture).__name__}; give an image of PIL, a path or bytes")
+    if isinstance(picture, Path) and not is_file(picture):
+        raise DataError(f"is no file: {shown(picture)}")
     try:
         if isinstance(picture, Image.Image):
             return _rgb(picture)

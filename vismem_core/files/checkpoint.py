@@ -216,7 +216,9 @@ def description(folder: Path) -> dict[str, Any]:
     """
     for name in (ABOUT, WEIGHTS):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: holds no memory ({name} is missing)")
+            unfinished = (folder / "config.json").is_file() and (folder / "run.json").is_file()
+            why = "the run in it is not finished: --resume it" if unfinished else f"{name} is missing"
+            raise CheckpointError(f"{folder}: holds no memory ({why})")
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -22,6 +22,7 @@ KEYS = ("id", "image", "images", "prompt", "answer", "type")
 SPREAD = 64
 """Samples that tell one data set from another where reading all of them would mean making them."""
 
+HINT = "mend it, or leave bad rows out with --on-bad-sample skip"
 OnBad = Literal["fail", "skip"]
 
 
@@ -71,6 +72,8 @@ class Sample:
 def _bytes(image: Picture) -> bytes:
     if isinstance(image, Path):
         return image.read_bytes()
+    if isinstance(image, str):
+        return image.encode()
     return image if isinstance(image, bytes) else image.tobytes()
 
 
@@ -149,7 +152,7 @@ def question(prompt: str, images: Sequence[Path], sample_id: str = "question") -
     _check_places(prompt, images)
     for image in images:
         verify(image)
-    return Sample(sample_id, tuple(images), prompt)
+    return Sample(sample_id, tuple(images), prompt, place="the question")
 
 
 def open_dataset(
@@ -196,7 +199,7 @@ def read_jsonl(path: Path, *, need_answer: bool, on_bad: OnBad = "fail", allow_o
             samples.append(reader.sample(line, text))
         except DataError as error:
             if on_bad == "fail":
-                raise DataError(f"{path}:{line}: {error}") from error
+                raise DataError(f"{path}:{line}: {error}; {HINT}") from error
             skipped.append(Skipped(line, str(error), str(path)))
     if not samples:
         first = f", the first on line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
@@ -250,7 +253,7 @@ class _Reader:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON: {getattr(error, 'msg', error)}; each line must hold one object") from error
+            raise DataError(f"not JSON: {_told(error, text)}; each line must hold one object") from error
         if not isinstance(row, dict):
             raise DataError(f"expected a JSON object, got {text.decode(errors='replace').strip()[:40]!r}")
         for key in row:
@@ -273,6 +276,15 @@ class _Reader:
             verify(path)
             self.sizes[path] = path.stat().st_size
         return path
+
+
+def _told(error: Exception, text: bytes) -> str:
+    if text.strip() in (b"[", b"{"):
+        return "the file is one JSON value over several lines"
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    cut_off = ", perhaps cut off" if error.pos >= len(error.doc.rstrip()) - 1 or "Unterminated" in error.msg else ""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}{cut_off}"
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
@@ -303,4 +315,4 @@ def _names(row: Mapping[str, Any]) -> Iterable[str]:
 
 def _check_places(prompt: str, images: Sequence[object]) -> None:
     if (places := prompt.count(PLACEHOLDER)) and places != len(images):
-        raise DataError(f"the prompt has {places} {PLACEHOLDER}, but there are {len(images)} images")
+        raise DataError(f"the prompt has {places} {PLACEHOLDER}, and images: {len(images)}")

@@ -58,15 +58,18 @@ class Basis:
         for key in ("backbone", "width", "vision_width", "vocabulary", "fingerprint", "dtype"):
             if (was := self.base.get(key)) != (found := now.base.get(key)):
                 name = self.base.get("name") or "the embedded base"
+                flag = "--dtype" if key == "dtype" else "--model"
                 raise TrainingError(
                     f"{path}: the run trains on {name} ({key} {was}), and this base is another ({key} {found}); "
-                    "--resume needs no --model, or choose another --output"
+                    f"--resume needs no {flag}, or choose another --output"
                 )
-        for name, before, after in (("data", self.data, now.data), ("heldout data", self.heldout, now.heldout)):
+        for name, before, after in (("data", self.data, now.data), ("heldout", self.heldout, now.heldout)):
             if before["digest"] != after["digest"]:
+                same = before["source"] and before["source"] == after["source"]
+                why = "it has changed since, or its images have" if same else f"--resume needs no --{name}"
                 raise TrainingError(
                     f"{path}: the run's {name} is {_shown(before)}, and this is {_shown(after)}: other rows or images; "
-                    "--resume needs no --data, or choose another --output"
+                    f"{why}, or choose another --output"
                 )
             if before["samples"] != after["samples"]:
                 raise TrainingError(

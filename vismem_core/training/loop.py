@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vismem_core.config import StageConfig, TrainConfig
-from vismem_core.errors import DataError, TrainingError
+from vismem_core.errors import DataError, RunInterruptedError, TrainingError
 from vismem_core.files.samples import Skipped
 from vismem_core.memory.memory import Memory
 
@@ -150,7 +150,7 @@ class Loop:
                 self.say(f"{self.output}: the last step could not be saved ({full.strerror or full})")
             if isinstance(error, KeyboardInterrupt):
                 told = f"{where}, which is saved" if where else "what was saved before"
-                raise TrainingError(f"interrupted after {told}; the same command with --resume goes on") from None
+                raise RunInterruptedError(f"interrupted after {told}; the same command with --resume goes on") from None
             if where:
                 self.say(f"{self.output}: saved after {where}; --resume goes on from there")
             raise

@@ -40,6 +40,7 @@ class Metrics:
         """Write one row, numbers with six digits."""
         if self.writes:
             self._file.write(finite_json({key: _short(value) for key, value in row.items()}) + "\n")
+            self._file.flush()  # for whoever watches
 
     def flush(self) -> None:
         """Before the state is saved: what it builds on is on disk."""

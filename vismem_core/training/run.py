@@ -166,6 +166,10 @@ class Run:
             )
         if self.processes.first:
             self.processes.wait()
+        if lost := told.skipped[len(data.skipped) :]:
+            self.warn(f"bad rows are left out: {len(lost)}")
+            for own in lost:
+                self.say(f"  {own}")
         return told
 
     def open(
@@ -204,6 +208,7 @@ class Run:
                 )
         if (self.output / state.FILE).exists():
             self.done = state.load(self.output, self.memory)
+            self.say(f"{self.output}: goes on after {self.done.stage}, step {self.done.step}")
             self.left_out = list(self.done.left_out)
 
     def stages(self) -> list[str]:
