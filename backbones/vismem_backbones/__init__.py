@@ -56,7 +56,7 @@ def register_backbones(register: Register) -> None:
     register(
         "timm_lm",
         "vismem_backbones.timm_lm:TimmLM",
-        description="A ViT of timm with any causal language model (as PerceptionLM; pip install 'vismem[timm]')",
+        description="A ViT of timm with any causal language model (as PerceptionLM)",
         families=("your own: vismem_backbones.compose",),
         model_types=("perception_lm",),
         features=("several images",),

@@ -21,7 +21,7 @@ from transformers.models.perception_lm.modeling_perception_lm import PerceptionL
 
 from vismem_core.errors import AttachError, nearest
 
-from .timm_lm import refusal, require
+from .timm_lm import refusal
 
 JOINED = (
     "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}{%- set flat.text = '' -%}"
@@ -113,7 +113,6 @@ def compose(
 
 
 def _encoder(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
-    require()
     import timm
 
     if not timm.is_model(name):

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -325,9 +326,9 @@ class Generic(Backbone):
         return torch.cat([passed[layer].to(extra.device) for layer in self.layers], dim=-1)
 
     def project(self, tokens: Tensor) -> Tensor:
-        vectors = tokens.unflatten(1, (-1, self.merge)).flatten(0, 1)
+        vectors = rearrange(tokens, "r (n patches) D -> (r n) patches D", patches=self.merge)
         made = torch.cat([self._in_place(own) for own in vectors.split(len(self.groups))])
-        return made.unflatten(0, (len(tokens), -1))  # type: ignore[no-any-return]
+        return rearrange(made, "(r n) d -> r n d", r=len(tokens))
 
     def _in_place(self, vectors: Tensor) -> Tensor:
         """(n, merge, D), at most as many as the blank image has groups of patches -> (n, d)."""

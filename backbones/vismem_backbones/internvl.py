@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor
 
 from vismem_core.base.vision import VisionStates
@@ -42,6 +43,6 @@ class InternVL(Tiles):
         return self.tower.layernorm(carried) if self.model.config.vision_feature_layer == -1 else carried
 
     def project(self, tokens: Tensor) -> Tensor:
-        squares = tokens.unflatten(1, (-1, self._side, self._side)).flatten(0, 1)
+        squares = rearrange(tokens, "r (n h w) D -> (r n) h w D", h=self._side, w=self._side)
         shuffled = self.model.model.pixel_shuffle(squares, self.model.config.downsample_ratio)
-        return super().project(shuffled.reshape(len(tokens), -1, shuffled.shape[-1]))
+        return super().project(rearrange(shuffled, "(r n) h w D -> r (n h w) D", r=len(tokens)))

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
@@ -82,27 +83,27 @@ class Qwen2_5_VL(Backbone):
         where = states.gather(rows)
         for index, block in enumerate(self.visual.blocks):
             extra = beside(extra, block)
-            fused = block.attn.qkv(block.norm1(extra))
-            fused = fused.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            queries, keys, values = fused.unbind(0)
+            fused, heads = block.attn.qkv(block.norm1(extra)), block.attn.num_heads
+            queries, keys, values = rearrange(fused, "r e (qkv heads w) -> qkv r heads e w", qkv=3, heads=heads)
             mixed = attend(queries, keys, values, states, index, where)
             extra = extra + block.attn.proj(mixed)
             extra = extra + block.mlp(block.norm2(extra))
         return extra
 
     def project(self, tokens: Tensor) -> Tensor:
-        merged = self.visual.merger(tokens.flatten(0, 1))
-        return merged.unflatten(0, (tokens.shape[0], -1))  # type: ignore[no-any-return]
+        merged: Tensor = self.visual.merger(rearrange(tokens, "r patches D -> (r patches) D"))
+        return rearrange(merged, "(r n) d -> r n d", r=len(tokens))
 
 
 def _keep_keys_and_values(attention: Any, block: int, states: VisionStates) -> list[RemovableHandle]:
     fused: list[Tensor] = []
 
     def after_qkv(module: nn.Module, args: Any, output: Tensor) -> None:
-        fused.append(output.unflatten(-1, (3, attention.num_heads, -1)))
+        heads = attention.num_heads
+        fused.append(rearrange(output, "patches (qkv heads w) -> qkv patches heads w", qkv=3, heads=heads))
 
     def after_attention(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-        queries, keys, values = fused.pop().unbind(1)
+        queries, keys, values = fused.pop()
         _, keys = apply_rotary_pos_emb_vision(queries, keys, *kwargs["position_embeddings"])
         states.extend(block, keys, values.contiguous())
 

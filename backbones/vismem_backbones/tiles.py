@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -122,7 +123,8 @@ class Tiles(Backbone):
 
         def after_attention(module: nn.Module, args: Any, output: Any) -> None:
             keys, values = (
-                kept.pop(name).flatten(0, 1).unflatten(-1, (-1, attention.head_dim)) for name in ("keys", "values")
+                rearrange(kept.pop(name), "tiles patches (heads w) -> (tiles patches) heads w", w=attention.head_dim)
+                for name in ("keys", "values")
             )
             states.extend(block, keys, values)
 
@@ -138,7 +140,7 @@ class Tiles(Backbone):
         fused = [getattr(attention, f"{name}_proj")(normed) for name in "qkv"]
         if hasattr(attention, "q_norm"):
             fused[:2] = attention.q_norm(fused[0]), attention.k_norm(fused[1])
-        return [own.unflatten(-1, (-1, attention.head_dim)) for own in fused]
+        return [rearrange(own, "... (heads w) -> ... heads w", w=attention.head_dim) for own in fused]
 
     def encode(self, inputs: dict[str, Tensor]) -> None:
         self.tower(**inputs)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -47,11 +47,6 @@ class TimmLM(Tiles):
                 f"memory cannot work with language model type {kind!r}: no linear layers that make queries and values "
                 "are known, for the LoRA of long memory"
             )
-
-    @classmethod
-    def load(cls, source: str, **options: Any) -> tuple[Any, Any]:
-        require()
-        return super().load(source, **options)
 
     @property
     def vit(self) -> Any:
@@ -108,18 +103,9 @@ class TimmLM(Tiles):
         return self.vit.norm(super().carry(extra, states, rows))  # type: ignore[no-any-return]
 
     def project(self, tokens: Tensor) -> Tensor:
-        squares = tokens.unflatten(1, (-1, self.merge)).flatten(0, 1)
-        return super().project(squares).view(len(tokens), -1, self.width)
-
-
-def require() -> None:
-    """See that timm is installed.
-
-    Raises:
-        AttachError: it is not.
-    """
-    if find_spec("timm") is None:
-        raise AttachError("encoders of timm need timm, which is not installed: pip install 'vismem[timm]'")
+        squares = rearrange(tokens, "r (n square) D -> (r n) square D", square=self.merge)
+        made = super().project(squares)  # a square of patches becomes one token
+        return rearrange(made, "(r n) one d -> r (n one) d", r=len(tokens))
 
 
 def refusal(vit: Any) -> str | None:
@@ -139,5 +125,5 @@ def refusal(vit: Any) -> str | None:
 
 def _split(attention: Any, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, each (.., heads, head width), of what ``qkv`` gave."""
-    queries, keys, values = fused.unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
+    queries, keys, values = rearrange(fused, "... (qkv heads w) -> qkv ... heads w", qkv=3, heads=attention.num_heads)
     return attention.q_norm(queries), attention.k_norm(keys), values

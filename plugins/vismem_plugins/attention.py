@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -25,10 +26,10 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """tokens (R, T, w), context (R, S, w), mask (R, T or 1, S) with False at what is not seen -> (R, T, w)."""
-        queries = self.query(self.norm(tokens)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        pairs = self.key_value(self.norm(context)).unflatten(-1, (2, self.heads, -1))
-        keys, values = pairs.permute(2, 0, 3, 1, 4).unbind(0)
+        queries = rearrange(self.query(self.norm(tokens)), "b l (heads w) -> b heads l w", heads=self.heads)
+        pairs = self.key_value(self.norm(context))
+        keys, values = rearrange(pairs, "b l (two heads w) -> two b heads l w", two=2, heads=self.heads)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None])
-        tokens = tokens + self.out(mixed.transpose(1, 2).flatten(2))
+        tokens = tokens + self.out(rearrange(mixed, "b heads l w -> b l (heads w)"))
         out: Tensor = tokens + self.mlp(self.norm_mlp(tokens))
         return out

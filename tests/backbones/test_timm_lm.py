@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +203,3 @@ def test_memory_on_encoders_that_are_not_known() -> None:
     model.model.vision_tower.timm_model = timm.create_model("eva02_tiny_patch14_224", depth=1, num_classes=0)
     with pytest.raises(AttachError, match=f"memory cannot work with timm's '{VIT}': it is a Eva"):
         TimmLM(model, processor)
-
-
-def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr("vismem_backbones.timm_lm.find_spec", lambda name: None if name == "timm" else found(name))
-    for call in (lambda: TimmLM.load("anywhere"), lambda: compose(VIT, "anywhere")):
-        with pytest.raises(AttachError, match=r"pip install 'vismem\[timm\]'"):
-            call()

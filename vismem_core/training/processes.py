@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather, gather_object, reduce
+from einops import rearrange
 from torch import Tensor, nn
 
 from vismem_core.base import shards
@@ -80,8 +81,18 @@ class Processes:
             return value
         self._meet()
         everyone: Tensor = gather(value.to(self._state.device).contiguous())
-        in_order: Tensor = everyone.unflatten(0, (self.count, -1)).transpose(0, 1).flatten(0, 1)
+        in_order: Tensor = rearrange(everyone, "(process row) ... -> (row process) ...", process=self.count)
         return in_order.to(value.device)
+
+    def told(self, device: torch.device) -> str:
+        """How many processes take part and on what, for people.
+
+        Args:
+            device: this one's.
+        """
+        devices = self.everyones([str(device)])
+        names = ", ".join(f"{devices.count(name)} on {name}" for name in dict.fromkeys(devices))
+        return f"{self.count} process{'es' if self.count > 1 else ''}: {names}"
 
     def everyones(self, items: Sequence[Item]) -> list[Item]:
         """The items of all processes, one process's after the other's."""

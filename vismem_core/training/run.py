@@ -83,6 +83,7 @@ def train(
     if run.finished(resume):
         run.say(f"{output}: this run is finished; nothing was left to do")
         return read_json(output / REPORT)
+    run.say(f"training in {run.processes.told(memory.backbone.device)}")
     usable, asked = run.usable(train_data, check), run.usable(heldout, check)
     with ExitStack() as stack:
         run.open(usable, asked, resume, {"on_bad": on_bad, "check": check}, stack)
