@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
+from vismem_core.base import adapters
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.vision import VisionStates
 from vismem_core.decoding.injection import InjectionHook
@@ -119,9 +119,8 @@ class LeftOn(Qwen2_5_VL):
         return super().project(tokens)
 
     def _leave_on(self) -> None:
-        for module in self.visual.modules():
-            if isinstance(module, BaseTunerLayer):
-                module._disable_adapters, module._active_adapter = False, list(module._get_available_adapters())
+        hooks = [hook for module in self.visual.modules() for hook in module._forward_hooks.values()]
+        adapters._ON.set({hook.adapter: None for hook in hooks if isinstance(hook, adapters._Hook)})
 
 
 class Unprojected(Qwen2_5_VL):

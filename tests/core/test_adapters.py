@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
 from typing import Any
 
 import pytest
 import torch
-from bases import QUESTIONS, Base, config, tied
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from bases import QUESTIONS, Base, config
 from torch import Tensor, nn
 
 from vismem_core.base.adapters import Adapter
@@ -61,22 +62,44 @@ def test_each_adapter_by_itself(targets: str) -> None:
     assert all(map(torch.equal, model(states), plain))
 
 
-def test_ejected_without_trace() -> None:
+def test_the_model_is_its_own_at_any_time() -> None:
     model = Towers()
     model.eye[0].requires_grad_(False)
-    before = [(name, id(module)) for name, module in model.named_modules()]
-    flags = {name: own.requires_grad for name, own in model.named_parameters()}
+
+    def photograph() -> Any:
+        modules = [(name, id(module)) for name, module in model.named_modules()]
+        flags = [(name, id(own), own.requires_grad) for name, own in model.named_parameters()]
+        return modules, flags, list(model.state_dict()), [sorted(vars(module)) for module in model.modules()]
+
+    before = photograph()
     made = [adapter(model, "first", EYE), adapter(model, "second", TONGUE)]
-    assert {
-        name.replace(".base_layer", ""): own.requires_grad
-        for name, own in model.named_parameters()
-        if "lora_" not in name
-    } == flags
+    assert photograph() == before
     for own in made:
         own.eject()
-    assert [(name, id(module)) for name, module in model.named_modules()] == before
-    assert {name: own.requires_grad for name, own in model.named_parameters()} == flags
-    assert "peft_config" not in vars(model)
+    assert photograph() == before
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_which_adapters_are_on_belongs_to_a_thread() -> None:
+    model, states = Towers(), torch.randn(3, 4)
+    made, told = adapter(model, "first", EYE), []
+    plain = model(states)[0]
+    with made.on():
+        thread = threading.Thread(target=lambda: told.append(model(states)[0]))
+        thread.start()
+        thread.join()
+        assert not model(states)[0].equal(plain)
+    assert told[0].equal(plain)
+
+
+def test_a_model_is_copied_and_stored_without_its_memory() -> None:
+    model, states = Towers(), torch.randn(3, 4)
+    made = adapter(model, "first", EYE)
+    plain = model(states)[0]
+    stored = pickle.loads(pickle.dumps(model))
+    with made.on():
+        assert not model(states)[0].equal(plain)
+        assert stored(states)[0].equal(plain)
 
 
 def test_dropout_belongs_to_the_adapter() -> None:
@@ -108,23 +131,3 @@ def test_loras_are_off_outside_of_formation(base: Base) -> None:
         assert base.model(**inputs).logits.equal(plain)
         base.generate(*QUESTIONS)
         assert base.model(**inputs).logits.equal(plain)
-
-
-@pytest.mark.parametrize("how", ["inject", "add_adapter", "get_peft_model"])
-def test_adapters_of_the_users_own_are_refused(how: str) -> None:
-    base = tied()
-    settings = LoraConfig(r=2, target_modules=["q_proj"])
-    model: Any = base.model
-    if how == "inject":
-        inject_adapter_in_model(settings, model)
-    elif how == "add_adapter":
-        try:
-            model.add_adapter(settings)
-        except ValueError as error:  # a transformers release that asks for a peft not yet released
-            pytest.skip(str(error))
-    else:
-        base.model = get_peft_model(model, settings)
-    before = [(name, id(module)) for name, module in model.named_modules()]
-    with pytest.raises(AttachError, match=r"already carries a peft adapter: merge it first"):
-        base.attach()
-    assert [(name, id(module)) for name, module in model.named_modules()] == before

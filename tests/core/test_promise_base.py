@@ -118,7 +118,7 @@ def test_detached_as_it_was(any_base: Base, settings: MemoryConfig) -> None:
     memory = any_base.attach(settings)
     assert not any(own.requires_grad for own in parameters)
     any_base.generate(QUESTIONS[0])
-    assert same(before["weights"], [own for name, own in any_base.model.state_dict().items() if "lora" not in name])
+    assert same(before["weights"], list(any_base.model.state_dict().values()))
     memory.detach()
     after = photograph(any_base)
     assert [part for part in before if not same(before[part], after[part])] == []
@@ -129,9 +129,13 @@ def test_detached_as_it_was(any_base: Base, settings: MemoryConfig) -> None:
 def test_what_is_saved_while_attached_is_the_base(any_base: Base, tmp_path: Path) -> None:
     model = any_base.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = {name: id(module) for name, module in model.named_modules()}
+    parameters = {name: id(own) for name, own in model.named_parameters()}
     memory = any_base.attach(config(policy=PolicyConfig("lora", rank=4)))
-    assert any("lora" in name for name, _ in model.named_parameters())
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+    assert {name: id(own) for name, own in model.named_parameters()} == parameters
     assert list(model.state_dict()) == list(before)
+    assert not model.load_state_dict(model.state_dict()).missing_keys
     model.save_pretrained(tmp_path)
     saved = type(model).from_pretrained(tmp_path, dtype=torch.float32).state_dict()
     assert saved.keys() == before.keys()

@@ -1,15 +1,23 @@
-"""LoRA adapters on a tower of a live model: put in by peft, switched on for single calls, taken out without trace."""
+"""LoRA adapters beside a live model: peft's own layers, applied by hooks, switched on for single calls.
+
+Nothing is put into the model. A forward hook on each target adds what the adapter makes of its input, and does nothing
+where the adapter is off. So the model's modules, parameters and ``state_dict`` are its own at any time, and other
+adapters, of peft or of whatever kind, act and are saved, merged and removed as if there were none of ours.
+
+Which adapters are on belongs to the thread or task that switched them (a context variable), not to the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vismem_core.errors import AttachError
 
@@ -17,106 +25,59 @@ from vismem_core.errors import AttachError
 class Adapter:
     """One named LoRA over the linear layers of ``model`` whose names match ``targets``; off until :meth:`on`.
 
-    peft's own switches (``set_adapter``, ``disable_adapters``) also flip ``requires_grad``, which would freeze what
-    is being trained; so each layer's switch is set directly. The switch belongs to the model, not to a thread.
-
     Args:
-        model: the whole model, so that peft sees how it was quantised.
+        model: the whole model.
         targets: regular expression over full module names.
 
     Raises:
-        AttachError: if the targets are no linear layers, or the model already carries a peft adapter.
+        AttachError: if the targets are no linear layers.
     """
 
     def __init__(self, model: nn.Module, name: str, targets: str, rank: int, alpha: int, dropout: float) -> None:
-        taken = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-        if any(not _ours(model.get_submodule(path)) for path in taken):
-            raise AttachError(f"{taken[0]} already carries a peft adapter: merge it first (merge_and_unload)")
-        self._model, self.name = model, f"vismem_{name}"
-        self._state: RemovableHandle | None = None
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        configs = vars(model).pop("peft_config", None)  # peft keeps a list of adapters here; ours is not part of it
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
-        try:
-            inject_adapter_in_model(config, model, adapter_name=self.name)
-        except Exception as error:
-            self.layers = self._wrapped()
-            self.eject()
-            reason = " ".join(str(error).split())
-            raise AttachError(f"the LoRA targets {targets!r} do not fit this model: {reason}") from error
-        finally:
-            vars(model).pop("peft_config", None)
-            if configs is not None:
-                model.peft_config = configs
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-        self.layers = self._wrapped()
-        for weight in self.parameters().values():
-            weight.data = weight.data.float()  # small updates survive whatever the base's precision
-        self._state = self._left_out()
-        self._switch(off=True)
+        found = {path: module for path, module in model.named_modules() if re.fullmatch(targets, path)}
+        odd = next((path for path, own in found.items() if not _linear(own)), None)
+        if odd is not None or not found:
+            why = f"{odd} is a {type(found[odd]).__name__}" if odd is not None else "no module has such a name"
+            raise AttachError(f"the LoRA targets {targets!r} do not fit this model: {why}")
+        self.name = f"vismem_{name}"
+        self.layers = _lora_layers(found, self.name, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout))
+        self._handles = [own.register_forward_hook(_Hook(self, path)) for path, own in found.items()]
         self.train(False)
-
-    def _left_out(self) -> RemovableHandle:
-        """From now on ``model.state_dict`` gives the base's own, and so ``save_pretrained`` writes the base."""
-
-        def leave_out(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-            tensors = list(state.items())
-            state.clear()
-            for name, tensor in tensors:
-                path, matrix, _ = name.removeprefix(prefix).partition(".lora_")
-                if matrix and path in self.layers:
-                    continue
-                path, _, rest = name.removeprefix(prefix).partition(".base_layer.")
-                state[f"{prefix}{path}.{rest}" if path in self.layers else name] = tensor
-
-        return self._model.register_state_dict_post_hook(leave_out)  # type: ignore[no-any-return]
-
-    def _wrapped(self) -> dict[str, BaseTunerLayer]:
-        return {
-            path: module
-            for path, module in self._model.named_modules()
-            if isinstance(module, BaseTunerLayer) and self.name in module._get_available_adapters()
-        }
-
-    def _switch(self, *, off: bool) -> None:
-        for layer in self.layers.values():
-            layer._disable_adapters = off
-            layer._active_adapter = [self.name]  # peft made the adapter put in last the active one everywhere
 
     @contextmanager
     def on(self, tokens: slice | None = None) -> Iterator[None]:
-        """Apply the adapter to every forward pass inside the context, and no other that shares its layers.
+        """Apply the adapter to every forward pass inside the context, and no other of ours.
 
         Contexts may be nested: the innermost one counts. With ``tokens`` several count, each for its own.
 
         Args:
             tokens: of a packed sequence (1, M, d), the ones it applies to; by default all.
         """
-        before = {path: (layer._disable_adapters, layer._active_adapter) for path, layer in self.layers.items()}
-        with ExitStack() as stack:
-            self._switch(off=tokens is not None)
-            if tokens is not None:
-                for path in self.layers:
-                    handle = self._model.get_submodule(path).register_forward_hook(self._add(tokens))
-                    stack.callback(handle.remove)
-            try:
-                yield
-            finally:
-                for path, layer in self.layers.items():
-                    layer._disable_adapters, layer._active_adapter = before[path]
+        others = {} if tokens is None else {own: part for own, part in _ON.get().items() if part is not None}
+        before = _ON.set({**others, self: tokens})
+        try:
+            yield
+        finally:
+            _ON.reset(before)
 
-    def _add(self, tokens: slice) -> Callable[[Any, Any, Tensor], Tensor]:
-        """What peft's layer adds to its output, for some tokens."""
+    def added(self, path: str, states: Tensor, output: Tensor) -> Tensor:
+        """What a layer's output becomes where the adapter is on.
 
-        def add(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            down, up = layer.lora_A[self.name], layer.lora_B[self.name]
-            own = layer.lora_dropout[self.name](args[0][:, tokens].to(down.weight.dtype))
-            output = output.clone()
-            output[:, tokens] += (up(down(own)) * layer.scaling[self.name]).to(output.dtype)
-            return output
-
-        return add
+        Args:
+            states, output: of the layer, (.., d_in) and (.., d_out).
+        """
+        layer, tokens = self.layers[path], _ON.get()[self]
+        down, up = layer.lora_A[self.name], layer.lora_B[self.name]
+        if down.weight.device != states.device:  # the model was moved after it was given memory
+            layer.to(states.device)
+        own = states if tokens is None else states[:, tokens]
+        made = up(down(layer.lora_dropout[self.name](own.to(down.weight.dtype)))) * layer.scaling[self.name]
+        if tokens is None:
+            whole: Tensor = output + made
+            return whole.to(output.dtype)
+        output = output.clone()
+        output[:, tokens] += made.to(output.dtype)
+        return output
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors by name, such as ``layers.0.self_attn.q_proj.lora_A``."""
@@ -129,18 +90,60 @@ class Adapter:
     def train(self, mode: bool) -> None:
         """Switch the adapter's own dropout; the base model's mode is left alone."""
         for layer in self.layers.values():
-            layer.lora_dropout[self.name].train(mode)  # type: ignore[attr-defined]
+            layer.lora_dropout[self.name].train(mode)
 
     def eject(self) -> None:
-        """Put the original layers back, the very same objects."""
-        for path, layer in self.layers.items():
-            parent, _, child = path.rpartition(".")
-            setattr(self._model.get_submodule(parent), child, layer.get_base_layer())
-        self.layers = {}
-        if self._state:
-            self._state.remove()
+        """Take the hooks off; the model then has no trace of the adapter."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
-def _ours(layer: nn.Module) -> bool:
-    assert isinstance(layer, BaseTunerLayer)
-    return all(name.startswith("vismem_") for name in layer._get_available_adapters())
+_ON: ContextVar[Mapping[Adapter, slice | None]] = ContextVar("vismem_adapters_on", default={})  # noqa: B039 - never written
+"""The adapters that are on here, and for which tokens."""
+
+
+class _Hook:
+    """The forward hook on one layer."""
+
+    def __init__(self, adapter: Adapter, path: str) -> None:
+        self.adapter, self.path = adapter, path
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return self.adapter.added(self.path, args[0], output) if self.adapter in _ON.get() else None
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return self  # a copy of the model is no other model's memory
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # and a stored one has none
+
+
+def _nothing() -> Any:
+    return lambda layer, args, output: None
+
+
+def _linear(layer: nn.Module) -> bool:
+    """Whether it maps vectors of one width to another's, quantised or wrapped as it may be."""
+    return all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
+
+
+def _lora_layers(found: Mapping[str, nn.Module], name: str, config: LoraConfig) -> dict[str, Any]:
+    """peft's LoRA layers for linear layers of these shapes, in fp32 on their devices, and without what they wrap.
+
+    peft makes them for layers of a model, so it is given blank ones, whose memory is never touched.
+    """
+    keys = {path: f"at{number}" for number, path in enumerate(found)}
+    blank = {
+        keys[path]: nn.utils.skip_init(nn.Linear, own.in_features, own.out_features, bias=False)
+        for path, own in found.items()
+    }
+    config.target_modules = list(blank)
+    made: Any = inject_adapter_in_model(config, nn.ModuleDict(blank), adapter_name=name)
+    layers = {}
+    for path, own in found.items():
+        layer = made[keys[path]]
+        layer.base_layer = nn.Identity()
+        device = next((weight.device for weight in own.parameters()), torch.device("cpu"))
+        layers[path] = layer.to(device, torch.float32)  # small updates survive whatever the base's precision
+    return layers

@@ -26,6 +26,8 @@ from vismem_core.plugins import registry
 
 WEIGHTS, ABOUT = "memory.safetensors", "vismem.json"
 FORMAT = 1
+FOREIGN = re.compile(r"\.(lora|ia3)_")
+"""Names of parameters that are an adapter's, and not the base's."""
 STAGED = re.compile(r"\..+\.\d+")
 """Names of files that are not in their place yet."""
 
@@ -111,7 +113,8 @@ def fingerprint(backbone: Backbone) -> str:
     Weights published in bf16 have the same one in any precision: fp32 and fp16 hold their values exactly, but for the
     tiny ones that fp16 rounds, which count as zero.
     """
-    tensors = {name: tensor for name, tensor in backbone.model.named_parameters() if tensor.ndim == 1}
+    own = ((name, tensor) for name, tensor in backbone.model.named_parameters() if not FOREIGN.search(name))
+    tensors = {name: tensor for name, tensor in own if tensor.ndim == 1}
     tensors["embeddings"] = backbone.embeddings.weight[:64]
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

@@ -85,9 +85,8 @@ class Base:
         return memory
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the base's own weights by their names without memory."""
-        state = self.model.state_dict()
-        return {name.replace(".base_layer", ""): own.clone() for name, own in state.items() if "lora_" not in name}
+        """Copies of the base's own weights."""
+        return {name: own.clone() for name, own in self.model.state_dict().items()}
 
     def inputs(self, *questions: Question) -> Any:
         """What ``generate`` takes, for prompts of different lengths."""

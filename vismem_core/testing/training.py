@@ -83,7 +83,7 @@ class Training(Contract):
         assert not odd, f"{odd} changed and does not train in this stage"
         now = base.weights()
         assert [name for name in weights if not now[name].equal(weights[name])] == [], "the base's weights changed"
-        graded = [name for name, own in base.model.named_parameters() if own.grad is not None and "lora_" not in name]
+        graded = [name for name, own in base.model.named_parameters() if own.grad is not None]
         assert not graded, f"{graded} of the base got a gradient"
 
     @holds(
