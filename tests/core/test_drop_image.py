@@ -80,7 +80,7 @@ def test_columns_are_given_up_where_no_row_needs_them(questions: Any) -> None:
     inputs = base.inputs(*questions)
     free = (inputs["attention_mask"] == 0).sum(1) + inputs["input_ids"].eq(token).sum(1)
     whole = base.generate(*questions).past_key_values.get_seq_length()
-    base.model.vismem_memory.detach()
+    base.model.vismem_memory.memory.detach()
     memory = forgetful(base, "schedule:1=short")
     cache = base.generate(*questions).past_key_values
     assert len(memory.trace) == len(questions)

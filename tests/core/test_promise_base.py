@@ -34,7 +34,7 @@ def photograph(base: Base) -> dict[str, Any]:
         "backend": id(tokenizer._tokenizer),
         "vocabulary": tokenizer.get_vocab(),
         "length": len(tokenizer),
-        "generate": model.generate.__func__,
+        "generate": getattr(model.generate, "__func__", type(model.generate)),
     }
 
 

@@ -21,6 +21,14 @@ from torch import Tensor, nn
 
 from vismem_core.errors import AttachError
 
+FOREIGN = re.compile(r"\.(lora|ia3)_")
+"""Names of parameters that are somebody's adapter, and not the model's own."""
+
+
+def foreign(name: str) -> bool:
+    """Whether a parameter of a model, by its name, is part of an adapter that peft put into it."""
+    return FOREIGN.search(name) is not None
+
 
 class Adapter:
     """One named LoRA over the linear layers of ``model`` whose names match ``targets``; off until :meth:`on`.

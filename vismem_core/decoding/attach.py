@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from vismem_core.base.backbone import Backbone
@@ -31,7 +32,8 @@ def attach(
     """Give a model latent vision memory: its ordinary ``generate`` invokes it from now on.
 
     Args:
-        model: a loaded vision-language model; its weights are not written.
+        model: a loaded vision-language model, also inside a ``PeftModel`` or of ``torch.compile``; its weights are
+            not written. Adapters of its own act when memory is formed, as they do elsewhere.
         processor: its processor.
         source: folder or hub id of a trained memory; without it memory is untrained.
         config: its settings; by default those that a trained memory was saved with, or else :class:`MemoryConfig`'s.
@@ -50,7 +52,8 @@ def attach(
         raise AttachError(
             f"attach(model, processor): the processor has a tokenizer, {type(processor).__name__} has none"
         )
-    if ATTRIBUTE in vars(model):
+    model = _inside(model)
+    if vars(model).get(ATTRIBUTE) is not None:
         raise AttachError("this model has memory attached already: memory.detach() first")
     away = next((name for name, own in model.named_parameters() if own.is_meta), None)
     if away is not None:
@@ -83,3 +86,14 @@ def put_on(backbone: Backbone, config: MemoryConfig) -> Memory:
         memory.detach()
         raise
     return memory
+
+
+def _inside(model: Any) -> Any:
+    """The model of transformers inside what peft and ``torch.compile`` put around it."""
+    while True:
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
+        elif isinstance(inner := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model

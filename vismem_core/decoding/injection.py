@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,12 +32,13 @@ class InjectionHook:
         self._had_own_generate = "generate" in vars(model)
         teach(self.tokenizer, memory.tokens.first)
         self._handles = memory.tokens.lay_over(memory.backbone.embeddings)
-        model.generate = self.generate
-        vars(model)[ATTRIBUTE] = memory
+        model.generate = _Generate(self)
+        vars(model)[ATTRIBUTE] = _Known(memory)
 
     def remove(self) -> None:
         """Put everything back: the same objects, flags and vocabulary as before. A second call does nothing."""
-        if vars(self.model).get(ATTRIBUTE) is not self.memory:
+        known = vars(self.model).get(ATTRIBUTE)
+        if known is None or known.memory is not self.memory:
             return
         for handle in self._handles:
             handle.remove()
@@ -91,3 +93,30 @@ class InjectionHook:
             [*(named.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)]
         )
         return named | {"stop_strings": None, "stopping_criteria": criteria}
+
+
+class _Generate:
+    """``model.generate`` while memory is attached; copied or stored with the model, it is the class's own again."""
+
+    def __init__(self, hook: InjectionHook) -> None:
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.hook.generate(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _own_generate, (self.hook.model,)
+
+
+class _Known:
+    """How a model knows its memory; a copy of the model has none."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _own_generate(model: Any) -> Any:
+    return MethodType(type(model).generate, model)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vismem_core.base.adapters import foreign
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.embedded import embedded
 from vismem_core.config import MemoryConfig, from_dict, to_dict
@@ -26,8 +27,6 @@ from vismem_core.plugins import registry
 
 WEIGHTS, ABOUT = "memory.safetensors", "vismem.json"
 FORMAT = 1
-FOREIGN = re.compile(r"\.(lora|ia3)_")
-"""Names of parameters that are an adapter's, and not the base's."""
 STAGED = re.compile(r"\..+\.\d+")
 """Names of files that are not in their place yet."""
 
@@ -113,12 +112,12 @@ def fingerprint(backbone: Backbone) -> str:
     Weights published in bf16 have the same one in any precision: fp32 and fp16 hold their values exactly, but for the
     tiny ones that fp16 rounds, which count as zero.
     """
-    own = ((name, tensor) for name, tensor in backbone.model.named_parameters() if not FOREIGN.search(name))
-    tensors = {name: tensor for name, tensor in own if tensor.ndim == 1}
+    own = ((name, tensor) for name, tensor in backbone.model.named_parameters() if not foreign(name))
+    tensors = {name.replace(".base_layer", ""): tensor for name, tensor in own if tensor.ndim == 1}
     tensors["embeddings"] = backbone.embeddings.weight[:64]
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(name.replace(".base_layer", "").encode())
+        digest.update(name.encode())
         rounded = tensor.detach().to("cpu", torch.bfloat16)
         rounded = rounded.where(rounded.abs() >= 2.0**-16, 0)
         digest.update(rounded.contiguous().view(torch.int16).numpy().tobytes())

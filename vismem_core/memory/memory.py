@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from vismem_core.base.adapters import Adapter
+from vismem_core.base.adapters import Adapter, foreign
 from vismem_core.base.backbone import Backbone
 from vismem_core.config import KINDS, Kind, MemoryConfig
 from vismem_core.errors import AttachError
@@ -61,7 +61,8 @@ class Memory(nn.Module):
         builder = registry("query_builders").get(config.query.builder)(backbone.width, config.query)
         self.builder: QueryBuilder = builder.to(backbone.device)
         # From here on the model changes, and whatever fails puts it back.
-        self._flags = [(parameter, parameter.requires_grad) for parameter in backbone.model.parameters()]
+        base = [parameter for name, parameter in backbone.model.named_parameters() if not foreign(name)]
+        self._flags = [(parameter, parameter.requires_grad) for parameter in base]
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
         try:

@@ -84,20 +84,34 @@ class MemoryTokens(nn.Module):
 
     def lay_over(self, embeddings: nn.Module) -> list[Any]:
         """Hooks that give the four ids their vectors; remove the handles to take them off."""
-        seen: list[Tensor] = []
+        over = _Overlay(self)
+        return [embeddings.register_forward_pre_hook(over.before), embeddings.register_forward_hook(over.after)]
 
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            ids = args[0]
-            seen[:] = [ids]
-            return (ids.where(~self.contains(ids), 0), *args[1:])
 
-        def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            ids = seen.pop()
-            mine = self.contains(ids)
-            vectors = self.vectors(ids.where(mine, self.first), output)
-            return torch.where(mine[..., None].to(output.device), vectors, output)
+class _Overlay:
+    """The hooks on an embedding. Copied or stored with a model, they do nothing: the copy has no memory."""
 
-        return [embeddings.register_forward_pre_hook(before), embeddings.register_forward_hook(after)]
+    def __init__(self, tokens: MemoryTokens | None) -> None:
+        self.tokens = tokens
+        self._seen: list[Tensor] = []
+
+    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.tokens is None:
+            return None
+        ids = args[0]
+        self._seen[:] = [ids]
+        return (ids.where(~self.tokens.contains(ids), 0), *args[1:])
+
+    def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if self.tokens is None:
+            return None
+        ids = self._seen.pop()
+        mine = self.tokens.contains(ids)
+        vectors = self.tokens.vectors(ids.where(mine, self.tokens.first), output)
+        return torch.where(mine[..., None].to(output.device), vectors, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Overlay, (None,)
 
 
 def _perturbed(row: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ class Unchanged(Contract):
             assert after[:, : before.shape[1]].equal(before), f"its logits differ at step {step}"
 
     @holds(
-        "promise 1: memory must not change the base's weights and modules, and detach() must restore flags and vocabulary",
+        "promise 1: memory must not change weights and modules of the base, and detach() must restore its flags and "
+        "vocabulary",
         "vismem_core.memory.memory.Memory.detach",
     )
     def test_detached_as_it_was(self) -> None:
