@@ -171,8 +171,9 @@ def attached(trigger: str | Trigger, builder: str = "encoder", context: str = "c
         )
         memory = vismem.attach(bench.model, bench.processor, config=config)
         memory.tokens.head.data.zero_()
-        memory.trigger, memory.enabled = trigger, not off
-        yield memory
+        memory.trigger = trigger
+        with memory.off() if off else nullcontext():
+            yield memory
         memory.detach()
 
     return variant

@@ -16,6 +16,7 @@ from vismem_core.memory.trace import Trace
 
 from .loop import Decoder
 from .session import Session
+from .turn import TURN
 
 ATTRIBUTE = "vismem_memory"
 """The attribute by which a model knows its memory."""
@@ -31,7 +32,12 @@ class InjectionHook:
         self._generate = model.generate
         self._had_own_generate = "generate" in vars(model)
         teach(self.tokenizer, memory.tokens.first)
-        self._handles = memory.tokens.lay_over(memory.backbone.embeddings)
+        gate = _Gate(True)
+        self._handles = [
+            *memory.tokens.lay_over(memory.backbone.embeddings),
+            model.register_forward_pre_hook(gate.enter, prepend=True),
+            model.register_forward_hook(gate.leave, always_call=True),
+        ]
         model.generate = _Generate(self)
         vars(model)[ATTRIBUTE] = _Known(memory)
 
@@ -50,7 +56,14 @@ class InjectionHook:
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """``model.generate`` with memory; same arguments, same results."""
+        """``model.generate`` with memory; same arguments, same results.
+
+        Calls from several threads take turns: what listens to the model while memory is formed hears all of it.
+        """
+        with TURN.call():
+            return self._called(*args, **kwargs)
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
         memory = self.memory
         memory.trace = Trace()
         named = dict(zip(inspect.signature(self._generate).parameters, args, strict=False)) | kwargs
@@ -68,7 +81,7 @@ class InjectionHook:
 
     def decode(self, decoder: Decoder, **arguments: Any) -> Any:
         """The base's ``generate`` with another decoding loop, whose session listens from the prefill on."""
-        with decoder.session.listen():
+        with TURN.call(), decoder.session.listen():
             return self._generate(**arguments, custom_generate=decoder)
 
     def _check(self, named: dict[str, Any]) -> None:
@@ -106,6 +119,24 @@ class _Generate:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _own_generate, (self.hook.model,)
+
+
+class _Gate:
+    """Hooks on the model: a pass of its own, by another thread, waits until a call with memory is over."""
+
+    def __init__(self, attached: bool) -> None:
+        self.attached = attached
+
+    def enter(self, model: Any, args: Any) -> None:
+        if self.attached:
+            TURN.enter()
+
+    def leave(self, model: Any, args: Any, output: Any) -> None:
+        if self.attached:
+            TURN.leave()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Gate, (False,)
 
 
 class _Known:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,32 +32,40 @@ ROOM = 3
 """Ids an invocation needs before ``max_length``: its two tokens and one that can profit from it."""
 
 
+@dataclass(frozen=True)
+class Switches:
+    """What :meth:`Memory.triggered`, :meth:`Memory.replaced` and :meth:`Memory.off` change."""
+
+    trigger: Trigger
+    replacement: Replacement | None = None
+    enabled: bool = True
+
+
 class Memory(nn.Module):
     """Latent vision memory on one model; made by :func:`vismem_core.attach`.
 
     Attributes:
         config: its settings.
-        enabled: with False, ``generate`` is the base model's own.
         hook: what stands between the model's ``generate`` and memory (:mod:`vismem_core.decoding.injection`).
         tokens, builder, short, long: the four tokens, the query builder B and the formers F_s and F_l.
         policy: the policy's own LoRA, if it has one.
-        trace: the invocations of the last ``generate`` call.
-        replacement: what enters instead of latents that were formed; see :mod:`vismem_core.memory.controls`.
     """
 
     def __init__(self, backbone: Backbone, config: MemoryConfig) -> None:
         super().__init__()
         vars(self)["_backbone"] = backbone  # it holds the base model, which is no part of this module
-        self.config, self.trace = config, Trace()
-        self.replacement: Replacement | None = None
-        self.enabled, self.hook = True, cast(Any, None)
+        self.config, self.hook = config, cast(Any, None)
+        self._usual = Switches(triggers.parse(config.trigger))
+        # What one thread or task switches is not seen by another.
+        self._here: ContextVar[Switches | None] = ContextVar("vismem_switches", default=None)
+        self._traced: ContextVar[Trace | None] = ContextVar("vismem_trace", default=None)
+        self._last_trace = Trace()
         self.policy: Adapter | None = None
         tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
         ids = delimiter_ids(tokenizer, config.delimiters)
         if not ids:
             raise AttachError(f"the tokenizer has none of the delimiters {config.delimiters}: set memory.delimiters")
         self.delimiters = frozenset(ids)
-        self.active_trigger = triggers.parse(config.trigger)
         first = first_id(tokenizer, max(_rows(backbone.embeddings), _rows(backbone.head)))
         self.tokens = MemoryTokens.like(ids[0], backbone.embeddings, backbone.head, first).to(backbone.device)
         builder = registry("query_builders").get(config.query.builder)(backbone.width, config.query)
@@ -112,41 +122,64 @@ class Memory(nn.Module):
 
     @property
     def trigger(self) -> str:
-        """Who decides about invocations; assign a spec such as ``"random:0.5"`` to change it."""
+        """Who decides about invocations; assign a spec such as ``"random:0.5"`` to change it for all callers."""
         return self.active_trigger.spec
 
     @trigger.setter
     def trigger(self, spec: str | Trigger) -> None:
-        self.active_trigger = spec if isinstance(spec, Trigger) else triggers.parse(spec)
+        self._usual = replace(self._usual, trigger=_parsed(spec))
+
+    @property
+    def active_trigger(self) -> Trigger:
+        """The trigger here: of :meth:`triggered`, or else :attr:`trigger`."""
+        return self._switches.trigger
+
+    @property
+    def enabled(self) -> bool:
+        """False where memory is :meth:`off`."""
+        return self._switches.enabled
+
+    @property
+    def replacement(self) -> Replacement | None:
+        """What enters instead of latents that were formed, here; see :meth:`replaced`."""
+        return self._switches.replacement
+
+    @property
+    def trace(self) -> Trace:
+        """The invocations of the caller's last ``generate`` call: of this thread or task, or else of any."""
+        own = self._traced.get()
+        return self._last_trace if own is None else own
+
+    @trace.setter
+    def trace(self, trace: Trace) -> None:
+        self._last_trace = trace
+        self._traced.set(trace)
+
+    @property
+    def _switches(self) -> Switches:
+        return self._here.get() or self._usual
 
     @contextmanager
-    def triggered(self, spec: str | Trigger) -> Iterator[None]:
+    def _switched(self, **values: Any) -> Iterator[None]:
+        """Other switches inside the context, for the thread or task that entered it."""
+        before = self._here.set(replace(self._switches, **values))
+        try:
+            yield
+        finally:
+            with suppress(ValueError):  # a generator that is closed elsewhere has nothing to put back there
+                self._here.reset(before)
+
+    def triggered(self, spec: str | Trigger) -> AbstractContextManager[None]:
         """Another trigger inside the context."""
-        before = self.active_trigger
-        self.trigger = spec
-        try:
-            yield
-        finally:
-            self.active_trigger = before
+        return self._switched(trigger=_parsed(spec))
 
-    @contextmanager
-    def replaced(self, how: str | Replacement) -> Iterator[None]:
+    def replaced(self, how: str | Replacement) -> AbstractContextManager[None]:
         """Other vectors in the latents' places inside the context: ``noise``, ``zero``, ``repeated`` or a function."""
-        before = self.replacement
-        self.replacement = REPLACEMENTS[how] if isinstance(how, str) else how
-        try:
-            yield
-        finally:
-            self.replacement = before
+        return self._switched(replacement=REPLACEMENTS[how] if isinstance(how, str) else how)
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
+    def off(self) -> AbstractContextManager[None]:
         """The base model, exactly, inside the context."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield
-        finally:
-            self.enabled = before
+        return self._switched(enabled=False)
 
     @contextmanager
     def acting(self, tokens: slice | None = None) -> Iterator[None]:
@@ -199,3 +232,7 @@ class Memory(nn.Module):
 
 def _rows(layer: nn.Module) -> int:
     return int(layer.weight.shape[0])  # type: ignore[index]
+
+
+def _parsed(spec: str | Trigger) -> Trigger:
+    return spec if isinstance(spec, Trigger) else triggers.parse(spec)
