@@ -70,6 +70,14 @@ def test_the_python_runs(place: Path) -> None:
     assert "Invocation(" in ran.stdout or "[]" in ran.stdout
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *map(str, (ROOT / "docs").rglob("*.md"))])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8"))
+    lost = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert lost == []
+
+
 def test_ci_installs_and_tests_as_the_readme_says() -> None:
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     others = [words for words in commands() if words[0] in ("pip", "pytest")]
