@@ -12,6 +12,7 @@ import pytest
 import torch
 from bases import tied
 from launch import launch
+from runs import run
 from safetensors.torch import load_file
 from samples import SAMPLES
 
@@ -40,17 +41,20 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from test_run import run
-run(Path(sys.argv[1]), sys.argv[2:])
+from test_processes import SETTINGS, one
+for objective in SETTINGS:
+    one(Path(sys.argv[1]) / objective, objective, 2)
 """
+"""What each of two processes does: all objectives one after the other, since starting takes longest."""
 
 
-def run(output: Path, processes: int, batch: int, objective: str) -> None:
+def one(output: Path, objective: str, batch: int) -> None:
+    """This process's part of a run."""
     sizes = [
         f"train.{'' if objective == 'sft' else 'grpo.'}{stage}.batch={batch}" for stage in ("formation", "invocation")
     ]
     plain = ["memory.short.dropout=0", "memory.long.dropout=0"]  # two processes draw other dropout than one
-    launch([sys.executable, "-c", WORKER, str(output), *SETTINGS[objective], *sizes, *plain], processes)
+    run(output, [*SETTINGS[objective], *sizes, *plain])
 
 
 @pytest.mark.parametrize(
@@ -87,19 +91,20 @@ def test_work_is_dealt_evenly(count: int) -> None:
         assert sorted((max(part) for part in parts), reverse=True) == lengths[:count]
 
 
-@pytest.mark.parametrize("objective", SETTINGS)
-def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, objective: str) -> None:
-    run(tmp_path / "two", 2, 2, objective)
-    run(tmp_path / "one", 1, 4, objective)
-    two, one = (load_file(tmp_path / name / "memory.safetensors") for name in ("two", "one"))
-    for name, expected in one.items():
+def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    launch([sys.executable, "-c", WORKER, str(tmp_path / "two")], 2)
+    for objective in SETTINGS:
+        one(tmp_path / "one" / objective, objective, 4)
+        same(objective, *(tmp_path / name / objective for name in ("two", "one")))
+
+
+def same(objective: str, *runs: Path) -> None:
+    two, alone = (load_file(place / "memory.safetensors") for place in runs)
+    for name, expected in alone.items():
         torch.testing.assert_close(
-            two[name], expected, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            two[name], expected, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{objective}, {name}: {text}"
         )
-    rows = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("two", "one")
-    ]
+    rows = [[json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in runs]
     assert len(rows[0]) == len(rows[1]) > 0
     assert objective != "grpo" or any(row["resampled"] for row in rows[0])
     assert objective != "dealt" or all(row["choices"] for row in rows[0])
@@ -107,4 +112,4 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, objective: s
         assert ours.keys() == theirs.keys()
         for figure, value in theirs.items():
             expected = value if isinstance(value, str | bool) else pytest.approx(value, abs=1e-4, rel=1e-3)
-            assert ours[figure] == expected, figure
+            assert ours[figure] == expected, (objective, figure)
