@@ -17,6 +17,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import vismem_core as vismem
+from vismem_core.errors import AttachError
 from vismem_core.memory.memory import Memory
 from vismem_plugins.mini import path as shipped
 
@@ -161,3 +162,14 @@ def test_copies_are_the_plain_model_and_can_have_memory_of_their_own(way: Any) -
     assert not copied.generate(*QUESTIONS).sequences.equal(plain.sequences)
     other.detach()
     memory.detach()
+
+
+@pytest.mark.parametrize("name", ["generate_batch", "continuous_batching_context_manager"])
+def test_continuous_batching_is_refused_by_name(name: str) -> None:
+    base = tied()
+    own = getattr(base.model, name)
+    memory = base.attach()
+    with pytest.raises(AttachError, match=rf"memory does not work with {name}\(\): use generate\(\)"):
+        getattr(base.model, name)([[1, 2]])
+    memory.detach()
+    assert getattr(base.model, name) == own

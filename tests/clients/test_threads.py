@@ -150,6 +150,17 @@ def test_switches_belong_to_who_entered_them() -> None:
     assert seen == [False]
 
 
+def test_a_result_carries_its_own_trace() -> None:
+    base = tied()
+    memory = base.attach(config(trigger="schedule:0=short"))
+    first = base.generate(QUESTIONS[0])
+    with memory.triggered("schedule:0=long,4=short"):
+        second = base.generate(QUESTIONS[0])
+    assert [own.kind for own in first.memory.invocations] == ["short"]
+    assert [own.kind for own in second.memory.invocations] == ["long", "short"]
+    assert memory.trace is second.memory
+
+
 def test_a_pass_of_the_model_waits_for_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     base = tied()
     memory = base.attach(config(trigger="schedule:0=short"))

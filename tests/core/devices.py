@@ -125,6 +125,22 @@ def test_answers_are_the_same_elsewhere(
     assert found.sequences.tolist() == expected.sequences.tolist()
 
 
+@pytest.mark.parametrize("settings", [{}, {"name": "transformer", "builder": "cross"}])
+@pytest.mark.parametrize("make", [tied, *FAMILIES])
+def test_answers_follow_a_model_that_is_moved(make: Callable[[], Base], settings: dict[str, Any]) -> None:
+    base = make()
+    memory = base.attach(config(trigger="schedule:0=long,4=short", **settings))
+    expected = base.generate(*QUESTIONS, max_new_tokens=8, min_new_tokens=8)
+    with devices():
+        base.model.to("far:0")
+        found = base.generate(*QUESTIONS, max_new_tokens=8, min_new_tokens=8)
+        assert {own.device.type for own in memory.trained().values()} == {"far"}
+        base.model.to("cpu")
+        again = base.generate(*QUESTIONS, max_new_tokens=8, min_new_tokens=8)
+    assert found.sequences.device.type == "far"
+    assert found.sequences.tolist() == expected.sequences.tolist() == again.sequences.tolist()
+
+
 @pytest.mark.parametrize("start", STAGES.values(), ids=STAGES)
 @pytest.mark.parametrize(
     ("settings", "place"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers.utils import ModelOutput
 
 from vismem_core.errors import AttachError
 from vismem_core.memory.memory import Memory
@@ -18,6 +19,8 @@ from .loop import Decoder
 from .session import Session
 from .turn import TURN
 
+BATCHED = ("generate_batch", "continuous_batching_context_manager", "init_continuous_batching")
+"""Methods that generate by a loop and a cache of transformers' own, for many requests at once."""
 ATTRIBUTE = "vismem_memory"
 """The attribute by which a model knows its memory."""
 
@@ -39,6 +42,9 @@ class InjectionHook:
             model.register_forward_hook(gate.leave, always_call=True),
         ]
         model.generate = _Generate(self)
+        self._batched = [name for name in BATCHED if hasattr(model, name) and name not in vars(model)]
+        for name in self._batched:
+            setattr(model, name, _Refused(memory, name))
         vars(model)[ATTRIBUTE] = _Known(memory)
 
     def remove(self) -> None:
@@ -49,6 +55,8 @@ class InjectionHook:
         for handle in self._handles:
             handle.remove()
         forget(self.tokenizer)
+        for name in self._batched:
+            delattr(self.model, name)
         del self.model.generate
         if self._had_own_generate:
             self.model.generate = self._generate
@@ -75,9 +83,13 @@ class InjectionHook:
         if not memory.enabled or not (memory.active_trigger.active or told):
             return self._generate(*args, **kwargs)
         self._check(named)
+        memory.follow()
         session = Session(memory.backbone, memory.needs())
         decoder = Decoder(memory, session, memory.active_trigger, memory.trace, named.get("streamer"))
-        return self.decode(decoder, **self._stopping(named))
+        result = self.decode(decoder, **self._stopping(named))
+        if isinstance(result, ModelOutput):
+            result.memory = decoder.trace  # for callers whose calls are not in one thread or task
+        return result
 
     def decode(self, decoder: Decoder, **arguments: Any) -> Any:
         """The base's ``generate`` with another decoding loop, whose session listens from the prefill on."""
@@ -118,7 +130,23 @@ class _Generate:
         return self.hook.generate(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _own_generate, (self.hook.model,)
+        return _own_method, (self.hook.model, "generate")
+
+
+class _Refused:
+    """A way of generating that memory cannot take part in; with memory off it is the model's own."""
+
+    def __init__(self, memory: Memory, name: str) -> None:
+        self.memory, self.name = memory, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(type(self.memory.model), self.name)
+        if self.memory.enabled:
+            raise AttachError(f"memory does not work with {self.name}(): use generate(), or memory.off() for this call")
+        return own(self.memory.model, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _own_method, (self.memory.model, self.name)
 
 
 class _Gate:
@@ -149,5 +177,5 @@ class _Known:
         return type(None), ()
 
 
-def _own_generate(model: Any) -> Any:
-    return MethodType(type(model).generate, model)
+def _own_method(model: Any, name: str) -> Any:
+    return MethodType(getattr(type(model), name), model)

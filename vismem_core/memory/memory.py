@@ -60,6 +60,7 @@ class Memory(nn.Module):
         self._here: ContextVar[Switches | None] = ContextVar("vismem_switches", default=None)
         self._traced: ContextVar[Trace | None] = ContextVar("vismem_trace", default=None)
         self._last_trace = Trace()
+        self._places = (backbone.device, backbone.vision_device)
         self.policy: Adapter | None = None
         tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
         ids = delimiter_ids(tokenizer, config.delimiters)
@@ -111,6 +112,16 @@ class Memory(nn.Module):
         """What the formers want kept while a batch is decoded."""
         kinds = self.active_trigger.kinds
         return Needs.union(self.former(kind).needs for kind in kinds)
+
+    def follow(self) -> None:
+        """Go where the model is now, if it was moved after it was given memory."""
+        now = (self.backbone.device, self.backbone.vision_device)
+        if now == self._places:
+            return
+        moved = dict(zip(self._places, now, strict=True))
+        for part in self.modules():  # towers may be apart, so not all goes to one place
+            part._apply(lambda own: own.to(moved.get(own.device, own.device)), recurse=False)
+        self._places = now
 
     def __repr__(self) -> str:
         lengths = ", ".join(f"{kind} {getattr(self.config, kind).length}" for kind in KINDS)
