@@ -33,12 +33,13 @@ import vismem_core as vismem
 from vismem_core.base.embedded import embedded
 from vismem_core.base.families import find_backbone
 from vismem_core.config import FormerConfig, GrpoConfig, MemoryConfig, QueryConfig, TrainConfig
+from vismem_core.decoding.replay import read_prompts
 from vismem_core.files.samples import Sample
 from vismem_core.memory.memory import Memory
 from vismem_core.memory.trigger import Decision, Row, Trigger
 from vismem_core.training.batches import make_batch
 from vismem_core.training.invocation_grpo import InvocationGrpo
-from vismem_core.training.rollout import read_prompts, rollouts
+from vismem_core.training.rollout import rollouts
 
 SIDE = 18 * 14  # pixels; 18 x 18 patches, 2 x 2 merged: 81 visual tokens
 PER_ROW = 4

@@ -7,8 +7,9 @@ from torch import Tensor, tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vismem_core import Memory
+from vismem_core.decoding.replay import Prompts, read_prompts
 from vismem_core.training.batches import make_batch
-from vismem_core.training.rollout import Prompts, Sampling, Trajectory, read_prompts, rollouts
+from vismem_core.training.rollout import Sampling, Trajectory, rollouts
 
 
 def told(

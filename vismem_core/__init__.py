@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .memory.tokens import MemoryTokens
     from .memory.trace import Invocation, Trace
     from .memory.trigger import Trigger
+    from .training.trainable import collate, trainable
 
 _HOMES = {
     "answers.reward": ("Reward", "Written"),
@@ -42,6 +43,7 @@ _HOMES = {
     "memory.tokens": ("MemoryTokens",),
     "memory.trace": ("Invocation", "Trace"),
     "memory.trigger": ("Trigger",),
+    "training.trainable": ("collate", "trainable"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -64,6 +66,8 @@ __all__ = [
     "VismemError",
     "Written",
     "attach",
+    "collate",
+    "trainable",
 ]
 
 

@@ -17,10 +17,10 @@ from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
 from vismem_core.base import adapters
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.vision import VisionStates
+from vismem_core.decoding import loop
 from vismem_core.decoding.injection import InjectionHook
 from vismem_core.decoding.loop import Decoder
 from vismem_core.files import checkpoint
-from vismem_core.memory.memory import Memory
 from vismem_core.memory.tokens import MemoryTokens
 from vismem_core.testing import BackboneContract
 
@@ -316,7 +316,7 @@ BROKEN: list[tuple[Any, str, Any, str, str]] = [
     (Decoder, "__call__", without("stopping_criteria", length_alone), "stopping_criteria", "goes on|something else"),
     (Decoder, "__call__", without("stopping_criteria", length_alone), "end_of_turn_per_row", "=="),
     (Decoder, "_select", lambda self, scores, sample: scores.argmax(-1), "sampling", "two seeds, one answer"),
-    (Memory, "allows", lambda self, row, room: True, "latents_cost_no_tokens", r"\(4, 2\) new ids for 1"),
+    (loop, "ROOM", 0, "latents_cost_no_tokens", r"\(4, 2\) new ids for 1"),
     (Decoder, "_force", staticmethod(lambda scores, forced: scores), "latents_cost_no_tokens", "=="),
     (Decoder, "__call__", unheard, "streamer", "it got other ids"),
     (VisionStates, "assign", uncopied, "copies_see_their_prompts_images", "forms other memory"),

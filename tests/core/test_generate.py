@@ -255,11 +255,14 @@ def test_everything_in_the_dict(make: Any, rows: int) -> None:
 def test_names_of_the_tokens_in_texts() -> None:
     base = tied()
     memory = base.attach(config(trigger="schedule:0=long,4=short"))
-    plain = base.processor.tokenizer
     answers = base.generate(*QUESTIONS[:2], max_new_tokens=8, **NO_END).answers
-    for text in base.processor.batch_decode(answers):
-        assert text.startswith("<ml_I><ml_E>")
-        assert "<ms_I><ms_E>" in text
-    hidden = base.processor.batch_decode(answers, skip_special_tokens=True)
-    kept = [[token for token in row if token < memory.tokens.first] for row in answers.tolist()]
-    assert hidden == plain.batch_decode(kept, skip_special_tokens=True)
+    tokenizer = base.processor.tokenizer
+    for row in answers.tolist():
+        kept = [token for token in row if token < memory.tokens.first]
+        for skip in (True, False):
+            text = memory.decode(row, skip_special_tokens=skip)
+            assert text.startswith("<ml_I><ml_E>")
+            assert "<ms_I><ms_E>" in text
+            plain = tokenizer.decode(row, skip_special_tokens=skip)
+            assert plain == tokenizer.decode(kept, skip_special_tokens=skip)
+            assert text.replace("<ml_I><ml_E>", "").replace("<ms_I><ms_E>", "") == plain

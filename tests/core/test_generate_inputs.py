@@ -128,14 +128,18 @@ def test_a_second_turn_after_memory() -> None:
         base.model.generate(**inputs)
 
 
-def test_text_that_spells_the_tokens_is_read_as_them() -> None:
+def test_text_that_spells_the_tokens_is_text() -> None:
     base = tied()
+    question = ("a <ml_I><ml_E> b ?", [])
+    plain = base.inputs(question)["input_ids"]
     memory = base.attach()
-    inputs = base.inputs(("a <ml_I><ml_E> b ?", []))
-    assert inputs["input_ids"][inputs["input_ids"] >= memory.tokens.first].tolist() == [
+    assert base.inputs(question)["input_ids"].equal(plain)
+    ids = memory.encode("a <ml_I><ml_E> b ?")
+    assert [token for token in ids if token >= memory.tokens.first] == [
         memory.tokens.invocation("long"),
         memory.tokens.end("long"),
     ]
+    assert memory.decode(ids) == "a <ml_I><ml_E> b ?"
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

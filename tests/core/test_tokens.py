@@ -2,55 +2,44 @@
 
 from __future__ import annotations
 
-import json
+import re
 from typing import Any
 
 import pytest
 import torch
-from bases import Base, mini, tied, untied
-from tokenizers import Tokenizer, models
+from bases import Base, tied, untied
 from torch import nn
 
-from vismem_core.errors import AttachError
-from vismem_core.memory.tokens import NAMES, MemoryTokens, delimiter_ids, taught
-
-TEXTS = [
-    "what is on the left of the boot ? a bag , a coat .",
-    "naïve ☃ 你好\n\ttab  two spaces",
-    "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|> what<|im_end|>",
-    "<ms_i> <ms_ <ml_I <|vismem_unused_291|",
-    "",
-]
+from vismem_core.memory.tokens import NAMES, MemoryTokens, delimiter_ids
 
 
-@pytest.mark.parametrize("make", [tied, mini])
-@pytest.mark.parametrize("spare", [0, 1, 40])
-def test_a_taught_tokenizer_reads_everything_else_as_before(make: Any, spare: int) -> None:
-    backend = make().processor.tokenizer._tokenizer
-    state, size = backend.to_str(), 1 + max(backend.get_vocab().values())
-    first = size + spare
-    grown = taught(backend, first)
-    assert backend.to_str() == state
-    for text in TEXTS:
-        plain, informed = backend.encode(text), grown.encode(text)
-        assert informed.ids == plain.ids
-        assert informed.tokens == plain.tokens
-        assert grown.decode(plain.ids) == backend.decode(plain.ids)
-    for name, token in backend.get_vocab(with_added_tokens=True).items():
-        assert grown.token_to_id(name) == token
-        assert grown.id_to_token(token) == name
-    assert [grown.token_to_id(name) for name in NAMES] == list(range(first, first + 4))
-    assert set(grown.get_vocab().values()) == set(backend.get_vocab().values()) | set(range(size, first + 4))
-    ids = grown.encode("bag<ms_I><ms_E> a<ml_I><ml_E>").ids
-    assert [token for token in ids if token >= first] == [first, first + 2, first + 1, first + 3]
-    assert grown.decode(ids, skip_special_tokens=True) == backend.decode([token for token in ids if token < first])
-    assert Tokenizer.from_str(grown.to_str()).encode("<ms_I>").ids == [first]  # it can be saved
+@pytest.mark.parametrize(
+    "text",
+    [
+        "what is on the left of the boot ? <ms_I><ms_E> a bag <ml_I><ml_E>, a coat .",
+        "<ml_I>naïve ☃<ms_I> 你<ms_E>好\n\ttab<ml_E>  two spaces<ms_I>",
+        "<ms_i> <ms_ <ml_I <ms_I><ms_I>",
+        "",
+    ],
+)
+def test_texts_with_tokens_there_and_back(text: str) -> None:
+    memory = tied().attach()
+    tokenizer = memory.backbone.processor.tokenizer
+    ids = memory.encode(text)
+    assert memory.decode(ids) == text
+    plain = re.sub("<m[sl]_[IE]>", "", text)
+    assert tokenizer.decode(ids) == plain
+    assert [token for token in ids if token >= memory.tokens.first] == [
+        memory.tokens.first + NAMES.index(name) for name in re.findall("<m[sl]_[IE]>", text)
+    ]
 
 
-def test_tokenizers_whose_vocabulary_is_a_list() -> None:
-    backend = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)], unk_id=0))
-    with pytest.raises(AttachError, match="tokenizer of type Unigram"):
-        taught(backend, 9)
+def test_a_token_within_a_character() -> None:
+    memory = tied().attach()
+    ids = memory.encode("a ☃")
+    assert len(ids) > 3  # the character is several tokens
+    ids.insert(-1, memory.tokens.invocation("short"))
+    assert memory.decode(ids) == "a <ms_I>☃"
 
 
 @pytest.mark.parametrize(("spare", "make"), [(0, tied), (0, untied), (7, tied), (7, untied)])
@@ -60,11 +49,12 @@ def test_ids_begin_where_the_vocabulary_ends(spare: int, make: Any) -> None:
     memory = base.attach()
     assert memory.tokens.first == size + spare == base.model.get_input_embeddings().weight.shape[0]
     assert [memory.tokens.kind(memory.tokens.first + at) for at in range(-1, 4)] == [None, "short", "long", None, None]
-    assert len(base.processor.tokenizer) == memory.tokens.first + 4
-    assert base.processor.tokenizer.convert_tokens_to_ids(list(NAMES)) == [
+    assert len(base.processor.tokenizer) == size
+    assert memory.encode("".join(NAMES)) == [
         *(memory.tokens.invocation(kind) for kind in ("short", "long")),
         *(memory.tokens.end(kind) for kind in ("short", "long")),
     ]
+    assert memory.tokens.width == memory.tokens.first + 4
     output = base.generate(("what ?", []), max_new_tokens=6)
     assert all(own.shape[1] == memory.tokens.first + 4 for own in output.logits)
 
@@ -111,10 +101,3 @@ def test_delimiters(delimiters: tuple[str, ...], texts: list[str]) -> None:
     assert not set(ids) & set(tokenizer.all_special_ids)
     missed = set(tokenizer.get_vocab().values()) - set(ids) - set(tokenizer.all_special_ids)
     assert not any(tokenizer.decode([token]).strip(" ").endswith(delimiters) for token in missed)
-
-
-def test_vocabulary_of_a_saved_tokenizer_has_no_holes() -> None:
-    base = tied(spare=3)
-    base.attach()
-    state = json.loads(base.processor.tokenizer._tokenizer.to_str())
-    assert sorted(state["model"]["vocab"].values()) == list(range(len(state["model"]["vocab"])))

@@ -32,8 +32,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "image token in answer": ({"answer": "a <|image_pad|> bag"}, r"the answer holds <\|image_pad\|>"),
     "place of an image in answer": ({"answer": "a <image> bag"}, "the answer holds <image>"),
-    "memory token in prompt": ({"prompt": "what <ms_I> ?"}, "the prompt holds <ms_I>, a memory token"),
-    "memory token in answer": ({"answer": "a <ml_E> bag"}, "the answer holds <ml_E>, a memory token"),
+    "memory token in answer": ({"answer": "a <ml_E> bag"}, "the answer holds <ml_E>, which would be learnt as text"),
 }
 HALF = {"prompt": "'prompt' holds '\\\\ud83d', half of a character", "answer": "'answer' holds '\\\\ud83d', half of a"}
 
@@ -135,7 +134,7 @@ def test_what_is_drawn_in_place_of_a_bad_row_is_the_same_after_a_resume(
 
 def test_a_file_without_a_usable_row(tmp_path: Path) -> None:
     path = data(tmp_path / "data", *FAULTS, count=len(FAULTS))
-    with pytest.raises(DataError, match=r"q\.jsonl:1: .* \(and 6 more bad rows\)"):
+    with pytest.raises(DataError, match=rf"q\.jsonl:1: .* \(and {len(FAULTS) - 1} more bad rows\)"):
         run(tmp_path / "run", data=read(path), on_bad="skip")
     with pytest.raises(DataError, match="no usable sample is left in the data"):
         run(tmp_path / "run", data=read(path), on_bad="skip", check="lazy")
@@ -195,8 +194,8 @@ def test_the_blame_falls_on_one_row_of_a_batch(tmp_path: Path) -> None:
     assert [(own.line, Path(own.file).name) for own in out] == [(1, "q.jsonl")]
     with pytest.raises(DataError, match=r"q\.jsonl:1: "):
         prepare(backbone, read(path), answers=True)
-    with pytest.raises(DataError, match="sample 'mine': the prompt holds <ms_I>"):
-        prepare(backbone, [Sample("mine", (), "what <ms_I> ?")])
+    with pytest.raises(DataError, match=r"sample 'mine': the prompt holds <\|image_pad\|>"):
+        prepare(backbone, [Sample("mine", (), "what <|image_pad|> ?")])
 
 
 def test_evaluation_leaves_out_and_lists(tmp_path: Path) -> None:
@@ -210,7 +209,7 @@ def test_evaluation_leaves_out_and_lists(tmp_path: Path) -> None:
 def test_infer_leaves_out_lists_and_answers_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = data(tmp_path / "data", "truncated image", "memory token in prompt")
+    path = data(tmp_path / "data", "truncated image", "image token in prompt")
     monkeypatch.chdir(tmp_path)
     for check in ("all", "lazy"):
         with pytest.raises(SystemExit) as ended:

@@ -12,11 +12,11 @@ import torch
 from bases import config, tied
 
 from vismem_core.config import KINDS, GrpoConfig, PolicyStageConfig, TrainConfig
+from vismem_core.decoding.replay import read_prompts
 from vismem_core.files.samples import Sample
 from vismem_core.memory.memory import Memory
 from vismem_core.training.batches import make_batch
 from vismem_core.training.invocation_grpo import InvocationGrpo
-from vismem_core.training.rollout import read_prompts
 
 QUESTIONS = [
     Sample("a", (tiny.picture(32, 32, 0),), "what is on the left ?", "short"),

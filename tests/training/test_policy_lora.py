@@ -17,11 +17,12 @@ from transformers import DynamicCache
 import vismem_core as vismem
 from vismem_core import Memory
 from vismem_core.config import Config, MemoryConfig, PolicyConfig, TrainConfig
+from vismem_core.decoding.replay import read_prompts
 from vismem_core.errors import CheckpointError, ConfigError
 from vismem_core.training.batches import make_batch
 from vismem_core.training.invocation_grpo import InvocationGrpo
-from vismem_core.training.replay import Replay
-from vismem_core.training.rollout import Sampling, read_prompts, rollouts
+from vismem_core.training.replay import TrajectoryReplay as Replay
+from vismem_core.training.rollout import Sampling, rollouts
 from vismem_core.training.run import train
 
 

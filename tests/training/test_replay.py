@@ -11,10 +11,11 @@ from replays import gradients, recorded, told
 from samples import SAMPLES
 from torch import Tensor
 
+from vismem_core.decoding.replay import read_prompts
 from vismem_core.errors import AttachError
 from vismem_core.training.batches import make_batch
-from vismem_core.training.replay import Replay, micro_batches
-from vismem_core.training.rollout import Trajectory, read_prompts
+from vismem_core.training.replay import TrajectoryReplay, micro_batches
+from vismem_core.training.rollout import Trajectory
 from vismem_core.training.teacher import bring_up, likelihood
 
 SETTINGS = {
@@ -35,7 +36,7 @@ def test_a_replay_says_what_the_rollout_said(make: Any, settings: Any, trigger: 
     assert sum(len(own.latents) for own in trajectories) > 4
     assert max(len(own.latents) for own in trajectories) > 1
     for form in (True, False):
-        replayed = Replay(memory, read, trajectories, 1.5).logprobs(form=form)
+        replayed = TrajectoryReplay(memory, read, trajectories, 1.5).logprobs(form=form)
         torch.testing.assert_close(replayed, recorded(trajectories), atol=1e-4, rtol=1e-4)
 
 
@@ -49,11 +50,11 @@ def test_a_replay_hides_the_images_that_the_rollout_hid(make: Any, settings: Any
     assert any(hidden) and not all(hidden)
     assert max(len(own.latents) for own in trajectories if own.drops_images) > 1
     for form in (True, False):
-        replayed = Replay(memory, read, trajectories, 1.5).logprobs(form=form)
+        replayed = TrajectoryReplay(memory, read, trajectories, 1.5).logprobs(form=form)
         torch.testing.assert_close(replayed, recorded(trajectories), atol=1e-4, rtol=1e-4)
     for own in trajectories:
         own.drops_images = False
-    seeing = Replay(memory, read, trajectories, 1.5).logprobs(form=False)
+    seeing = TrajectoryReplay(memory, read, trajectories, 1.5).logprobs(form=False)
     assert not torch.allclose(seeing, recorded(trajectories), atol=1e-2)
 
 
@@ -62,18 +63,18 @@ def test_hidden_images_need_an_attention_that_can_hide_them() -> None:
     read, trajectories = told(memory, "anywhere:0.2", dropout=1.0)
     memory.backbone.decoder.config._attn_implementation = "flash_attention_2"
     with pytest.raises(AttachError, match="attn_implementation='sdpa'"):
-        Replay(memory, read, trajectories).logprobs(form=False)
+        TrajectoryReplay(memory, read, trajectories).logprobs(form=False)
 
 
 def test_memory_that_changed_says_something_else() -> None:
     memory = tied().attach(SETTINGS["cache"])
     read, trajectories = told(memory, "anywhere:0.2")
-    before = Replay(memory, read, trajectories).logprobs(form=True)
+    before = TrajectoryReplay(memory, read, trajectories).logprobs(form=True)
     with torch.no_grad():
         for name, tensor in memory.trained().items():
             if not name.startswith("tokens."):
                 tensor *= 1.3
-    after, kept = (Replay(memory, read, trajectories).logprobs(form=form) for form in (True, False))
+    after, kept = (TrajectoryReplay(memory, read, trajectories).logprobs(form=form) for form in (True, False))
     assert not torch.allclose(after, before, atol=1e-3)
     torch.testing.assert_close(kept, before, atol=1e-4, rtol=1e-4)  # the rollout's own latents
 
@@ -97,7 +98,7 @@ def test_gradients_of_one_invocation_are_those_of_teacher_forcing() -> None:
             own.chosen = [False, False, *[True] * len(answer)]
             own.offered = [[False, False]] * len(own.ids)
             trajectories.append(own)
-        replayed = Replay(memory, read, trajectories).logprobs(form=True)
+        replayed = TrajectoryReplay(memory, read, trajectories).logprobs(form=True)
         torch.testing.assert_close(replayed[:, 2:], taught, atol=1e-4, rtol=1e-4)
         ours, theirs = (gradients(memory, own.sum()) for own in (replayed, taught))
         checked = [name for name in theirs if name.startswith((f"{kind}.", "builder."))]
@@ -111,10 +112,10 @@ def test_parts_add_up_to_the_whole() -> None:
     read, trajectories = told(memory, "anywhere:0.2")
     parts = list(micro_batches(trajectories, range(12), 60))
     assert len(parts) > 2 and sorted(row for part in parts for row in part) == list(range(12))
-    whole = gradients(memory, Replay(memory, read, trajectories).logprobs(form=True).sum())
+    whole = gradients(memory, TrajectoryReplay(memory, read, trajectories).logprobs(form=True).sum())
     sums: dict[str, Tensor] = {}
     for part in parts:
-        own = Replay(memory, read, [trajectories[row] for row in part]).logprobs(form=True).sum()
+        own = TrajectoryReplay(memory, read, [trajectories[row] for row in part]).logprobs(form=True).sum()
         for name, grad in gradients(memory, own).items():
             sums[name] = sums.get(name, torch.zeros_like(grad)) + grad
     for name, grad in whole.items():
@@ -131,7 +132,7 @@ def test_checkpointing_changes_memory_use_and_nothing_else() -> None:
         with torch.autograd.graph.saved_tensors_hooks(
             lambda own, s=sizes: s.append(own.numel()) or own, lambda own: own
         ):
-            logprobs = Replay(memory, read, trajectories, checkpointing=checkpointing).logprobs(form=True)
+            logprobs = TrajectoryReplay(memory, read, trajectories, checkpointing=checkpointing).logprobs(form=True)
         kept.append(sizes)
         results.append((logprobs.detach(), gradients(memory, logprobs.sum())))
     torch.testing.assert_close(results[0][0], results[1][0])

@@ -11,10 +11,11 @@ from samples import SAMPLES
 
 from vismem_core import Memory
 from vismem_core.config import GrpoConfig, TrainConfig
+from vismem_core.decoding.replay import Prompts, read_prompts
 from vismem_core.training.batches import Batch, make_batch
 from vismem_core.training.formation_grpo import FormationGrpo
 from vismem_core.training.resample import resampled
-from vismem_core.training.rollout import Group, Prompts, read_prompts
+from vismem_core.training.rollout import Group
 
 DATA = [replace(sample, id=str(number)) for number, sample in enumerate([*SAMPLES, *SAMPLES])]
 """Those with odd numbers have signal."""

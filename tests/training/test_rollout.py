@@ -10,8 +10,9 @@ from bases import QUESTIONS, Base, config, tied
 from reference import one_pass
 
 from vismem_core import Memory, Trace
+from vismem_core.decoding.replay import Prompts, read_prompts
 from vismem_core.memory.trace import Invocation
-from vismem_core.training.rollout import Deal, Prompts, Sampling, Trajectory, draw, read_prompts, rollouts
+from vismem_core.training.rollout import Deal, Sampling, Trajectory, draw, rollouts
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=20)
 COPIES = [prompt for prompt in range(len(QUESTIONS)) for _ in range(3)]

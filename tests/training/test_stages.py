@@ -23,6 +23,7 @@ from vismem_core.training.formation import Formation
 from vismem_core.training.formation_grpo import FormationGrpo
 from vismem_core.training.invocation import InvocationStage
 from vismem_core.training.invocation_grpo import InvocationGrpo
+from vismem_core.training.stage import only
 
 
 def told(
@@ -82,17 +83,18 @@ def test_what_trains_changes_and_nothing_else(make: Any, start: Any, settings: A
     before = {name: tensor.clone() for name, tensor in memory.trained().items()}
     model = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0)
-    for step in range(3):  # a fresh LoRA's A has no gradient until B has moved; a batch may hold one kind alone
-        optimizer.zero_grad()
-        stage.accumulate(batch, str(step), step / 3)
-        optimizer.step()
-        stage.stepped()
+    with only(memory, stage.parameters()):
+        for step in range(3):  # a fresh LoRA's A has no gradient until B has moved; a batch may hold one kind alone
+            optimizer.zero_grad()
+            stage.accumulate(batch, str(step), step / 3)
+            optimizer.step()
+            stage.stepped()
     after = memory.trained()
     assert {name for name in after if not after[name].equal(before[name])} == set(trained)
     assert all(own.isfinite().all() for own in after.values())
     now = base.model.state_dict()
     assert [name for name in model if not now[name].equal(model[name])] == []
-    assert not any(own.requires_grad or own.grad is not None for own in base.model.parameters())
+    assert all(own.requires_grad and own.grad is None for own in base.model.parameters())
 
 
 class Copies(TorchDispatchMode):

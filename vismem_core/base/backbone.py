@@ -153,12 +153,12 @@ class Backbone(ABC):
             raise AttachError("the chat template has no place for an image that stands within the text")
         return after.removeprefix(before)
 
-    def _chat(self, images: int, text: str, answer: str | None = None) -> str:
+    def _chat(self, images: int, text: str, answer: str | None = None, opened: bool = True) -> str:
         content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        told: str = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None)
+        told: str = self.processor.apply_chat_template(messages, add_generation_prompt=opened and answer is None)
         return told
 
     @cached_property
@@ -190,6 +190,16 @@ class Backbone(ABC):
         if found is not None:
             return int(found)
         return int(own if own in ends else ends[0])
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """Ids that the chat template writes before an answer, such as those of ``<|im_start|>assistant``."""
+        mark = "\ue000"
+        told, asked = self._chat(0, mark), self._chat(0, mark, opened=False)
+        opening = told.removeprefix(asked) if told.startswith(asked) else ""
+        opening = opening or told.partition(mark)[2]
+        ids: list[int] = self.processor.tokenizer(opening, add_special_tokens=False)["input_ids"]
+        return ids
 
     def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]] = ()) -> BatchFeature:
         """Left-padded model inputs for ``generate``, on the model's device.

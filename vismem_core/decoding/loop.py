@@ -30,12 +30,15 @@ from vismem_core.memory.former import MemoryFormer, RidingFormer
 from vismem_core.memory.trace import Invocation, Trace
 from vismem_core.memory.trigger import Row, Trigger
 
+from .processors import Processors
 from .session import Session
 
 if TYPE_CHECKING:
     from vismem_core.memory.memory import Memory
 
 NEVER = float("-inf")
+ROOM = 3
+"""Ids an invocation needs before ``max_length``: its two tokens and one that can profit from it."""
 Latents = dict[Kind, tuple[list[int], Tensor]]
 """Rows and the vectors (R, N, d) they take in, by kind."""
 
@@ -77,6 +80,7 @@ class Decoder:
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
 
         output = self._begin(model, input_ids, generation_config, model_kwargs)
+        process = Processors(logits_processor, self.tokens, len(input_ids))
         self.order, fed = list(range(len(input_ids))), [-1] * len(input_ids)
         running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         while True:
@@ -86,7 +90,7 @@ class Decoder:
             logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
             room = None if limit is None else limit - input_ids.shape[1]
             logits, forced = self._choices(logits, room, running.tolist())
-            scores = self._force(logits_processor(input_ids, logits), forced)  # type: ignore[arg-type]
+            scores = self._force(process(input_ids, logits, output.logits.shape[-1]), forced)
             record.add(output, scores, logits)
             tokens = self._select(scores, generation_config.do_sample)
             if ends:  # without an end token ``generate`` pads nothing either
@@ -105,6 +109,8 @@ class Decoder:
                 output, padded = self._feed(model, input_ids, fed, latents, model_kwargs, padded)
             self.session.observe([row for row, token in enumerate(fed) if token >= self.tokens.first + len(KINDS)])
             self.session.advance()
+        if forbidden := int(process.forbidden):
+            self.trace.blocked["forbidden"] += forbidden
         if self.streamer is not None:
             self.streamer.end()
         return record.result(input_ids, self.session.cache)
@@ -141,7 +147,7 @@ class Decoder:
             full = torch.ones_like(input_ids) if mask is None else mask
             positions = (full.cumsum(-1) - 1).clamp(min=0)
         self.session.start(input_ids, mask, positions, getattr(output, kv.NAME))
-        self.rows = [Row(seed=seed) for seed in _seeds(input_ids, mask, copies)]
+        self.rows = [Row(seed=seed) for seed in seeds(input_ids, mask, copies)]
 
     def _form(self, fed: list[int], position: int) -> Latents:
         """Form memory for the rows that were just fed an invocation token."""
@@ -177,13 +183,14 @@ class Decoder:
         for at, row in enumerate(self.rows):
             if at in self.due:
                 forced[at] = self.tokens.end(self.due.pop(at))
-            elif running[at] and self.memory.allows(row, room):
-                decision = self.trigger(row)
-                if decision == "policy":
+            elif running[at] and self.memory.allows(row) and (decision := self.trigger(row)) != "none":
+                if room is not None and room < ROOM:
+                    self.trace.blocked["room"] += 1
+                elif decision == "policy":
                     offered[at] = self.trigger.kinds
-                elif decision != "none":
+                else:
                     forced[at] = self.tokens.invocation(decision)
-        extended = F.pad(logits, (0, self.tokens.first + 4 - logits.shape[-1]), value=NEVER)
+        extended = F.pad(logits, (0, self.tokens.width - logits.shape[-1]), value=NEVER)
         if offered:
             own = self.tokens.logits(self.session.hidden[:, -1]).to(logits.device)
             allowed = torch.tensor([[kind in offered.get(at, ()) for kind in KINDS] for at in range(len(logits))])
@@ -203,10 +210,7 @@ class Decoder:
 
     def _note(self, tokens: list[int]) -> list[int]:
         for row, token in zip(self.rows, tokens, strict=True):
-            row.step += 1
-            row.boundary = token in self.memory.delimiters
-            row.since_end = 0 if token >= self.tokens.first else row.since_end + 1
-            row.invocations += self.tokens.kind(token) is not None
+            self.memory.note(row, token)
         return tokens
 
     def _feed(
@@ -380,7 +384,7 @@ def _longer(mask: Tensor, tokens: int) -> Tensor:
     return torch.cat([mask, mask.new_ones(len(mask), tokens)], dim=-1)
 
 
-def _seeds(input_ids: Tensor, mask: Tensor | None, copies: int) -> list[int]:
+def seeds(input_ids: Tensor, mask: Tensor | None, copies: int) -> list[int]:
     """One number per row from its own prompt and from which of its ``copies`` (``num_return_sequences``) it is."""
     kept = list(input_ids) if mask is None else [ids[own.bool()] for ids, own in zip(input_ids, mask, strict=True)]
     prompts = [zlib.crc32(str(ids.tolist()).encode("ascii")) for ids in kept]

@@ -46,6 +46,11 @@ class Turn:
             self._lock.release()
 
     @property
+    def taken(self) -> bool:
+        """Whether this thread is inside a call."""
+        return self._calls > 0
+
+    @property
     def _passes(self) -> int:
         return int(getattr(self._mine, "passes", 0))
 

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from vismem_core.base.adapters import Adapter, foreign
+from vismem_core.base.adapters import Adapter
 from vismem_core.base.backbone import Backbone
 from vismem_core.config import KINDS, Kind, MemoryConfig
 from vismem_core.errors import AttachError
 from vismem_core.files import checkpoint
 from vismem_core.plugins import registry
 
+from . import tokens
 from . import trigger as triggers
 from .controls import REPLACEMENTS, Replacement
 from .former import MemoryFormer, Needs
 from .query import QueryBuilder
-from .tokens import MemoryTokens, delimiter_ids, first_id
 from .trace import Trace
 from .trigger import Row, Trigger
 
 FORMATION = ("builder.", "short.", "long.")
 """How the names of what Stage I trains begin; all the rest belongs to the policy."""
-ROOM = 3
-"""Ids an invocation needs before ``max_length``: its two tokens and one that can profit from it."""
 
 
 @dataclass(frozen=True)
 class Switches:
-    """What :meth:`Memory.triggered`, :meth:`Memory.replaced` and :meth:`Memory.off` change."""
+    """What :meth:`Memory.triggered`, ``replaced``, ``recalled`` and ``off`` change."""
 
     trigger: Trigger
     replacement: Replacement | None = None
     enabled: bool = True
+    recorded: Trace | None = None
 
 
 class Memory(nn.Module):
@@ -60,22 +59,19 @@ class Memory(nn.Module):
         self._here: ContextVar[Switches | None] = ContextVar("vismem_switches", default=None)
         self._traced: ContextVar[Trace | None] = ContextVar("vismem_trace", default=None)
         self._last_trace = Trace()
+        self._frozen: list[nn.Parameter] = []
         self._places = (backbone.device, backbone.vision_device)
         self.policy: Adapter | None = None
-        tokenizer = getattr(backbone.processor, "tokenizer", backbone.processor)
-        ids = delimiter_ids(tokenizer, config.delimiters)
+        tokenizer = _tokenizer(backbone)
+        ids = tokens.delimiter_ids(tokenizer, config.delimiters)
         if not ids:
             raise AttachError(f"the tokenizer has none of the delimiters {config.delimiters}: set memory.delimiters")
         self.delimiters = frozenset(ids)
-        first = first_id(tokenizer, max(_rows(backbone.embeddings), _rows(backbone.head)))
-        self.tokens = MemoryTokens.like(ids[0], backbone.embeddings, backbone.head, first).to(backbone.device)
+        first = tokens.first_id(tokenizer, max(_rows(backbone.embeddings), _rows(backbone.head)))
+        self.tokens = tokens.MemoryTokens.like(ids[0], backbone.embeddings, backbone.head, first).to(backbone.device)
         builder = registry("query_builders").get(config.query.builder)(backbone.width, config.query)
         self.builder: QueryBuilder = builder.to(backbone.device)
-        # From here on the model changes, and whatever fails puts it back.
-        base = [parameter for name, parameter in backbone.model.named_parameters() if not foreign(name)]
-        self._flags = [(parameter, parameter.requires_grad) for parameter in base]
-        for parameter, _ in self._flags:
-            parameter.requires_grad_(False)
+        # From here on the model gets hooks, and whatever fails takes them off.
         try:
             self.short = self._make("short")
             self.long = self._make("long")
@@ -188,6 +184,18 @@ class Memory(nn.Module):
         """Other vectors in the latents' places inside the context: ``noise``, ``zero``, ``repeated`` or a function."""
         return self._switched(replacement=REPLACEMENTS[how] if isinstance(how, str) else how)
 
+    @property
+    def recorded(self) -> Trace | None:
+        """What ``forward`` takes latents from, here; see :meth:`recalled`."""
+        return self._switches.recorded
+
+    def recalled(self, trace: Trace) -> AbstractContextManager[None]:
+        """``forward`` takes the latents that a call recorded, as constants, instead of forming them again.
+
+        Rows and places of the trace are those of the sequences.
+        """
+        return self._switched(recorded=trace)
+
     def off(self) -> AbstractContextManager[None]:
         """The base model, exactly, inside the context."""
         return self._switched(enabled=False)
@@ -206,13 +214,27 @@ class Memory(nn.Module):
         with self.policy.on(tokens) if self.policy else nullcontext():
             yield
 
-    def allows(self, row: Row, room: int | None) -> bool:
-        """Whether ``row`` may invoke now: its budget, its distance from the last one, and ids left to write."""
+    def allows(self, row: Row) -> bool:
+        """Whether ``row`` may invoke now: its budget, and its distance from the last one."""
         distant = row.invocations == 0 or row.since_end >= self.config.distance
-        return distant and row.invocations < self.config.budget and (room is None or room >= ROOM)
+        return distant and row.invocations < self.config.budget
+
+    def note(self, row: Row, token: int) -> None:
+        """``row`` has written a token."""
+        row.step += 1
+        row.boundary = token in self.delimiters
+        row.since_end = 0 if token >= self.tokens.first else row.since_end + 1
+        row.invocations += self.tokens.kind(token) is not None
+
+    def freeze(self) -> None:
+        """The base's parameters need no gradients from now on, until :meth:`detach`."""
+        base = [own for own in self.model.parameters() if own.requires_grad]
+        for parameter in base:
+            parameter.requires_grad_(False)
+        self._frozen += base
 
     def detach(self) -> None:
-        """The model as it was, bit for bit: modules, flags, hooks, vocabulary."""
+        """The model as it was, bit for bit: no hook and no method of ours is left."""
         for kind in KINDS:
             if hasattr(self, kind):
                 self.former(kind).detach()
@@ -220,9 +242,23 @@ class Memory(nn.Module):
             self.policy.eject()
         if self.hook is not None:
             self.hook.remove()
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self._flags = []
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+
+    # Reading and writing
+
+    def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = False) -> str:
+        """One row's text with the names of its memory tokens, which the tokenizer itself leaves out."""
+        tokenizer = _tokenizer(self.backbone)
+        return tokens.spelt(tokenizer, self.tokens.first, list(map(int, ids)), skip_special_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text in which ``<ms_I>``, ``<ml_I>``, ``<ms_E>`` and ``<ml_E>`` mean memory tokens.
+
+        The tokenizer itself takes them for text like any other: nobody's question becomes an invocation.
+        """
+        return tokens.read(_tokenizer(self.backbone), self.tokens.first, text)
 
     # Trained state
 
@@ -243,6 +279,10 @@ class Memory(nn.Module):
 
 def _rows(layer: nn.Module) -> int:
     return int(layer.weight.shape[0])  # type: ignore[index]
+
+
+def _tokenizer(backbone: Backbone) -> Any:
+    return getattr(backbone.processor, "tokenizer", backbone.processor)
 
 
 def _parsed(spec: str | Trigger) -> Trigger:

@@ -1,4 +1,4 @@
-"""The four memory tokens: ids, rows, and the tokenizer that knows their names.
+"""The four memory tokens: ids and rows.
 
 Their rows lie *over* the base model's matrices instead of in them. The alternatives do not keep the promise that a
 model with memory off is the base model bit for bit:
@@ -12,18 +12,19 @@ model with memory off is the base model bit for bit:
 So the ids start where the vocabulary ends. A hook on the embedding supplies their vectors; the decoding loop appends
 the invocation tokens' logits to the base's. Tied and untied heads are then the same case, and with memory off the
 four tokens do not exist.
+
+The tokenizer does not know them at all. Fast ones leave out ids that they do not know, so a decoded answer has no
+memory tokens in it, whatever is done with it next; and a text that spells ``<ms_I>`` is a text. Who wants to see or
+write them has :meth:`Memory.decode` and :meth:`Memory.encode`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from vismem_core.config import KINDS, Kind
@@ -57,6 +58,11 @@ class MemoryTokens(nn.Module):
         source = embeddings.weight[delimiter].detach().float()  # type: ignore[index]
         target = head.weight[delimiter].detach().float()  # type: ignore[index]
         return cls(first, _perturbed(source), _perturbed(source), _perturbed(target).to(source.device))
+
+    @property
+    def width(self) -> int:
+        """Logits and scores of a call with memory are so wide: the base's, up to :attr:`first`, and the four."""
+        return self.first + len(NAMES)
 
     def invocation(self, kind: Kind) -> int:
         """Id of the token that asks for ``kind``."""
@@ -136,75 +142,49 @@ def delimiter_ids(tokenizer: Any, delimiters: Iterable[str]) -> list[int]:
     return [token for _, token in sorted(alone)] + sorted(ending)
 
 
-@dataclass
-class _Lesson:
-    """What a tokenizer was taught, and for how many memories: several models may share one processor."""
-
-    backend: Any
-    first: int
-    users: int = 0
-
-
-_LESSONS: WeakKeyDictionary[Any, _Lesson] = WeakKeyDictionary()
-
-
 def first_id(tokenizer: Any, rows: int) -> int:
-    """The id of the first memory token on a tokenizer, for a model whose matrices have so many rows.
+    """The id of the first memory token: the first that neither the model's matrices nor the tokenizer have.
+
+    Args:
+        rows: of the model's matrices.
 
     Raises:
-        AttachError: the tokenizer is no fast one, or it serves another model with memory, which has fewer.
+        AttachError: the tokenizer cannot decode ids that it does not know.
     """
-    if not hasattr(getattr(tokenizer, "_tokenizer", None), "to_str"):
-        raise AttachError(f"memory needs a fast tokenizer (the tokenizers library), not {type(tokenizer).__name__}")
-    lesson = _LESSONS.get(tokenizer)
-    vocabulary = lesson.backend.get_vocab(with_added_tokens=True) if lesson else tokenizer.get_vocab()
-    least: int = max(rows, 1 + max(vocabulary.values()))
-    if lesson is None:
-        return least
-    if lesson.first < least:
+    first: int = max(rows, 1 + max(tokenizer.get_vocab().values()))
+    try:
+        tokenizer.decode([first])
+    except Exception as error:
         raise AttachError(
-            f"this processor serves another model with memory, whose vocabulary ends at {lesson.first}, and this one's "
-            f"at {least}: load a processor for each"
-        )
-    return lesson.first
+            f"memory needs a tokenizer that leaves out ids it does not know, and {type(tokenizer).__name__} fails on "
+            "them: load a fast one (of the tokenizers library)"
+        ) from error
+    return first
 
 
-def teach(tokenizer: Any, first: int) -> None:
-    """The tokenizer knows the four tokens from now on, until every memory that taught it has it :func:`forget`."""
-    lesson = _LESSONS.get(tokenizer)
-    if lesson is None:
-        backend = tokenizer._tokenizer
-        tokenizer._tokenizer = taught(backend, first)
-        lesson = _LESSONS[tokenizer] = _Lesson(backend, first)
-    lesson.users += 1
+def spelt(tokenizer: Any, first: int, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """The text of ids, with the names of memory tokens where they stand."""
+    plain = [token for token in ids if token < first]
+    text = tokenizer.decode(plain, skip_special_tokens=skip_special_tokens)
+    pieces, at, seen = [], 0, 0
+    for token in ids:
+        if token < first:
+            seen += 1
+            continue
+        # Tokens may hold parts of a character, so a place in the text is the length of the text before it.
+        before = tokenizer.decode(plain[:seen], skip_special_tokens=skip_special_tokens)
+        until = max(at, len(before.rstrip("\ufffd")))
+        pieces += [text[at:until], NAMES[token - first]]
+        at = until
+    return "".join([*pieces, text[at:]])
 
 
-def forget(tokenizer: Any) -> None:
-    """One memory less: with the last one the tokenizer has its own vocabulary again, the same object."""
-    lesson = _LESSONS[tokenizer]
-    lesson.users -= 1
-    if not lesson.users:
-        tokenizer._tokenizer = lesson.backend
-        del _LESSONS[tokenizer]
-
-
-def taught(backend: Tokenizer, first: int) -> Tokenizer:
-    """A copy of a fast tokenizer's backend in which the four tokens have the ids from ``first`` on.
-
-    Ids between the tokenizer's end and ``first`` get placeholder names that no text produces, since a vocabulary
-    with holes cannot be saved.
-    """
-    state = json.loads(backend.to_str())
-    size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
-    names = [*(f"<|vismem_unused_{token}|>" for token in range(size, first)), *NAMES]
-    vocabulary = state["model"]["vocab"]
-    if not isinstance(vocabulary, dict):
-        raise AttachError(f"memory tokens cannot be added to a tokenizer of type {state['model']['type']}")
-    # Added tokens that the model does not list would be numbered anew from the vocabulary's end when it is read.
-    vocabulary.update((added["content"], added["id"]) for added in state["added_tokens"])
-    for token, name in enumerate(names, start=size):
-        vocabulary[name] = token
-        if name in NAMES:
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            state["added_tokens"].append({"id": token, "content": name, "special": True, **flags})
-    return Tokenizer.from_str(json.dumps(state))
+def read(tokenizer: Any, first: int, text: str) -> list[int]:
+    """The ids of a text in which the names of memory tokens mean the tokens."""
+    ids: list[int] = []
+    for piece in re.split(f"({'|'.join(map(re.escape, NAMES))})", text):
+        if piece in NAMES:
+            ids.append(first + NAMES.index(piece))
+        elif piece:
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return ids

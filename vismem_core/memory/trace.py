@@ -1,8 +1,11 @@
-"""Who invoked what, where: the record of one ``generate`` call."""
+"""Who invoked what, where, and what kept memory from being invoked: the record of one ``generate`` call."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -26,15 +29,35 @@ class Invocation:
     latents: Tensor = field(repr=False, compare=False)
 
 
+REASONS: Mapping[str, str] = MappingProxyType(
+    {
+        "room": "max_new_tokens left no room for an invocation and a token after it",
+        "forbidden": "logits processors or suppress_tokens forbade it",
+        "bypassed": "generate was called on the class, type(model).generate(model), past memory",
+    }
+)
+"""What may keep memory from being invoked where the trigger would have it, or would have let the policy choose."""
+
+
 @dataclass
 class Trace:
-    """All invocations of one ``generate`` call, in the order they happened."""
+    """All invocations of one ``generate`` call, in the order they happened.
+
+    Attributes:
+        blocked: how often memory could not be invoked, by the names in :data:`REASONS`.
+    """
 
     invocations: list[Invocation] = field(default_factory=list)
+    blocked: Counter[str] = field(default_factory=Counter)
 
     def row(self, row: int) -> list[Invocation]:
         """The invocations of one row."""
         return [invocation for invocation in self.invocations if invocation.row == row]
+
+    def why(self) -> str | None:
+        """Why memory was not invoked, in one line, if something kept it from that."""
+        told = [f"{REASONS[name]} ({count} times)" for name, count in self.blocked.most_common()]
+        return f"memory was not invoked: {'; '.join(told)}" if told and not self.invocations else None
 
     def __len__(self) -> int:
         return len(self.invocations)

@@ -35,8 +35,10 @@ class Generation(Contract):
                 pair = [memory.tokens.invocation(own.kind), memory.tokens.end(own.kind)]
                 assert answers[own.row, own.position : own.position + 2].tolist() == pair
             assert _written(memory, answers) == len(memory.trace) * 2, "ids hold memory tokens that nothing invoked"
-            names = [base.processor.tokenizer.decode(row) for row in answers.tolist()]
+            names = [memory.decode(row) for row in answers.tolist()]
             assert any("<ms_I><ms_E>" in own or "<ml_I><ml_E>" in own for own in names) == (length >= 3)
+            texts = [base.processor.tokenizer.decode(row) for row in answers.tolist()]
+            assert not any("<ms_" in own or "<ml_" in own for own in texts), "the tokenizer writes memory tokens"
 
     @holds("promise 4: each row must stop at its own end of turn and be padded after it", GENERATE)
     def test_end_of_turn_per_row(self) -> None:

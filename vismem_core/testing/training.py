@@ -13,14 +13,16 @@ from safetensors.torch import load_file
 
 from vismem_core.base import cache as kv
 from vismem_core.config import StageConfig
+from vismem_core.decoding.replay import read_prompts
 from vismem_core.errors import CheckpointError
 from vismem_core.files.checkpoint import ABOUT, WEIGHTS
 from vismem_core.files.samples import Sample
 
 from ..training.batches import make_batch
 from ..training.formation import Formation
-from ..training.replay import Replay
-from ..training.rollout import Sampling, read_prompts, rollouts
+from ..training.replay import TrajectoryReplay
+from ..training.rollout import Sampling, rollouts
+from ..training.stage import only
 from .base import Base, staggered
 from .contract import Contract, holds
 
@@ -47,14 +49,14 @@ class Training(Contract):
         assert sum(len(own.latents) for own in trajectories) >= len(copies), "memory was hardly invoked"
         for form in (True, False):
             with torch.no_grad():
-                replayed = Replay(memory, prompts, trajectories, sampling.temperature).logprobs(form=form)
+                replayed = TrajectoryReplay(memory, prompts, trajectories, sampling.temperature).logprobs(form=form)
             for row, own in enumerate(trajectories):
                 got, expected = replayed[row, : len(own.ids)], torch.tensor(own.logprobs)
                 torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
         for own in trajectories:  # the latents do matter
             own.latents = {index: torch.zeros_like(latents) for index, latents in own.latents.items()}
         with torch.no_grad():
-            other = Replay(memory, prompts, trajectories, sampling.temperature).logprobs(form=False)
+            other = TrajectoryReplay(memory, prompts, trajectories, sampling.temperature).logprobs(form=False)
         assert (other - replayed).abs().max() > 1e-2, "latents make no difference"
 
     @pytest.mark.parametrize("context", ["cache", "recompute"])
@@ -73,8 +75,9 @@ class Training(Contract):
         trained = {name: tensor for name, tensor, _ in stage.parameters()}
         before = {name: tensor.clone() for name, tensor in memory.trained().items()}
         weights, optimizer = base.weights(), torch.optim.SGD(trained.values(), lr=0.1)
-        for step in range(3):  # a batch may hold one kind alone
-            stage.accumulate(batch, str(step), step / 3)
+        with only(memory, stage.parameters()):
+            for step in range(3):  # a batch may hold one kind alone
+                stage.accumulate(batch, str(step), step / 3)
         optimizer.step()
         after = memory.trained()
         still = [name for name in trained if after[name].equal(before[name])]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vismem_core.config import KINDS, TrainConfig
+from vismem_core.decoding.replay import Prompts, read_prompts
 from vismem_core.files.samples import Sample
 from vismem_core.memory.memory import FORMATION, Memory
 from vismem_core.memory.trigger import Decision, Row, Trigger
@@ -23,7 +24,7 @@ from vismem_core.memory.trigger import Decision, Row, Trigger
 from .batches import Batch, make_batch
 from .group import GroupStage, together
 from .processes import Processes
-from .rollout import Group, Prompts, Trajectory, read_prompts, rollouts
+from .rollout import Group, Trajectory, rollouts
 
 DRAWS = 4
 """How often a step draws, its first batch included, before it makes do with fewer prompts."""

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from vismem_core.answers.reward import Written, parse, score
 from vismem_core.config import KINDS, PolicyStageConfig, TrainConfig
+from vismem_core.decoding.replay import Prompts, read_prompts
 from vismem_core.files.samples import Sample
 from vismem_core.memory.memory import Memory
 
 from . import grpo
 from .batches import Batch
 from .processes import Processes
-from .replay import Replay, micro_batches
+from .replay import TrajectoryReplay, micro_batches
 from .resample import resampled
-from .rollout import Group, Prompts, Sampling, Trajectory, read_prompts, rollouts
+from .rollout import Group, Sampling, Trajectory, rollouts
 from .stage import Stage
 
 MEMBERS = 16
@@ -110,7 +111,7 @@ class GroupStage(Stage):
         active = pulls.nonzero().flatten().tolist()
         sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
         for rows in micro_batches(told, active, settings.slots):
-            replay = Replay(
+            replay = TrajectoryReplay(
                 self.memory, prompts, [told[row] for row in rows], settings.temperature, settings.checkpointing
             )
             reference = self._reference_logprobs(replay)
@@ -128,7 +129,7 @@ class GroupStage(Stage):
             sums["clipped"] += ((logprobs - old).exp() - 1).abs()[counts].gt(settings.clip).sum().item()
         return self._figures(sums, group, counted)
 
-    def _reference_logprobs(self, replay: Replay) -> Tensor | None:
+    def _reference_logprobs(self, replay: TrajectoryReplay) -> Tensor | None:
         if self.kl.beta == 0:
             return None
         with torch.no_grad(), self.as_reference():

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vismem_core.config import KINDS, TrainConfig
+from vismem_core.decoding.replay import Prompts
 from vismem_core.memory.memory import FORMATION, Memory
 
 from . import grpo
@@ -30,7 +31,7 @@ from .batches import Batch
 from .choices import CHOICES, Choices
 from .group import GroupStage
 from .processes import Processes
-from .rollout import Deal, Group, Prompts, Trajectory, rollouts
+from .rollout import Deal, Group, Trajectory, rollouts
 
 DEALS: tuple[Deal, ...] = ("none", *KINDS)
 FIRST = 0.5

@@ -21,7 +21,7 @@ from .batches import Batch, Draws
 from .interrupt import Interrupt
 from .metrics import Metrics
 from .processes import Processes
-from .stage import Stage
+from .stage import Stage, only
 from .state import Saver, State, part, restore
 
 TRIES = 10
@@ -83,7 +83,7 @@ class Loop:
         with (
             metrics,
             self._saved_whatever_happens(metrics),
-            _only(self.memory, self.parameters),
+            only(self.memory, self.parameters),
             self.processes.graphs(),
             interrupt,
         ):
@@ -161,22 +161,6 @@ class Loop:
             return self.saver.where  # the first one writes it
         metrics.flush()
         return self.saver.write()
-
-
-class _only:
-    """Gradients for the given parameters of a memory and no others, inside the context."""
-
-    def __init__(self, memory: Memory, parameters: Sequence[tuple[str, nn.Parameter, float]]) -> None:
-        chosen = {name for name, _, _ in parameters}
-        self.others = [tensor for name, tensor in memory.trained().items() if name not in chosen]
-
-    def __enter__(self) -> None:
-        for tensor in self.others:
-            tensor.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for tensor in self.others:
-            tensor.requires_grad_(True)
 
 
 def _some(batch: Batch | None, name: str) -> Batch:

@@ -16,12 +16,13 @@ from typing import Protocol
 import torch
 
 from vismem_core.config import GrpoConfig
+from vismem_core.decoding.replay import Prompts, read_prompts
 from vismem_core.memory.memory import Memory
 
 from . import grpo
 from .batches import Batch, make_batch
 from .processes import Processes
-from .rollout import Group, Prompts, read_prompts
+from .rollout import Group
 
 
 class Sampler(Protocol):

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vismem_core.base import cache as kv
 from vismem_core.config import KINDS, Kind
 from vismem_core.decoding.loop import NEVER, Decoder, Latents
+from vismem_core.decoding.replay import Answer, Prompts
 from vismem_core.decoding.session import Session
 from vismem_core.errors import TrainingError
 from vismem_core.memory.memory import Memory
@@ -30,37 +31,25 @@ Deal = Kind | Literal["none"]
 
 
 @dataclass
-class Trajectory:
+class Trajectory(Answer):
     """One sampled answer; the lists have one entry per id.
 
     Attributes:
-        prompt: number of its prompt in the batch.
         ids: the answer with its memory tokens, up to and with the end of the turn.
         logprobs: of each id under the policy at the sampling temperature; 0 where there was no choice.
         chosen: whether the policy had a choice.
         offered: which invocation tokens it could have chosen, in the order of ``KINDS``.
         entropy: of the policy, in nats.
-        latents: (N, d) that followed the invocation token at that index.
         dealt: index of the id that was dealt, and not the policy's own choice.
         state: (d,), the last hidden state in which it was dealt.
-        drops_images: whether its images were out of sight once memory had been formed.
     """
 
-    prompt: int
-    ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     chosen: list[bool] = field(default_factory=list)
     offered: list[list[bool]] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
-    latents: dict[int, Tensor] = field(default_factory=dict)
     dealt: int | None = None
     state: Tensor | None = None
-    drops_images: bool = False
-
-    @property
-    def invocations(self) -> list[int]:
-        """Indices of the invocation tokens, in order."""
-        return sorted(self.latents)
 
 
 @dataclass
@@ -81,16 +70,6 @@ class Group:
     tried: tuple[Tensor, Tensor] | None = None
     heard: Tensor | None = None
     resampled: int = 0
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """B prompts that were read once; every rollout and replay goes on from a branch of ``session``."""
-
-    session: Session
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor
 
 
 @dataclass(frozen=True)
@@ -221,16 +200,6 @@ class _Rollout(Decoder):
             if own := [at for at, row in enumerate(rows) if row in place]:
                 kept[kind] = ([place[rows[at]] for at in own], vectors[own])
         return input_ids[alive], running[alive], [fed[row] for row in alive], kept
-
-
-def read_prompts(memory: Memory, inputs: Any) -> Prompts:
-    """Encode B prompts (``Backbone.inputs``), images and text, without gradients."""
-    backbone, session = memory.backbone, Session(memory.backbone, memory.needs())
-    with torch.no_grad(), session.listen():
-        positions = backbone.positions(inputs)
-        output = backbone.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True)
-        session.start(inputs["input_ids"], inputs["attention_mask"], positions, getattr(output, kv.NAME))
-    return Prompts(session, inputs["input_ids"], inputs["attention_mask"], positions)
 
 
 def rollouts(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -73,3 +74,18 @@ class LikelihoodStage(Stage):
     @abstractmethod
     def loss(self, batch: Batch, key: str) -> tuple[Tensor, dict[str, float]]:
         """This process's part of the loss, and figures for the log."""
+
+
+@contextmanager
+def only(memory: Memory, parameters: Sequence[tuple[str, nn.Parameter, float]]) -> Iterator[None]:
+    """Gradients for the given parameters of a memory and no others, those of its base included, inside the context."""
+    chosen = {name for name, _, _ in parameters}
+    others = [tensor for name, tensor in memory.trained().items() if name not in chosen]
+    others = [tensor for tensor in (*others, *memory.model.parameters()) if tensor.requires_grad]
+    for tensor in others:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for tensor in others:
+            tensor.requires_grad_(True)

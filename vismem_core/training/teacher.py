@@ -17,6 +17,7 @@ from torch import Tensor
 from vismem_core.base import cache as kv
 from vismem_core.config import Kind
 from vismem_core.decoding.session import Session
+from vismem_core.decoding.turn import TURN
 from vismem_core.memory.memory import Memory
 
 from .batches import Batch, extended
@@ -48,7 +49,7 @@ def bring_up(memory: Memory, batch: Batch, kinds: Sequence[Kind | None], points:
     ]
     rests = [answer[point:] for answer, point in zip(batch.answers, points, strict=True)]
     session = Session(backbone, memory.needs())
-    with torch.no_grad(), session.listen():
+    with torch.no_grad(), TURN.call(), session.listen():
         inputs = extended(batch.inputs, written, int(backbone.processor.tokenizer.pad_token_id))
         positions = backbone.positions(inputs)
         output = backbone.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True)

@@ -1,0 +1,306 @@
+"""Replay: answers with memory in them read again, in one pass and with gradients.
+
+A pass without gradients over the answers, with the latents that are known in their places, brings the contexts back.
+All memory is formed from them in one pass of each kind, with gradients, and one more pass over the answers takes the
+new latents in. Prompts are in the cache.
+
+What is fed: every id but the last, each invocation token followed by its N latents. Slot s is the s-th vector fed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vismem_core.base import cache as kv
+from vismem_core.config import KINDS, Kind
+from vismem_core.errors import AttachError
+from vismem_core.memory.former import MemoryContext
+from vismem_core.memory.memory import Memory
+
+from .session import Session
+from .turn import TURN
+
+
+@dataclass
+class Answer:
+    """Ids that followed a prompt, and what was formed among them.
+
+    Attributes:
+        prompt: number of its prompt in the batch.
+        latents: (N, d) that followed the invocation token at that index.
+        drops_images: whether its images were out of sight once memory had been formed.
+    """
+
+    prompt: int
+    ids: list[int] = field(default_factory=list)
+    latents: dict[int, Tensor] = field(default_factory=dict)
+    drops_images: bool = False
+
+    @property
+    def invocations(self) -> list[int]:
+        """Indices of the invocation tokens, in order."""
+        return sorted(self.latents)
+
+    @property
+    def slots(self) -> list[int]:
+        """The slot of every id; the last one is not fed, its number is how many are."""
+        slots, at = [], 0
+        for index in range(len(self.ids)):
+            slots.append(at)
+            at += 1 + (len(self.latents[index]) if index in self.latents else 0)
+        return slots
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """B prompts that were read once; every rollout and replay goes on from a branch of ``session``."""
+
+    session: Session
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
+def read_prompts(memory: Memory, inputs: Any, gradients: bool = False) -> Prompts:
+    """Encode B prompts (``Backbone.inputs``), images and text."""
+    backbone, session = memory.backbone, Session(memory.backbone, memory.needs())
+    with torch.set_grad_enabled(gradients), TURN.call(), session.listen():
+        positions = backbone.positions(inputs)
+        output = backbone.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True)
+        session.start(inputs["input_ids"], inputs["attention_mask"], positions, getattr(output, kv.NAME))
+    return Prompts(session, inputs["input_ids"], inputs["attention_mask"], positions)
+
+
+class Replay:
+    """R answers, padded on the right to S slots.
+
+    Args:
+        checkpointing: compute the decoder's layers again in the backward pass instead of keeping their insides.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        prompts: Prompts,
+        answers: Sequence[Answer],
+        checkpointing: bool = False,
+    ) -> None:
+        self.memory, self.backbone, self.checkpointing = memory, memory.backbone, checkpointing
+        self.answers = answers
+        self.prompts = prompts.session.branch([own.prompt for own in answers])
+        self.slots = [own.slots for own in answers]
+        self.length = max(slots[-1] for slots in self.slots)
+        device = self.prompts.mask.device
+        fed = torch.tensor([[1] * slots[-1] + [0] * (self.length - slots[-1]) for slots in self.slots])
+        self.columns = torch.cat([self.prompts.mask, fed.to(self.prompts.mask)], dim=1)
+        self.positions = self.prompts.positions + torch.arange(self.length, device=device)
+
+    def hidden(self, *, form: bool) -> Tensor:
+        """Last hidden states before each slot and after the last one, (R, S + 1, d).
+
+        Args:
+            form: form the memory anew, with gradients; otherwise the latents that are known are constants.
+        """
+        return self._hidden(self._embeds(self._formed() if form else self._recorded()))
+
+    def forms(self, places: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """The latents (N, d) formed at places (row, index of the token) of one kind, without gradients."""
+        with torch.no_grad():
+            kind = self.memory.tokens.kind(self.answers[places[0][0]].ids[places[0][1]])
+            assert kind is not None
+            return list(self._form(kind, places))
+
+    # The sequence
+
+    @cached_property
+    def _hidden_from(self) -> Tensor:
+        """The first slot (R,) from which each row does not see its images; there is none at S."""
+        first = [
+            slots[own.invocations[0]] + 1 if own.drops_images and own.invocations else self.length
+            for own, slots in zip(self.answers, self.slots, strict=True)
+        ]
+        return torch.tensor(first, device=self.columns.device)
+
+    @cached_property
+    def _images(self) -> Tensor:
+        """Which columns of cache and answer are images, (R, W + S)."""
+        return F.pad(self.prompts.image_columns(), (0, self.length))
+
+    @cached_property
+    def _mask(self) -> Tensor:
+        """What slots may look at: (R, W + S), or (R, 1, S, W + S) if images are hidden from some of them."""
+        slots = torch.arange(self.length, device=self.columns.device)
+        blind = slots >= self._hidden_from[:, None]
+        if not blind.any():
+            return self.columns
+        self._check()
+        earlier = self.columns.new_ones(self.length, self.columns.shape[1]).tril(self.prompts.mask.shape[1])
+        seen = self.columns[:, None] * earlier * ~(blind[:, :, None] & self._images[:, None])
+        dtype = self.backbone.dtype
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(seen == 0, torch.finfo(dtype).min)[:, None]
+
+    def _check(self) -> None:
+        """Hidden images take a mask of the passes' own, which not every attention reads."""
+        config: Any = self.backbone.decoder.config
+        if config._attn_implementation not in ("sdpa", "eager"):
+            raise AttachError(
+                f"image dropout needs attention of type sdpa or eager, not {config._attn_implementation}: "
+                "load the model with attn_implementation='sdpa'"
+            )
+        if not kv.whole(self.prompts.cache):
+            raise AttachError("image dropout does not work with sliding-window layers: train with image_dropout=0")
+
+    def _embeds(self, latents: Sequence[tuple[Kind, list[tuple[int, int]], Tensor]]) -> Tensor:
+        """What is fed, (R, S, d); latents are given as kind, places (row, index of the token), vectors (n, N, d)."""
+        pad = int(self.backbone.processor.tokenizer.pad_token_id)
+        ids = torch.full((len(self.slots), self.length), pad)
+        for row, (own, slots) in enumerate(zip(self.answers, self.slots, strict=True)):
+            for token, slot in zip(own.ids[:-1], slots, strict=False):
+                ids[row, slot] = token
+        embeds: Tensor = self.backbone.embeddings(ids.to(self.backbone.device))
+        for _, places, vectors in latents:
+            rows = torch.tensor([row for row, _ in places], device=embeds.device)[:, None]
+            first = torch.tensor([self.slots[row][index] + 1 for row, index in places], device=embeds.device)
+            columns = first[:, None] + torch.arange(vectors.shape[1], device=embeds.device)
+            embeds = embeds.index_put((rows.expand_as(columns), columns), vectors.to(embeds))
+        return embeds
+
+    def _recorded(self) -> list[tuple[Kind, list[tuple[int, int]], Tensor]]:
+        return [
+            (kind, places, torch.stack([self.answers[row].latents[index] for row, index in places]))
+            for kind, places in self._places().items()
+        ]
+
+    def _places(self) -> dict[Kind, list[tuple[int, int]]]:
+        found: dict[Kind, list[tuple[int, int]]] = {}
+        for row, own in enumerate(self.answers):
+            for index in own.invocations:
+                kind = self.memory.tokens.kind(own.ids[index])
+                assert kind is not None
+                found.setdefault(kind, []).append((row, index))
+        return found
+
+    # The passes
+
+    def _hidden(self, embeds: Tensor) -> Tensor:
+        """Last hidden states before each slot and after the last one, (R, S + 1, d)."""
+        before = self.prompts.hidden[:, -1:]
+        if not self.length:
+            return before
+        cache = _ReadOnly(self.prompts.cache)
+        with (
+            self.memory.acting(),
+            _checkpointed(self.backbone.decoder, self.memory) if self.checkpointing else nullcontext(),
+        ):
+            after = self.backbone.continue_(embeds, self._mask, self.positions, cache)
+        return torch.cat([before.to(after), after], dim=1)
+
+    def _formed(self) -> list[tuple[Kind, list[tuple[int, int]], Tensor]]:
+        recorded = self._recorded()
+        if not recorded:
+            return []
+        return [(kind, places, self._form(kind, places)) for kind, places, _ in recorded]
+
+    def _form(self, kind: Kind, places: Sequence[tuple[int, int]]) -> Tensor:
+        context = self._context(places, *self._past)
+        context.query = self.memory.builder(context.states, context.mask)
+        latents: Tensor = self.memory.former(kind)(context)
+        return latents if self.memory.replacement is None else self.memory.replacement(latents)
+
+    @cached_property
+    def _past(self) -> tuple[Tensor, Tensor, DynamicCache]:
+        """The answers as they were written, without gradients: what was fed (R, S, d), the states before each slot and
+        after the last one (R, S + 1, d), and the cache."""
+        with torch.no_grad(), self.memory.acting():
+            embeds = self._embeds(self._recorded())
+            grown = kv.fork(self.prompts.cache)
+            after = self.backbone.continue_(embeds, self._mask, self.positions, grown)
+            return embeds, torch.cat([self.prompts.hidden[:, -1:].to(after), after], dim=1), grown
+
+    def _context(
+        self, places: Sequence[tuple[int, int]], embeds: Tensor, hidden: Tensor, grown: DynamicCache
+    ) -> MemoryContext:
+        """What memory could look at when it was invoked at each of the places, right after the invocation token."""
+        rows = [row for row, _ in places]
+        stops = [self.slots[row][index] + 1 for row, index in places]
+        segments = [hidden[row, self._segment(row, index)] for row, index in places]
+        written = pad_sequence(segments, batch_first=True)
+        fresh = pad_sequence([own.new_ones(len(own), dtype=torch.bool) for own in segments], batch_first=True)
+        visual, seen = self.prompts.visual(rows)
+        index = torch.tensor(rows, device=self.positions.device)
+        steps = torch.tensor(stops, device=self.positions.device)[:, None]
+        width = self.prompts.mask.shape[1]
+        late = steps > self._hidden_from[index, None]  # memory formed first still sees the images
+        columns = self.columns[index].masked_fill(self._images[index] & late, 0)
+        cache, mask = kv.upto(grown, columns, rows, [width + stop for stop in stops])
+        history = None
+        if self.prompts.needs.history:
+            told = [
+                (embeds[row, :stop], self.positions[..., row, :stop]) for row, stop in zip(rows, stops, strict=True)
+            ]
+            history = self.prompts.history(rows, told)
+        return MemoryContext(
+            states=torch.cat([visual, written.to(visual)], dim=1),
+            mask=torch.cat([seen, fresh.to(seen.device)], dim=1),
+            visual=visual.shape[1],
+            query=visual[:, :0],
+            cache=cache,
+            attention_mask=mask,
+            next_position=self.prompts.positions[..., index, :] + steps,
+            vision=self.prompts.vision,
+            rows=rows,
+            history=history,
+        )
+
+    def _segment(self, row: int, index: int) -> list[int]:
+        """Slots before which the tokens since the last end token were chosen, that at ``index`` the last."""
+        ids, slots = self.answers[row].ids, self.slots[row]
+        ends = [self.memory.tokens.end(kind) for kind in KINDS]
+        first = next((at + 1 for at in range(index, -1, -1) if ids[at] in ends), 0)
+        return slots[first : index + 1]
+
+
+class _ReadOnly(DynamicCache):
+    """A prefix that passes see and do not grow, so that a layer can be computed twice on it."""
+
+    def __init__(self, cache: DynamicCache) -> None:
+        super().__init__()
+        self.layers = kv.fork(cache).layers
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+
+
+@contextmanager
+def _checkpointed(decoder: torch.nn.Module, memory: Memory) -> Iterator[None]:
+    """Recompute the policy's layers in the backward pass. transformers' own switch takes the cache away from them."""
+    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), memory.acting()
+
+    for layer in layers:
+        plain = layer.forward
+
+        def again(*args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
+            return checkpoint(_plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+        vars(layer)["forward"] = again
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
