@@ -33,7 +33,7 @@ def rows(count: int, opening: str) -> list[dict[str, Any]]:
 
 def by_trainer(memory: vismem.Memory, steps: int, folder: str) -> Trainer:
     """transformers' own."""
-    settings = TrainingArguments(folder, max_steps=steps, learning_rate=1e-3, **COMMON)
+    settings = TrainingArguments(folder, max_steps=steps, learning_rate=4e-3, **COMMON)
     data: Any = rows(BATCH * steps, "<ms_I><ms_E>")
     return Trainer(
         vismem.trainable(memory), settings, train_dataset=data, data_collator=partial(vismem.collate, memory)
@@ -46,7 +46,7 @@ def by_sft(memory: vismem.Memory, steps: int, folder: str) -> Trainer:
     from trl import SFTConfig, SFTTrainer
 
     settings = SFTConfig(
-        folder, max_steps=steps, learning_rate=1e-3, dataset_kwargs={"skip_prepare_dataset": True}, **COMMON
+        folder, max_steps=steps, learning_rate=4e-3, dataset_kwargs={"skip_prepare_dataset": True}, **COMMON
     )
     return SFTTrainer(
         vismem.trainable(memory),

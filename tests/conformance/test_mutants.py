@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
@@ -17,10 +18,11 @@ from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
 from vismem_core.base import adapters
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.vision import VisionStates
-from vismem_core.decoding import loop
+from vismem_core.decoding import forward, loop
 from vismem_core.decoding.injection import InjectionHook
 from vismem_core.decoding.loop import Decoder
 from vismem_core.files import checkpoint
+from vismem_core.memory.memory import Memory
 from vismem_core.memory.tokens import MemoryTokens
 from vismem_core.testing import BackboneContract
 
@@ -227,6 +229,18 @@ class Grasping(Qwen2_5_VL):
         return True
 
 
+class Silencing(Qwen2_5_VL):
+    """Switches the user's adapters off when it reads images."""
+
+    @contextmanager
+    def record(self, states: VisionStates, *, keep: bool, inputs: bool) -> Iterator[None]:
+        for layer in self.model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.enable_adapters(False)
+        with super().record(states, keep=keep, inputs=inputs):
+            yield
+
+
 MUTANTS: list[tuple[type[Backbone], str, dict[str, Any], str]] = [
     (Shifted, "continue_equals_one_pass", {}, "not close"),
     (Shifted, "ragged_insertion_equals_one_pass", {"packs": False}, "row 0 differs"),
@@ -267,6 +281,9 @@ MUTANTS: list[tuple[type[Backbone], str, dict[str, Any], str]] = [
     (Wearing, "detached_as_it_was", {}, "it differs when invoked"),
     (Wearing, "what_trains_changes_and_nothing_else", {"context": "cache"}, "the base's weights changed"),
     (Forgetful, "encode_replays", {}, "not close"),
+    (Silencing, "foreign_adapters", {"first": "memory"}, "the adapter does not act where memory is formed"),
+    (Silencing, "foreign_adapters", {"first": "adapter"}, "the adapter does not act where memory is formed"),
+    (Flat, "forward_equals_decoding", {}, "not close"),
     (Grasping, "matches_its_own_models", {}, "it matches a single linear layer"),
 ]
 
@@ -311,6 +328,24 @@ def uncopied(self: VisionStates, counts: Sequence[Sequence[int]]) -> None:
     self.rows = [[row] if row < len(self.tokens) else [] for row in range(len(counts[0]))]
 
 
+def formless(memory: Memory, prompts: Any, answers: Any) -> None:
+    """Latents that hold nothing."""
+    FORM(memory, prompts, answers)
+    for own in answers:
+        own.latents = {index: torch.zeros_like(latents) for index, latents in own.latents.items()}
+
+
+FORM = forward.form
+
+
+@contextmanager
+def for_all(self: Memory, **values: Any) -> Iterator[None]:
+    """Switches that belong to nobody."""
+    before, self._usual = self._usual, replace(self._usual, **values)
+    yield
+    self._usual = before
+
+
 BROKEN: list[tuple[Any, str, Any, str, str]] = [
     (Decoder, "__call__", without("logits_processor", lambda own: LogitsProcessorList()), "logits_processors", "wrote"),
     (Decoder, "__call__", without("stopping_criteria", length_alone), "stopping_criteria", "goes on|something else"),
@@ -322,6 +357,8 @@ BROKEN: list[tuple[Any, str, Any, str, str]] = [
     (VisionStates, "assign", uncopied, "copies_see_their_prompts_images", "forms other memory"),
     (checkpoint.Stored, "fill", lambda self, memory: None, "checkpoints_round_trip", "answers otherwise"),
     (checkpoint, "fingerprint", lambda backbone: "", "checkpoints_refuse_other_bases", "made for other weights"),
+    (forward, "form", formless, "forward_equals_decoding", "not close"),
+    (Memory, "_switched", for_all, "calls_at_once", "switched off in another"),
     (InjectionHook, "remove", lambda self: None, "detached_as_it_was", "does not restore"),
     (MemoryTokens, "vectors", lambda self, ids, like: like, "ragged_insertion_equals_one_pass", "differs"),
 ]

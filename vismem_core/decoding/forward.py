@@ -12,13 +12,12 @@ invocation token and before one that the policy was not offered, only the next i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vismem_core.base import cache as kv
@@ -28,7 +27,7 @@ from vismem_core.memory.memory import Memory
 from vismem_core.memory.trigger import Row
 
 from .loop import ROOM, seeds
-from .replay import Answer, Prompts, Replay, read_prompts
+from .replay import Answer, Prompts, Replay, checkpointed_layers, read_prompts, uncheckpointed
 from .turn import TURN
 
 UNLIKELY = -1e4
@@ -73,10 +72,10 @@ def forward(
     model = memory.model
     learns = torch.is_grad_enabled()
     deep = learns and any(own.requires_grad for own in model.parameters())
-    checkpointing = checkpointing or (model.training and getattr(model, "is_gradient_checkpointing", False))
-    with TURN.call(), _kept_caches(model):
+    checkpointing = checkpointing or (model.training and bool(checkpointed_layers(model)))
+    with TURN.call(), uncheckpointed(model):
         told = _Sequences.of(memory, input_ids, attention_mask, labels, logits_to_keep)
-        read = read_prompts(memory, told.prompts(rest), gradients=deep)
+        read = told.read(rest, deep)
         form(memory, read, told.answers)
         hidden = Replay(memory, read, told.answers, checkpointing and learns).hidden(
             form=learns and memory.recorded is None
@@ -151,7 +150,6 @@ class _Sequences:
     ) -> _Sequences:
         kept = torch.ones_like(ids) if mask is None else mask
         columns = [row.nonzero().flatten().tolist() for row in kept]
-        media = set(memory.backbone.placeholders.values())
         starts, answers = [], []
         for row, (own, places) in enumerate(zip(ids.tolist(), columns, strict=True)):
             told = [own[at] for at in places]
@@ -165,14 +163,27 @@ class _Sequences:
                     f"row {row}: nothing says where the answer begins: its prompt does not end as the chat template "
                     "ends one, and there are no labels"
                 )
-            if media.intersection(told[start:]):
-                raise AttachError(f"row {row}: an image stands behind the beginning of the answer, at id {start}")
             starts.append(start)
             drops = memory.config.drop_image_after_invocation
             answers.append(Answer(row, [*told[start:], 0], drops_images=drops))
         return cls(memory, ids, columns, starts, answers)
 
-    def prompts(self, rest: Mapping[str, Any]) -> dict[str, Any]:
+    def read(self, rest: Mapping[str, Any], gradients: bool) -> Prompts:
+        """The prompts, which have all the images.
+
+        Raises:
+            AttachError: one stands in an answer.
+        """
+        try:
+            return read_prompts(self.memory, self._prompts(rest), gradients)
+        except ValueError as error:
+            media = set(self.memory.backbone.placeholders.values())
+            for row, own in enumerate(self.answers):
+                if media.intersection(own.ids):
+                    raise AttachError(f"row {row}: an image stands behind the beginning of the answer") from error
+            raise
+
+    def _prompts(self, rest: Mapping[str, Any]) -> dict[str, Any]:
         """What the model takes for the prompts alone, padded on the left."""
         width, pad = max(self.starts), int(self.memory.backbone.processor.tokenizer.pad_token_id or 0)
         inputs = {name: own for name, own in rest.items() if name not in NOT_PASSED_ON and own is not None}
@@ -275,16 +286,3 @@ def _check(rest: Mapping[str, Any]) -> None:
     past = rest.get(kv.NAME)
     if past is not None and past.get_seq_length():
         raise AttachError(f"a sequence that holds memory tokens takes no {kv.NAME}: pass the whole of it")
-
-
-@contextmanager
-def _kept_caches(model: nn.Module) -> Iterator[None]:
-    """transformers' own checkpointing takes the cache away from layers; the replay has one of its own."""
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
-    for layer in layers:
-        layer.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True  # type: ignore[assignment]

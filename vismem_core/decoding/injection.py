@@ -99,6 +99,9 @@ class InjectionHook:
         # A prompt that holds memory tokens needs logits as wide as its ids, even if no more are to come.
         if not memory.enabled or not (memory.active_trigger.active or told):
             return own(*args, **kwargs)
+        if self._setting(named, "is_assistant"):
+            memory.trace.blocked["drafts"] += 1
+            return own(*args, **kwargs)
         self._check(named)
         memory.follow()
         session = Session(memory.backbone, memory.needs())

@@ -289,8 +289,13 @@ def _checkpointed(decoder: torch.nn.Module, memory: Memory) -> Iterator[None]:
     """Recompute the policy's layers in the backward pass. transformers' own switch takes the cache away from them."""
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
+    @contextmanager
+    def again_alike() -> Iterator[None]:
+        with memory.acting(), uncheckpointed(decoder):
+            yield
+
     def contexts() -> tuple[Any, Any]:
-        return nullcontext(), memory.acting()
+        return nullcontext(), again_alike()
 
     for layer in layers:
         plain = layer.forward
@@ -304,3 +309,21 @@ def _checkpointed(decoder: torch.nn.Module, memory: Memory) -> Iterator[None]:
     finally:
         for layer in layers:
             del vars(layer)["forward"]
+
+
+def checkpointed_layers(model: torch.nn.Module) -> list[Any]:
+    """The modules in which transformers' own checkpointing is on."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+
+
+@contextmanager
+def uncheckpointed(model: torch.nn.Module) -> Iterator[None]:
+    """Without transformers' own checkpointing, which takes the cache away from layers."""
+    layers = checkpointed_layers(model)
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True

@@ -33,6 +33,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
     {
         "room": "max_new_tokens left no room for an invocation and a token after it",
         "forbidden": "logits processors or suppress_tokens forbade it",
+        "drafts": "the model drafts for another one, which knows no memory tokens",
         "bypassed": "generate was called on the class, type(model).generate(model), past memory",
     }
 )

@@ -17,10 +17,11 @@ pytest, which the rest of :mod:`vismem_core` does not.
 
 import pytest
 
-PARTS = ("anatomy", "encoder", "unchanged", "insertion", "generation", "training")
+PARTS = ("anatomy", "encoder", "unchanged", "insertion", "generation", "company", "training")
 pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in PARTS))
 
 from .anatomy import Anatomy  # noqa: E402
+from .company import Company  # noqa: E402
 from .encoder import Encoder  # noqa: E402
 from .generation import Generation  # noqa: E402
 from .insertion import Insertion  # noqa: E402
@@ -31,7 +32,7 @@ from .unchanged import Unchanged  # noqa: E402
 __all__ = ["BackboneContract", "liven", "picture"]
 
 
-class BackboneContract(Anatomy, Encoder, Unchanged, Insertion, Generation, Training):
+class BackboneContract(Anatomy, Encoder, Unchanged, Insertion, Generation, Company, Training):
     """What memory needs of a backbone, and what it promises on it; subclass it with ``backbone`` and ``load``.
 
     ``several_images`` and ``text_only`` say what the family's prompts may hold; :meth:`questions` may be overridden
