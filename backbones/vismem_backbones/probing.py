@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vismem_core.base.adapters import innermost
 from vismem_core.errors import AttachError
 
 TARGETS = re.compile(r"(q|v|qkv|query|value|q_b|kv_b|query_key_value)(_proj)?|[wW]q|[wW]v|[wW]qkv|c_attn")
@@ -120,7 +121,8 @@ def blocks_in(tower: nn.Module) -> nn.ModuleList | None:
 
 def targets_in(path: str, blocks: Sequence[nn.Module]) -> str:
     """A regular expression for the linear layers in ``blocks`` that make queries and values; empty without any."""
-    linear = {name for block in blocks for name, own in block.named_modules() if isinstance(own, nn.Linear)}
+    modules = ((name, innermost(own)) for block in blocks for name, own in block.named_modules())
+    linear = {name for name, own in modules if isinstance(own, nn.Linear)}
     names = sorted(re.escape(name) for name in linear if TARGETS.fullmatch(name.rpartition(".")[2]))
     numbers = "|".join(map(str, range(len(blocks))))
     return rf"{re.escape(path)}\.({numbers})\.({'|'.join(names)})" if names else ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from bases import QUESTIONS, Base, config, tied
+from bases import QUESTIONS, Base, config, mini, tied, untied
 from torch import Tensor
 
 import vismem_core as vismem
@@ -50,9 +51,11 @@ def scores(output: Any) -> Tensor:
     [{}, {"context": "recompute"}, {"drop_image_after_invocation": True}, {"trigger": "schedule:0=long,6=short"}],
     ids=str,
 )
-def test_logits_are_those_of_the_decoding(any_base: Base, settings: dict[str, Any]) -> None:
-    memory = asking(any_base, **settings)
-    output, inputs, begin = written(any_base)
+@pytest.mark.parametrize("make", [untied, mini])
+def test_logits_are_those_of_the_decoding(make: Callable[[], Base], settings: dict[str, Any]) -> None:
+    base = make()
+    memory = asking(base, **settings)
+    output, inputs, begin = written(base)
     assert len(memory.trace)
     with torch.no_grad():
         told = forward(memory, **inputs, finished=True).logits
@@ -60,10 +63,10 @@ def test_logits_are_those_of_the_decoding(any_base: Base, settings: dict[str, An
         real = inputs["attention_mask"][:, begin:].bool()
         got = told[:, begin - 1 : -1].log_softmax(-1)
         torch.testing.assert_close(got[real], scores(output)[real], atol=2e-4, rtol=1e-4)
-        whole = any_base.model(**inputs).logits
+        whole = base.model(**inputs).logits
         torch.testing.assert_close(whole[:, begin - 1 : -4], told[:, begin - 1 : -4])
         for keep in (5, torch.tensor([begin, begin + 3])):
-            part = any_base.model(**inputs, logits_to_keep=keep).logits
+            part = base.model(**inputs, logits_to_keep=keep).logits
             torch.testing.assert_close(part, whole[:, -keep:] if isinstance(keep, int) else whole[:, keep])
         trace = memory.trace
         with memory.recalled(trace):

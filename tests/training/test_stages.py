@@ -23,7 +23,6 @@ from vismem_core.training.formation import Formation
 from vismem_core.training.formation_grpo import FormationGrpo
 from vismem_core.training.invocation import InvocationStage
 from vismem_core.training.invocation_grpo import InvocationGrpo
-from vismem_core.training.stage import only
 
 
 def told(
@@ -83,12 +82,11 @@ def test_what_trains_changes_and_nothing_else(make: Any, start: Any, settings: A
     before = {name: tensor.clone() for name, tensor in memory.trained().items()}
     model = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0)
-    with only(memory, stage.parameters()):
-        for step in range(3):  # a fresh LoRA's A has no gradient until B has moved; a batch may hold one kind alone
-            optimizer.zero_grad()
-            stage.accumulate(batch, str(step), step / 3)
-            optimizer.step()
-            stage.stepped()
+    for step in range(3):  # a fresh LoRA's A has no gradient until B has moved; a batch may hold one kind alone
+        optimizer.zero_grad()
+        stage.accumulate(batch, str(step), step / 3)
+        optimizer.step()
+        stage.stepped()
     after = memory.trained()
     assert {name for name in after if not after[name].equal(before[name])} == set(trained)
     assert all(own.isfinite().all() for own in after.values())

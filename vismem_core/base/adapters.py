@@ -42,7 +42,7 @@ class Adapter:
     """
 
     def __init__(self, model: nn.Module, name: str, targets: str, rank: int, alpha: int, dropout: float) -> None:
-        found = {path: _innermost(module) for path, module in model.named_modules() if re.fullmatch(targets, path)}
+        found = {path: innermost(module) for path, module in model.named_modules() if re.fullmatch(targets, path)}
         odd = next((path for path, own in found.items() if not _linear(own)), None)
         if odd is not None or not found:
             why = f"{odd} is a {type(found[odd]).__name__}" if odd is not None else "no module has such a name"
@@ -131,7 +131,7 @@ def _nothing() -> Any:
     return lambda layer, args, output: None
 
 
-def _innermost(layer: nn.Module) -> nn.Module:
+def innermost(layer: nn.Module) -> nn.Module:
     """The model's own layer in what peft put around it, which stays when the user's adapter goes."""
     while isinstance(inner := getattr(layer, "base_layer", None), nn.Module):
         layer = inner

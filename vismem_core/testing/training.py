@@ -22,7 +22,6 @@ from ..training.batches import make_batch
 from ..training.formation import Formation
 from ..training.replay import TrajectoryReplay
 from ..training.rollout import Sampling, rollouts
-from ..training.stage import only
 from .base import Base, staggered
 from .contract import Contract, holds
 
@@ -75,9 +74,8 @@ class Training(Contract):
         trained = {name: tensor for name, tensor, _ in stage.parameters()}
         before = {name: tensor.clone() for name, tensor in memory.trained().items()}
         weights, optimizer = base.weights(), torch.optim.SGD(trained.values(), lr=0.1)
-        with only(memory, stage.parameters()):
-            for step in range(3):  # a batch may hold one kind alone
-                stage.accumulate(batch, str(step), step / 3)
+        for step in range(3):  # a batch may hold one kind alone
+            stage.accumulate(batch, str(step), step / 3)
         optimizer.step()
         after = memory.trained()
         still = [name for name in trained if after[name].equal(before[name])]

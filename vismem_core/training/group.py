@@ -22,7 +22,7 @@ from .processes import Processes
 from .replay import TrajectoryReplay, micro_batches
 from .resample import resampled
 from .rollout import Group, Sampling, Trajectory, rollouts
-from .stage import Stage
+from .stage import Stage, only
 
 MEMBERS = 16
 """Bits of a trajectory's seed that say which one of its group it is."""
@@ -83,7 +83,8 @@ class GroupStage(Stage):
         prompts, group = resampled(self, prompts, batch, group, key, progress)
         sums = self.processes.total(counted * torch.tensor([*group.figures.values(), 1.0]))
         means = (sums[:-1] / sums[-1]).tolist()
-        return {**dict(zip(group.figures, means, strict=True)), **self.learn(prompts, group)}
+        with only(self.memory, self.parameters()):
+            return {**dict(zip(group.figures, means, strict=True)), **self.learn(prompts, group)}
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must know beyond its parameters."""

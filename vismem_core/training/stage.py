@@ -67,8 +67,9 @@ class LikelihoodStage(Stage):
 
     def accumulate(self, batch: Batch, key: str, progress: float) -> dict[str, float]:
         self.memory.train()
-        loss, figures = self.loss(batch, key)
-        loss.backward()
+        with only(self.memory, self.parameters()):
+            loss, figures = self.loss(batch, key)
+            loss.backward()
         return figures
 
     @abstractmethod
