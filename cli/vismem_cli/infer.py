@@ -111,6 +111,8 @@ def _answer(load: LoadOptions, sample: Sample, ask: dict[str, Any]) -> Answer:
     from vismem_core.answers.inference import answers
 
     (answer,) = answers(memory, [sample], **ask)
+    if why := memory.trace.why():
+        say(why)
     return answer
 
 

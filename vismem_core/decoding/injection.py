@@ -81,6 +81,7 @@ class InjectionHook:
     def generate(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` with memory; same arguments, same results.
 
+        Memory tokens in a prompt are read as tokens: what was formed there in another call is not formed again.
         Logits and scores are ``memory.tokens.width`` wide: the base's columns, then the four tokens'. A result that is
         no tensor has the call's trace as ``memory``. Calls from several threads take turns: what listens to the model
         while memory is formed hears all of it.
