@@ -31,6 +31,7 @@ from vismem_core.memory.trace import Invocation, Trace
 from vismem_core.memory.trigger import Row, Trigger
 
 from .processors import Processors
+from .room import RoomCache
 from .session import Session
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Decoder:
             self.trace.blocked["forbidden"] += forbidden
         if self.streamer is not None:
             self.streamer.end()
-        return record.result(input_ids, self.session.cache)
+        return record.result(input_ids, self.session.room)
 
     # What rollouts do otherwise
 
@@ -147,6 +148,8 @@ class Decoder:
             full = torch.ones_like(input_ids) if mask is None else mask
             positions = (full.cumsum(-1) - 1).clamp(min=0)
         self.session.start(input_ids, mask, positions, getattr(output, kv.NAME))
+        self.session.make_room()
+        setattr(output, kv.NAME, self.session.cache)
         self.rows = [Row(seed=seed) for seed in seeds(input_ids, mask, copies)]
 
     def _form(self, fed: list[int], position: int) -> Latents:
@@ -224,7 +227,7 @@ class Decoder:
     ) -> tuple[Any, bool]:
         """Feed every row's last id, after the latents of the rows that formed some."""
         session, together = self.session, next(iter(latents.values()), None)
-        if together is not None and len(together[0]) == len(self.rows):
+        if together is not None and len(together[0]) == len(self.rows) and not session.room.ragged:
             return self._feed_together(model, input_ids, together[1], model_kwargs, padded), padded
         if self._packs(model_kwargs):
             riders = self._riders(fed)
@@ -234,11 +237,16 @@ class Decoder:
         if latents:
             session.insert(latents)
             padded = True
-        model_kwargs["attention_mask"] = _longer(session.mask, 1) if padded else None
+        session.room.aim(1)
+        model_kwargs["attention_mask"] = session.mask if padded else None
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
-        return model(**inputs, return_dict=True), padded
+        if session.room.ragged and not session.room.whole:
+            inputs["attention_mask"] = session.masks()
+        output = model(**inputs, return_dict=True)
+        session.room.landed()
+        return output, padded
 
     def _packs(self, model_kwargs: dict[str, Any]) -> bool:
         backbone = self.session.backbone
@@ -268,11 +276,11 @@ class Decoder:
         session, formers = self.session, [_riding(self.memory.former(kind)) for kind in riders]
         last = session.backbone.embeddings(input_ids[:, -1])
         packing, positions = session.pack(latents, riders)
-        model_kwargs["attention_mask"] = packing.mask if padded else None
+        model_kwargs["attention_mask"] = session.mask if padded else None
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
         behind = [vectors.flatten(0, 1) for own in (latents, riders) for _, vectors in own.values()]
-        with packing.on(session.backbone.decoder, session.cache) as cache, ExitStack() as stack:
+        with packing.on(session.backbone.decoder) as cache, ExitStack() as stack:
             if formers:
                 stack.enter_context(self.memory.acting(slice(packing.slices()[0].start)))
             for former, tokens in zip(formers, packing.slices(), strict=True):
@@ -301,8 +309,8 @@ class Decoder:
         steps = torch.arange(length + 1, device=session.positions.device)
         positions = session.positions + steps
         session.took_in(range(len(latents)), latents, positions[..., :length])
-        session.advance(length)
-        model_kwargs["attention_mask"] = _longer(session.mask, 1) if padded else None
+        session.room.aim(length + 1)
+        model_kwargs["attention_mask"] = session.mask if padded else None
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
         wanted = {
@@ -318,6 +326,7 @@ class Decoder:
             return_dict=True,
             **wanted,
         )
+        session.room.landed()
         for name in ("attentions", "hidden_states"):  # one position per returned id, as everywhere else
             if layers := getattr(output, name, None):
                 setattr(output, name, tuple(layer[..., -1:, :] for layer in layers))
@@ -344,7 +353,7 @@ class _Record:
         if self.hidden is not None:
             self.hidden += (output.hidden_states,)
 
-    def result(self, ids: Tensor, cache: Any) -> Tensor | GenerateDecoderOnlyOutput:
+    def result(self, ids: Tensor, cache: RoomCache) -> Tensor | GenerateDecoderOnlyOutput:
         if not self.wanted:
             return ids
         return GenerateDecoderOnlyOutput(
@@ -353,7 +362,7 @@ class _Record:
             logits=self.logits,  # type: ignore[arg-type]
             attentions=self.attentions,
             hidden_states=self.hidden,
-            **{kv.NAME: cache},
+            **{kv.NAME: cache.together(range(len(ids)))[0]},
         )
 
 
@@ -378,10 +387,6 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
 def _riding(former: MemoryFormer) -> RidingFormer:
     assert isinstance(former, RidingFormer), f"{type(former).__name__}.rides, and is no RidingFormer"
     return former
-
-
-def _longer(mask: Tensor, tokens: int) -> Tensor:
-    return torch.cat([mask, mask.new_ones(len(mask), tokens)], dim=-1)
 
 
 def seeds(input_ids: Tensor, mask: Tensor | None, copies: int) -> list[int]:

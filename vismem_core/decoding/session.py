@@ -22,14 +22,15 @@ from vismem_core.memory.former import History, MemoryContext, MemoryFormer, Need
 from vismem_core.memory.query import QueryBuilder
 
 from .packing import Packing
+from .room import RoomCache
 
 
 class Session:
     """Follows one batch from its prefill on.
 
     Attributes:
-        cache: the language model's KV cache, right-aligned (see :mod:`vismem_core.base.cache`).
-        mask: (B, W) over the cache.
+        cache: the language model's KV cache: of the prompts as transformers keep it, right-aligned, and from
+            :meth:`make_room` on one in which rows grow apart (:mod:`vismem_core.decoding.room`).
         positions: (.., B, 1), the position id of each row's next token.
         hidden: (B, L, d), last hidden states of the latest forward pass through :meth:`listen`.
         vision: the vision encoder's states.
@@ -39,7 +40,7 @@ class Session:
         self.backbone, self.needs = backbone, needs
         self.vision = VisionStates()
         self.cache: DynamicCache
-        self.mask: Tensor
+        self._mask: Tensor
         self.positions: Tensor
         self.hidden: Tensor
         self._embeds: Tensor
@@ -53,6 +54,21 @@ class Session:
         self._segment: list[int] = []
         self._padding: list[int] = []
         self._history: list[list[tuple[Tensor, Tensor]]] = []
+
+    @property
+    def mask(self) -> Tensor:
+        """What rows may look at, (B, W) over the cache."""
+        return self.cache.mask.long() if isinstance(self.cache, RoomCache) else self._mask
+
+    @property
+    def room(self) -> RoomCache:
+        """The cache once rows may grow apart."""
+        assert isinstance(self.cache, RoomCache)
+        return self.cache
+
+    def make_room(self) -> None:
+        """From now on rows may grow apart."""
+        self.cache = RoomCache(self.cache, self._mask)
 
     @contextmanager
     def listen(self) -> Iterator[None]:
@@ -103,8 +119,8 @@ class Session:
             raise AttachError("memory needs the prompt's input_ids: it cannot tell images from text in inputs_embeds")
         self.cache = kv.check(cache)
         width = self.cache.get_seq_length()
-        self.mask = input_ids.new_ones(batch, width) if mask is None else mask[:, :width]
-        self._padding = self.mask.argmax(-1).tolist() if mask is not None else [0] * batch
+        self._mask = input_ids.new_ones(batch, width) if mask is None else mask[:, :width]
+        self._padding = self._mask.argmax(-1).tolist() if mask is not None else [0] * batch
         self.positions = positions.expand(*positions.shape[:-2], batch, length)[..., -1:] + 1
         self._see(input_ids)
         longest = max(written or [0])
@@ -137,27 +153,36 @@ class Session:
                 pieces.append((self._embeds[row, -1:], self.positions[..., row, :]))
 
     def advance(self, tokens: int = 1) -> None:
-        """The cache of every row grew by ``tokens`` real tokens."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), tokens)], dim=-1)
+        """Every row took in ``tokens`` tokens."""
         self.positions = self.positions + tokens
 
     # Rows
 
-    def branch(self, rows: Sequence[int]) -> Session:
+    def branch(self, rows: Sequence[int], *, room: bool = False) -> Session:
         """A session of the given rows in that order, one perhaps several times, as a prompt for its group.
 
         This one stays as it is. Nothing is heard by the new one until it is what :meth:`listen` was called on.
+
+        Args:
+            room: the new one's rows may grow apart.
         """
         branch = copy.copy(self)
         branch._recording = ExitStack()
-        branch.take(rows)
+        if room:
+            branch.cache = RoomCache(self.cache, self._mask, rows)
+        branch._take(rows)
         return branch
 
     def take(self, rows: Sequence[int]) -> None:
         """Go on with the given rows alone."""
-        index = torch.as_tensor(rows, device=self.mask.device)
-        self.cache = kv.select(self.cache, rows)
-        self.mask, self.positions = self.mask[index], self.positions[..., index, :]
+        self.cache = self.room.select(rows)
+        self._take(rows)
+
+    def _take(self, rows: Sequence[int]) -> None:
+        index = torch.as_tensor(rows, device=self.positions.device)
+        if not isinstance(self.cache, RoomCache):
+            self.cache, self._mask = kv.select(self.cache, rows), self._mask[index]
+        self.positions = self.positions[..., index, :]
         self.hidden = self.hidden[index.to(self.hidden.device), -1:]
         self._written = [states[index.to(states.device)] for states in self._written]
         self._source = [self._source[row] for row in rows]
@@ -193,20 +218,27 @@ class Session:
 
     def context(self, rows: Sequence[int]) -> MemoryContext:
         """What memory may look at for ``rows``, with an empty query."""
-        index = torch.as_tensor(rows, device=self.mask.device)
+        index = torch.as_tensor(rows, device=self.positions.device)
         states, mask = self._states(rows, len(self._written) - 1)  # the last one is the invocation token's own
+        cache, seen = self._together(rows)
         return MemoryContext(
             states=states,
             mask=mask,
             visual=self._visual.shape[1],
             query=states[:, :0],
-            cache=kv.select(self.cache, rows),
-            attention_mask=self.mask[index],
+            cache=cache,
+            attention_mask=seen,
             next_position=self.positions[..., index, :],
             vision=self.vision,
             rows=rows,
             history=self.history(rows) if self.needs.history else None,
         )
+
+    def _together(self, rows: Sequence[int]) -> tuple[DynamicCache, Tensor]:
+        """The cache of some rows, which may be appended to, and its mask."""
+        if isinstance(self.cache, RoomCache):
+            return self.cache.together(rows)
+        return kv.select(self.cache, rows), self._mask[torch.as_tensor(rows, device=self._mask.device)]
 
     def _states(self, rows: Sequence[int], stop: int) -> tuple[Tensor, Tensor]:
         index = torch.as_tensor(rows)
@@ -250,19 +282,36 @@ class Session:
     def hide_images(self, rows: Sequence[int]) -> None:
         """Nothing that ``rows`` take in from now on sees their images in the cache; positions go on as they were.
 
-        Columns that no row needs any more leave the cache, unless a layer has a sliding window: distances count there.
+        Where rows may grow apart, the columns are given up (:meth:`RoomCache.hide`).
         """
         if not any(len(self._images[row]) for row in rows):
             return
         hidden = self.image_columns()
         hidden[[row for row in range(len(hidden)) if row not in set(rows)]] = False
-        self.mask = self.mask.masked_fill(hidden, 0)
         for row in rows:
             self._images[row] = self._images[row][:0]
-        spare = int((self.mask == 0).sum(-1).min())
-        if spare and kv.whole(self.cache):
-            self.mask = kv.compact(self.cache, self.mask, spare)
-            self._padding = (self.mask == 0).sum(-1).tolist()
+        if not isinstance(self.cache, RoomCache):
+            self._mask = self._mask.masked_fill(hidden, 0)
+        elif self.cache.hide(hidden):
+            self._padding = [0] * len(hidden)
+
+    def masks(self) -> Any:
+        """What the coming pass of one token a row may look at, where layers have windows and rows have grown apart.
+
+        As the model takes it: (B, 1, 1, W), by kind of layer if it has several.
+        """
+        config: Any = self.backbone.decoder.config
+        kinds = set(getattr(config, "layer_types", None) or [""])
+        found = {}
+        for kind in kinds:
+            window = None if kind == "full_attention" else config.sliding_window
+            mask = self.room.seen(window)[:, None, None]
+            if config._attn_implementation == "eager":
+                mask = torch.zeros_like(mask, dtype=self.backbone.dtype).masked_fill(
+                    ~mask, torch.finfo(self.backbone.dtype).min
+                )
+            found[kind] = mask
+        return found if len(found) > 1 else next(iter(found.values()))
 
     # Inserting
 
@@ -273,16 +322,15 @@ class Session:
             latents: kind -> (rows, (R, N, d)).
         """
         for rows, vectors in latents.values():
-            length = vectors.shape[1]
-            index = torch.as_tensor(rows, device=self.mask.device)
-            grown = kv.select(self.cache, rows)
-            steps = torch.arange(length, device=self.positions.device)
-            positions = self.positions[..., index, :] + steps
-            mask = torch.cat([self.mask[index], self.mask.new_ones(len(rows), length)], dim=-1)
+            length, positions = vectors.shape[1], self._places(rows, vectors.shape[1])
+            grown, mask = self.room.together(rows)
+            mask = torch.cat([mask, mask.new_ones(len(rows), length)], dim=-1)
             with self._apart():
                 self.backbone.continue_(vectors, mask, positions, grown)
             self.took_in(rows, vectors, positions)
-            kv.graft(self.cache, grown, rows, self._make_room(rows, length))
+            self.room.aim([length * (row in rows) for row in range(len(self._segment))])
+            self.room.put(grown, rows, length)
+            self.room.landed()
 
     def pack(
         self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]], riders: Mapping[Kind, tuple[Sequence[int], Tensor]]
@@ -292,16 +340,17 @@ class Session:
         Returns:
             the packing, and the position ids (.., 1, M) of the packed tokens.
         """
-        places = []
+        places, counts = [], [1] * len(self._segment)
         for rows, vectors in latents.values():
             places.append(self._places(rows, vectors.shape[1]))
             self.took_in(rows, vectors, places[-1])
-            self._make_room(rows, vectors.shape[1])
+            for row in rows:
+                counts[row] += vectors.shape[1]
+        self.room.aim(counts)
         places += [self._places(rows, vectors.shape[1]) + 1 for rows, vectors in riders.values()]
         packed = torch.cat([self.positions.squeeze(-1), *(own.flatten(-2) for own in places)], dim=-1)
-        mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=-1)
         groups, behind = ([(rows, vectors.shape[1]) for rows, vectors in own.values()] for own in (latents, riders))
-        return Packing(mask, groups, behind), packed[..., None, :]
+        return Packing(self.room, groups, behind), packed[..., None, :]
 
     def _places(self, rows: Sequence[int], length: int) -> Tensor:
         index = torch.as_tensor(rows, device=self.positions.device)
@@ -309,23 +358,16 @@ class Session:
 
     def unpack(self) -> None:
         """After a packed pass: what it noted of each row's last token, as after any other pass."""
-        rows = len(self.mask)
+        rows = len(self._segment)
+        self.room.landed()
         self.hidden = self.hidden[:, :rows].transpose(0, 1)
         self._embeds = self._embeds[:, :rows].transpose(0, 1)
 
-    def _make_room(self, rows: Sequence[int], length: int) -> int:
-        """Note that ``rows`` grow by ``length`` tokens; the columns by which the whole batch grows for it."""
-        padding = max(0, length - min(self._padding[row] for row in rows))
-        self.mask = kv.graft_mask(self.mask, rows, length, padding)
-        self._padding = [own + padding for own in self._padding]
-        for row in rows:
-            self._padding[row] -= length
-        self.positions = self.positions.clone()
-        self.positions[..., torch.as_tensor(rows, device=self.positions.device), :] += length
-        return padding
-
     def took_in(self, rows: Sequence[int], vectors: Tensor, positions: Tensor) -> None:
-        """Note latents that entered the cache, for ``context="recompute"``."""
+        """Latents enter the cache at positions (.., R, N)."""
+        index = torch.as_tensor(rows, device=self.positions.device)
+        steps = torch.full_like(self.positions[..., index, :], vectors.shape[1])
+        self.positions = self.positions.index_add(-2, index, steps)
         if self.needs.history:
             for at, row in enumerate(rows):
                 self._history[row].append((vectors[at], positions[..., at, :]))

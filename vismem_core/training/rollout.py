@@ -221,7 +221,7 @@ def rollouts(
             next is made to choose a kind, or ``none`` from there on.
         swapped: every invocation that the policy chooses is one of the other kind (tau_rev of Eq. 8).
     """
-    decoder = _Rollout(memory, prompts.session.branch(copies), sampling, seeds, deals, swapped)
+    decoder = _Rollout(memory, prompts.session.branch(copies, room=True), sampling, seeds, deals, swapped)
     drops = [drops_images(memory, sampling.image_dropout, str(seed)) for seed in seeds]
     decoder.trajectories = [Trajectory(prompt, drops_images=own) for prompt, own in zip(copies, drops, strict=True)]
     index = torch.as_tensor(copies, device=prompts.ids.device)

@@ -1,0 +1,283 @@
+"""The KV cache of a batch whose rows grow apart.
+
+Room is reserved ahead, in blocks, and every row writes at its own place: one that takes in N latents goes on by N
+columns, its neighbours by one. Nothing is shifted, concatenated or copied while tokens are written; what a row may look
+at is a mask over the columns (B, W), since those behind a row's end hold nothing and those in front may be padding.
+
+Until rows have grown apart the cache looks to the model like transformers' own, and attention gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from vismem_core.base import cache as kv
+
+BLOCK = 256
+"""Columns that are reserved at once."""
+
+
+class RoomCache(DynamicCache):
+    """Rows of a cache, one perhaps several times, in room of their own.
+
+    Args:
+        cache: what the rows have in common with others; it stays as it is.
+        mask: (B, W) over ``cache``.
+        rows: by default all of them.
+
+    Attributes:
+        used: columns that some row has written, W.
+        ends: (B,), the next column of each row.
+        ragged: whether rows end in different columns.
+        whole: whether every layer holds all tokens: none has a sliding window.
+    """
+
+    layers: list[_RoomLayer]  # type: ignore[assignment]
+
+    def __init__(self, cache: DynamicCache, mask: Tensor, rows: Sequence[int] | None = None) -> None:
+        super().__init__()
+        rows = list(range(len(mask))) if rows is None else rows
+        self.used, self.ragged, self.whole = mask.shape[1], False, kv.whole(cache)
+        self._seen = _roomy(mask.bool()[torch.as_tensor(rows, device=mask.device)], self.used + BLOCK, dim=1)
+        self.ends = torch.full((len(rows),), self.used, device=mask.device)
+        self._lengths = [self.used] * len(rows)
+        self._coming = 0
+        self._columns: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.layers = [_RoomLayer(self, layer, rows) for layer in kv.layers(cache)]
+
+    @property
+    def coming(self) -> int:
+        """The most tokens that the coming pass writes to a row; 0 between passes."""
+        return self._coming
+
+    @property
+    def mask(self) -> Tensor:
+        """What rows may look at, (B, W), with what the coming pass writes."""
+        return self._seen[:, : self.used]
+
+    def seen(self, window: int | None) -> Tensor:
+        """What the last tokens of the rows may look at, (B, K), in layers with a window or none.
+
+        A window counts from the rows' own places.
+        """
+        first = max(layer.first for layer in self.layers if layer.window == window)
+        places = torch.arange(first, self.used, device=self.ends.device)
+        seen = self.mask[:, first:]
+        return seen if window is None else seen & (places > self.ends[:, None] - 1 - window)
+
+    def aim(self, counts: int | Sequence[int]) -> None:
+        """The coming pass writes so many tokens to every row."""
+        rows = len(self._lengths)
+        same = isinstance(counts, int) and not self.ragged
+        counts = [counts] * rows if isinstance(counts, int) else list(counts)
+        starts = self.ends
+        self._starts, self._same, self._columns = starts, same, {}
+        self._coming = max(counts)
+        self._lengths = [own + count for own, count in zip(self._lengths, counts, strict=True)]
+        before, self.used = self.used, max(self._lengths)
+        self.ragged = min(self._lengths) != self.used
+        self._reserve()
+        if same:
+            self._seen[:, before : self.used] = True
+            self.ends = starts + counts[0]
+            return
+        grown = torch.tensor(counts, device=starts.device)
+        steps = torch.arange(self._coming, device=starts.device)
+        fresh = steps < grown[:, None]
+        rows_at, steps_at = fresh.nonzero(as_tuple=True)
+        self._seen[rows_at, starts[rows_at] + steps_at] = True
+        self.ends = starts + grown
+
+    def columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows (B, 1) and columns (B, T) of the coming T tokens of every row."""
+        if device not in self._columns:
+            rows = torch.arange(len(self._lengths), device=device)[:, None]
+            steps = torch.arange(self._coming, device=device)
+            self._columns[device] = rows, self._starts.to(device)[:, None] + steps
+        return self._columns[device]
+
+    def starts(self) -> Tensor:
+        """The column (B,) of each row's first token of the coming pass."""
+        return self._starts
+
+    def landed(self) -> None:
+        """The pass is over."""
+        self._coming = 0
+
+    def hide(self, columns: Tensor) -> bool:
+        """Let rows not look at ``columns`` (B, W) any more; whether columns were given up, and rows stand anew.
+
+        They are given up unless a layer has a sliding window, whose distances count in columns. What is left stands at
+        the front of its row.
+        """
+        seen = self._seen[:, : self.used] & ~columns
+        self._seen[:, : self.used] = seen
+        lengths = seen.sum(1)
+        most = int(lengths.max())
+        if most == self.used or not self.whole:
+            return False
+        order = seen.long().argsort(dim=1, descending=True, stable=True)[:, :most]
+        for layer in self.layers:
+            layer.reorder(order)
+        self.used, self.ends = most, lengths
+        self._lengths = lengths.tolist()
+        self.ragged = min(self._lengths) != most
+        self._seen = _roomy(torch.arange(most, device=lengths.device) < lengths[:, None], most + BLOCK, dim=1)
+        return True
+
+    def select(self, rows: Sequence[int]) -> RoomCache:
+        """The given rows alone, copied."""
+        other: RoomCache = RoomCache.__new__(RoomCache)
+        vars(other).update(vars(self))
+        index = torch.as_tensor(rows, device=self.ends.device)
+        other._lengths = [self._lengths[row] for row in rows]
+        other.used = max(other._lengths)
+        other.ragged = min(other._lengths) != other.used
+        other.ends, other._seen = self.ends[index], self._seen[index]
+        other._columns = {}
+        other.layers = [layer.select(other, rows) for layer in self.layers]
+        return other
+
+    def together(self, rows: Sequence[int]) -> tuple[DynamicCache, Tensor]:
+        """Some rows as transformers keep them, padded on the left, and their mask; appending leaves this one alone."""
+        index = torch.as_tensor(rows, device=self.ends.device)
+        everyone = list(rows) == list(range(len(self._lengths)))
+        width = max(self._lengths[row] for row in rows)
+        result = DynamicCache()
+        if all(self._lengths[row] == width for row in rows):
+            result.layers = [layer.plain(None if everyone else rows, None, width) for layer in self.layers]
+            seen = self._seen[:, :width]
+            return result, (seen if everyone else seen[index]).long()
+        places = torch.arange(width, device=index.device) - (width - self.ends[index])[:, None]
+        result.layers = [layer.plain(rows, places, width) for layer in self.layers]
+        return result, (self._seen[index].gather(1, places.clamp(min=0)) & (places >= 0)).long()
+
+    def put(self, cache: DynamicCache, rows: Sequence[int], count: int) -> None:
+        """Write the last ``count`` tokens of ``rows``, which were continued elsewhere; :meth:`aim` says where."""
+        index = torch.as_tensor(rows, device=self.ends.device)
+        columns = self._starts[index][:, None] + torch.arange(count, device=index.device)
+        for layer, other in zip(self.layers, kv.layers(cache), strict=True):
+            layer.write(index[:, None], columns, other.keys[..., -count:, :], other.values[..., -count:, :])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns in front of the coming pass."""
+        return self.used - self._coming
+
+    def _reserve(self) -> None:
+        if self.used > self._seen.shape[1]:
+            self._seen = _roomy(self._seen, self.used + BLOCK, dim=1)
+            for layer in self.layers:
+                layer.reserve(self.used + BLOCK)
+
+
+class _RoomLayer(DynamicLayer):
+    """Keys and values (B, heads, room, w) of one layer.
+
+    Attributes:
+        first: the column that the first one is; more than 0 where a sliding window had passed others by.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, cache: RoomCache, layer: Any, rows: Sequence[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cache, self.is_initialized = cache, True
+        self.window = int(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else None
+        self.is_sliding = self.window is not None
+        self.device, self.first = layer.keys.device, cache.used - layer.keys.shape[-2]
+        self.keys, self.values = (
+            _roomy(_rows(own, rows), layer.keys.shape[-2] + BLOCK, dim=2) for own in (layer.keys, layer.values)
+        )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        cache = self.cache
+        if cache._same:
+            stop = cache.used - self.first
+            self.keys[:, :, stop - cache._coming : stop] = key_states
+            self.values[:, :, stop - cache._coming : stop] = value_states
+        else:
+            self.write(*cache.columns(key_states.device), key_states, value_states)
+        return self.view()
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """The keys and values that the coming pass may look at."""
+        length, offset = self.get_mask_sizes(self.cache._coming)
+        part = slice(offset - self.first, offset - self.first + length)
+        return self.keys[:, :, part], self.values[:, :, part]
+
+    def write(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values (R, heads, T, w) at rows (R, 1) and columns (R, T)."""
+        rows, columns = rows.to(self.device), columns.to(self.device) - self.first
+        for own, new in ((self.keys, keys), (self.values, values)):
+            own.transpose(1, 2)[rows, columns] = new.transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        used = self.cache.used if self.cache._coming else self.cache.used + query_length
+        if self.window is None or self.cache.ragged:
+            return used - self.first, self.first
+        length = min(used - self.first, self.window - 1 + query_length)
+        return length, used - length
+
+    def get_seq_length(self) -> int:
+        return self.cache.get_seq_length()
+
+    def reserve(self, columns: int) -> None:
+        """Make room for so many columns."""
+        self.keys, self.values = (_roomy(own, columns - self.first, dim=2) for own in (self.keys, self.values))
+
+    def reorder(self, order: Tensor) -> None:
+        """Keep other columns (B, W) in that order."""
+        order = order.to(self.device)
+        rows = torch.arange(len(order), device=self.device)[:, None]
+        self.keys, self.values = (
+            _roomy(own.transpose(1, 2)[rows, order].transpose(1, 2), order.shape[1] + BLOCK, dim=2)
+            for own in (self.keys, self.values)
+        )
+
+    def select(self, cache: RoomCache, rows: Sequence[int]) -> _RoomLayer:
+        """The given rows alone, for another cache."""
+        other: _RoomLayer = _RoomLayer.__new__(_RoomLayer)
+        vars(other).update(vars(self))
+        other.cache = cache
+        other.keys, other.values = (_rows(own, rows) for own in (self.keys, self.values))
+        return other
+
+    def plain(self, rows: Sequence[int] | None, places: Tensor | None, width: int) -> DynamicLayer:
+        """A layer of transformers' own with some rows (all by default) and columns (R, W), by default the first W."""
+        layer: Any = DynamicLayer() if self.window is None else DynamicSlidingWindowLayer(self.window)
+        layer.lazy_initialization(self.keys, self.values)
+        skip = 0 if self.window is None else max(0, width - self.window + 1)
+        for name in ("keys", "values"):
+            own = getattr(self, name)
+            if places is None:
+                own = own[:, :, max(skip - self.first, 0) : width - self.first]
+                own = own if rows is None else _rows(own, rows)
+            else:
+                assert rows is not None
+                columns = (places[:, max(skip, self.first) :] - self.first).clamp(min=0).to(self.device)
+                index = torch.as_tensor(rows, device=self.device)[:, None]
+                own = own.transpose(1, 2)[index, columns].transpose(1, 2)
+            setattr(layer, name, own)
+        if self.window is not None:
+            layer.cumulative_length = width
+        return layer  # type: ignore[no-any-return]
+
+
+def _rows(states: Tensor, rows: Sequence[int]) -> Tensor:
+    return states.index_select(0, torch.as_tensor(rows, device=states.device))
+
+
+def _roomy(own: Tensor, size: int, dim: int) -> Tensor:
+    """The same in room of ``size`` along a dimension."""
+    shape = list(own.shape)
+    shape[dim] = size
+    larger = own.new_zeros(shape)
+    larger.narrow(dim, 0, own.shape[dim]).copy_(own)
+    return larger
