@@ -12,11 +12,12 @@ import json
 import random
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
+from math import isqrt
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -79,7 +80,7 @@ def build(shape: str, changes: list[str], device: str, dtype: str) -> tuple[Any,
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = None
-    return model.eval(), AutoProcessor.from_pretrained(source)
+    return model.eval(), AutoProcessor.from_pretrained(source, min_pixels=28 * 28, max_pixels=4096 * 28 * 28)
 
 
 class Clock(StoppingCriteria):
@@ -113,11 +114,11 @@ class Bench:
 
     def __init__(self, model: Any, processor: Any, device: str, tokens: int, repeats: int) -> None:
         self.model, self.processor = model, processor
-        self.device, self.tokens, self.repeats = device, tokens, repeats
+        self.device, self.tokens, self.repeats, self.side = device, tokens, repeats, SIDE
 
     def inputs(self, rows: int) -> Any:
         """Prompts of different lengths, each about its own picture."""
-        noise = np.random.default_rng(0).integers(0, 255, (rows, SIDE, SIDE, 3), dtype=np.uint8)
+        noise = np.random.default_rng(0).integers(0, 255, (rows, self.side, self.side, 3), dtype=np.uint8)
         texts = ["what is in this picture ? list the cells " + "and " * row for row in range(rows)]
         backbone = find_backbone(self.model)(self.model, self.processor)
         return backbone.inputs(texts, [[Image.fromarray(pixels)] for pixels in noise])
@@ -237,6 +238,22 @@ def apart(tokens: int, batch: int, kind: str) -> Trigger:
     return Trigger(decide)
 
 
+def cost_by_context(bench: Bench, contexts: Sequence[int], batches: Sequence[int]) -> Figures:
+    """(e) Decoding alone, the prompts' pass taken off, over that of plain ``generate``, by what the cache holds."""
+    figures = []
+    for visual, rows in product(contexts, batches):
+        bench.side = 28 * isqrt(visual)
+        variants = {"never invoking": attached("policy"), "mixed": attached(apart(bench.tokens, rows, "mixed"))}
+        turns = bench.turns(rows, variants)
+        for name in variants:
+            ratios = [sum(own.steps) / sum(plain.steps) for own, plain in zip(turns[name], turns["plain"], strict=True)]
+            calls = [own.seconds / plain.seconds for own, plain in zip(turns[name], turns["plain"], strict=True)]
+            parts = {"least": min(ratios), "most": max(ratios), "whole call": median(calls)}
+            told = f"{isqrt(visual) ** 2} visual tokens, batch {rows}: {name}"
+            figures.append(figure(told, "plain decoding", median(ratios), parts, turns[name], None))
+    return figures
+
+
 def cost_of_training(bench: Bench, group: int = 16) -> Figures:
     """(d) One prompt's group of rollouts, and a whole step of Stage II, over plain ``generate`` of as many rows."""
     noise = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
@@ -323,10 +340,13 @@ def main(
     shape: Annotated[str, typer.Option(help=f"The shape of the model: {', '.join(SHAPES)}.")] = "80m",
     set_: Annotated[list[str] | None, typer.Option("--set", help="One size, as in text.num_hidden_layers=2.")] = None,
     only: Annotated[
-        str, typer.Option(help="Which figures: a (idle), b (one invocation), c (batch), d (training).")
+        str,
+        typer.Option(help="Which figures: a (idle), b (one invocation), c (batch), d (training), e (by context)."),
     ] = "abcd",
     tokens: Annotated[int, typer.Option(help="New tokens per answer.", min=16)] = 128,
     batch: Annotated[int, typer.Option(help="Rows in figure c.", min=2)] = 16,
+    contexts: Annotated[str, typer.Option(help="Visual tokens of a prompt in figure e.")] = "81,324,1296",
+    batches: Annotated[str, typer.Option(help="Rows in figure e.")] = "1,16",
     repeats: Annotated[int, typer.Option(help="Turns of each variant.", min=1)] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -342,11 +362,16 @@ def main(
     bench = Bench(model, processor, device, tokens, repeats)
     parts = {"a": cost_when_idle, "b": cost_of_an_invocation, "c": partial(cost_in_a_batch, batch=batch)}
     parts["d"] = cost_of_training
+    parts["e"] = partial(cost_by_context, contexts=_numbers(contexts), batches=_numbers(batches))
     millions = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
     setting = {"parameters (M)": millions, "dtype": dtype, "device": device, "threads": threads, "new tokens": tokens}
     setting |= {"prompt": bench.inputs(1)["input_ids"].shape[1], "repeats": repeats}
     report = {"setting": setting, "figures": [own for letter in only for own in parts[letter](bench)]}
     print(json.dumps(report)) if json_ else show(report)
+
+
+def _numbers(told: str) -> list[int]:
+    return [int(number) for number in told.split(",")]
 
 
 if __name__ == "__main__":

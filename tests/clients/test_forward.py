@@ -77,6 +77,19 @@ def test_logits_are_those_of_the_decoding(make: Callable[[], Base], settings: di
             assert not torch.allclose(forward(memory, **inputs, finished=True).logits, told, atol=1e-2)
 
 
+@pytest.mark.parametrize("trigger", ["never", "policy@short"])
+def test_the_trigger_does_not_say_what_a_sequence_holds(trigger: str) -> None:
+    base = tied()
+    memory = base.attach(config(trigger="schedule:0=long,4=short"))
+    _, inputs, _ = written(base)
+    expected = base.model(**inputs).logits[..., : memory.tokens.first]
+    memory.trigger = trigger
+    told = base.model(**inputs).logits[..., : memory.tokens.first]
+    free = (expected > UNLIKELY).any(-1) & (told > UNLIKELY).any(-1)
+    assert free.float().mean() > 0.8
+    torch.testing.assert_close(told[free], expected[free])
+
+
 def test_padding_on_either_side_is_the_same() -> None:
     base = tied()
     asking(base)

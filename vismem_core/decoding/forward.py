@@ -81,11 +81,7 @@ def forward(
             form=learns and memory.recorded is None
         )
         states = told.states(read.session.hidden.to(hidden), hidden)
-        kept = (
-            slice(-logits_to_keep if logits_to_keep else None, None)
-            if isinstance(logits_to_keep, int)
-            else logits_to_keep
-        )
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         choices = told.choices(read, finished)
         logits = choices.logits(states[:, kept], kept)
     loss = None
@@ -175,7 +171,7 @@ class _Sequences:
             AttachError: one stands in an answer.
         """
         try:
-            return read_prompts(self.memory, self._prompts(rest), gradients)
+            return read_prompts(self.memory, self._prompts(rest), gradients=gradients, kinds=KINDS)
         except ValueError as error:
             media = set(self.memory.backbone.placeholders.values())
             for row, own in enumerate(self.answers):

@@ -73,9 +73,15 @@ class Prompts:
     positions: Tensor
 
 
-def read_prompts(memory: Memory, inputs: Any, gradients: bool = False) -> Prompts:
-    """Encode B prompts (``Backbone.inputs``), images and text."""
-    backbone, session = memory.backbone, Session(memory.backbone, memory.needs())
+def read_prompts(
+    memory: Memory, inputs: Any, *, gradients: bool = False, kinds: Sequence[Kind] | None = None
+) -> Prompts:
+    """Encode B prompts (``Backbone.inputs``), images and text.
+
+    Args:
+        kinds: of memory that may be formed; by default those that the trigger may ask for.
+    """
+    backbone, session = memory.backbone, Session(memory.backbone, memory.needs(kinds))
     with torch.set_grad_enabled(gradients), TURN.call(), session.listen():
         positions = backbone.positions(inputs)
         output = backbone.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True)

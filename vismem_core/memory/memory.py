@@ -104,9 +104,9 @@ class Memory(nn.Module):
         """F_s or F_l."""
         return self.short if kind == "short" else self.long
 
-    def needs(self) -> Needs:
-        """What the formers want kept while a batch is decoded."""
-        kinds = self.active_trigger.kinds
+    def needs(self, kinds: Sequence[Kind] | None = None) -> Needs:
+        """What the formers want kept while a batch is decoded; by default those that the trigger may ask for."""
+        kinds = self.active_trigger.kinds if kinds is None else kinds
         return Needs.union(self.former(kind).needs for kind in kinds)
 
     def follow(self) -> None:
