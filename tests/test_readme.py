@@ -16,6 +16,7 @@ SHORT = {
     "train": "--set train.formation.steps=2 --set train.invocation.steps=2 --set train.eval_samples=2 "
     "--set train.grpo.formation.steps=1 --set train.grpo.formation.batch=2 "
     "--set train.grpo.invocation.steps=1 --set train.grpo.invocation.batch=2",
+    "eval": "--per-type 4",
     "examples/trainers.py": "--steps 2",
     "examples/benchmark.py": "--only a --tokens 16 --repeats 1 --set text.num_hidden_layers=1",
 }

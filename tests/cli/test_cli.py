@@ -22,6 +22,7 @@ from vismem_core import plugins
 from vismem_core.config import Config, MemoryConfig, TrainConfig, to_dict
 from vismem_core.errors import TrainingError
 from vismem_core.files.samples import read_jsonl
+from vismem_core.memory.trace import Trace
 
 COMMANDS = ("train", "infer", "eval", "plugins", "backbones")
 EMPTY = hashlib.sha256(b"").hexdigest()[:16]
@@ -185,7 +186,7 @@ class Core:
 
     def attach(self, model: str, processor: Any, source: str | None = None, **how: Any) -> Any:
         self.calls["attach"] = (source, how)
-        return SimpleNamespace(backbone=SimpleNamespace(processor=processor))
+        return SimpleNamespace(backbone=SimpleNamespace(processor=processor), trace=Trace())
 
     def train(self, memory: Any, samples: Any, heldout: Any, config: Any, output: Path, **how: Any) -> dict[str, Any]:
         self.calls["train"] = (len(samples), config, output, how)

@@ -75,7 +75,7 @@ def test_what_is_never_sampled_is_never_learnt_without_exploration() -> None:
             state = mean_state(memory)
             memory.tokens.head.copy_((-16.0 * state / state.square().sum()).expand(2, -1))
         assert asks(memory).max() < 1e-6
-        learn(memory, 80, explore=explore, max_new_tokens=3)  # room to ask at the start alone
+        learn(memory, 50, explore=explore, max_new_tokens=3)  # room to ask at the start alone
         assert bool(asks(memory).max() > 0.1) is learnt
 
 
