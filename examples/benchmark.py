@@ -42,7 +42,6 @@ from vismem_core.training.batches import make_batch
 from vismem_core.training.invocation_grpo import InvocationGrpo
 from vismem_core.training.rollout import rollouts
 
-SIDE = 18 * 14  # pixels; 18 x 18 patches, 2 x 2 merged: 81 visual tokens
 PER_ROW = 4
 LIMITS = {"off": (1.03, None), "short encoder cache": (6, 3), "long encoder cache": (9, 5)}
 BATCH_LIMIT = (1.35, 1.2)
@@ -83,6 +82,11 @@ def build(shape: str, changes: list[str], device: str, dtype: str) -> tuple[Any,
     return model.eval(), AutoProcessor.from_pretrained(source, min_pixels=28 * 28, max_pixels=4096 * 28 * 28)
 
 
+def side(visual: int) -> int:
+    """Pixels of a square picture of so many visual tokens: each is made of 2 x 2 patches of 14 pixels."""
+    return 28 * isqrt(visual)
+
+
 class Clock(StoppingCriteria):
     """A criterion that stops nothing and stamps the time once per token."""
 
@@ -114,7 +118,7 @@ class Bench:
 
     def __init__(self, model: Any, processor: Any, device: str, tokens: int, repeats: int) -> None:
         self.model, self.processor = model, processor
-        self.device, self.tokens, self.repeats, self.side = device, tokens, repeats, SIDE
+        self.device, self.tokens, self.repeats, self.side = device, tokens, repeats, side(81)
 
     def inputs(self, rows: int) -> Any:
         """Prompts of different lengths, each about its own picture."""
@@ -242,7 +246,7 @@ def cost_by_context(bench: Bench, contexts: Sequence[int], batches: Sequence[int
     """(e) Decoding alone, the prompts' pass taken off, over that of plain ``generate``, by what the cache holds."""
     figures = []
     for visual, rows in product(contexts, batches):
-        bench.side = 28 * isqrt(visual)
+        bench.side = side(visual)
         variants = {"never invoking": attached("policy"), "mixed": attached(apart(bench.tokens, rows, "mixed"))}
         turns = bench.turns(rows, variants)
         for name in variants:
@@ -256,7 +260,7 @@ def cost_by_context(bench: Bench, contexts: Sequence[int], batches: Sequence[int
 
 def cost_of_training(bench: Bench, group: int = 16) -> Figures:
     """(d) One prompt's group of rollouts, and a whole step of Stage II, over plain ``generate`` of as many rows."""
-    noise = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (bench.side, bench.side, 3), dtype=np.uint8)
     sample = Sample("one", (Image.fromarray(noise),), "what is in this picture ?", "bag")
     settings = {"max_new_tokens": bench.tokens, "do_sample": True, "num_return_sequences": group}
     clock, loaded = Clock(bench.device), used(bench.device)
@@ -345,6 +349,7 @@ def main(
     ] = "abcd",
     tokens: Annotated[int, typer.Option(help="New tokens per answer.", min=16)] = 128,
     batch: Annotated[int, typer.Option(help="Rows in figure c.", min=2)] = 16,
+    visual: Annotated[int, typer.Option(help="Visual tokens of a prompt in figures a to d.", min=4)] = 81,
     contexts: Annotated[str, typer.Option(help="Visual tokens of a prompt in figure e.")] = "81,324,1296",
     batches: Annotated[str, typer.Option(help="Rows in figure e.")] = "1,16",
     repeats: Annotated[int, typer.Option(help="Turns of each variant.", min=1)] = 5,
@@ -360,6 +365,7 @@ def main(
     torch.set_num_threads(threads)
     model, processor = build(shape, set_ or [], device, dtype)
     bench = Bench(model, processor, device, tokens, repeats)
+    bench.side = side(visual)
     parts = {"a": cost_when_idle, "b": cost_of_an_invocation, "c": partial(cost_in_a_batch, batch=batch)}
     parts["d"] = cost_of_training
     parts["e"] = partial(cost_by_context, contexts=_numbers(contexts), batches=_numbers(batches))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import elsewhere
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -146,6 +147,34 @@ def test_answers_follow_a_model_that_is_moved(make: Callable[[], Base], settings
         again = base.generate(*QUESTIONS, max_new_tokens=8, min_new_tokens=8)
     assert found.sequences.device.type == "far"
     assert found.sequences.tolist() == expected.sequences.tolist() == again.sequences.tolist()
+
+
+@pytest.mark.parametrize("trigger", ["schedule:99=short", "schedule:1=short,4=long"])
+def test_answers_wait_once_a_step(trigger: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that come back from the device, of which the host must know before it goes on."""
+    read: list[str] = []
+    real, tolist = elsewhere._run, Far.tolist
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        name = func.overloadpacket.__name__
+        to_host = name == "_to_copy" and str(kwargs.get("device")) == "cpu"
+        if to_host or name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"):
+            read.extend([name] * any(isinstance(own, Far) for own in args))
+        return real(func, args, kwargs)
+
+    monkeypatch.setattr(elsewhere, "_run", run)
+    monkeypatch.setattr(Far, "tolist", lambda self: (read.append("tolist"), tolist(self))[1])
+    counts = []
+    for length in (10, 26):
+        base = tied()
+        with devices():
+            base.model.to("far:0")
+            memory = base.attach(config(trigger=trigger))
+            read.clear()
+            base.generate(QUESTIONS[0], max_new_tokens=length, min_new_tokens=length)
+        counts.append(len(read))
+        assert len(memory.trace) == (0 if "99" in trigger else 2)
+    assert counts[1] - counts[0] == 16
 
 
 @pytest.mark.parametrize("start", STAGES.values(), ids=STAGES)

@@ -77,35 +77,42 @@ class Decoder:
         prompt = input_ids.shape[1]
         limit = stopping_criteria.max_length or generation_config.max_length
         pad: Any = generation_config._pad_token_tensor
-        padded = model_kwargs.get("attention_mask") is not None
+        mask = model_kwargs.get("attention_mask")
+        padded = mask is not None and not bool(mask.all())
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
 
         output = self._begin(model, input_ids, generation_config, model_kwargs)
         process = Processors(logits_processor, self.tokens, len(input_ids))
         self.order, fed = list(range(len(input_ids))), [-1] * len(input_ids)
         running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        alive = [True] * len(input_ids)
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
             latents = self._form(fed, input_ids.shape[1] - prompt - 1)
             padded = self._forget(latents) or padded
             logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
             room = None if limit is None else limit - input_ids.shape[1]
-            logits, forced = self._choices(logits, room, running.tolist())
+            logits, forced = self._choices(logits, room, alive)
             scores = self._force(process(input_ids, logits, output.logits.shape[-1]), forced)
             record.add(output, scores, logits)
             tokens = self._select(scores, generation_config.do_sample)
             if ends:  # without an end token ``generate`` pads nothing either
                 tokens = torch.where(running, tokens, pad.to(tokens.device))
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            fed = self._note(tokens.tolist())
-            owes = torch.tensor([self.tokens.kind(token) is not None for token in fed], device=running.device)
+            owes = (tokens >= self.tokens.first) & (tokens < self.tokens.first + len(KINDS))
             running = running & (~stopping_criteria(input_ids, record.scores) | owes)
+            fed, going = torch.stack([tokens, running.long()]).tolist()  # the one wait for the device in a step
+            self._note(fed)
+            alive = list(map(bool, going))
             if self.streamer is not None:
-                self.streamer.put(tokens.cpu())
+                self.streamer.put(torch.tensor(fed))
             del output
-            if not running.any():
+            if not any(alive):
                 break
-            input_ids, running, fed, latents = self._retire(input_ids, running, fed, latents, model_kwargs)
+            if (kept := self._kept(alive)) is not None:
+                input_ids, running = input_ids[kept], running[kept]
+                fed, alive = [fed[row] for row in kept], [alive[row] for row in kept]
+                latents = self._retire(kept, latents, model_kwargs)
             with self.memory.acting() if self.trigger.active else nullcontext():
                 output, padded = self._feed(model, input_ids, fed, latents, model_kwargs, padded)
             self.session.observe([row for row, token in enumerate(fed) if token >= self.tokens.first + len(KINDS)])
@@ -134,11 +141,25 @@ class Decoder:
             return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
         return scores.argmax(-1)
 
-    def _retire(
-        self, input_ids: Tensor, running: Tensor, fed: list[int], latents: Latents, model_kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, list[int], Latents]:
-        """Before the next pass: what of the batch goes on (all of it, as ``generate`` does)."""
-        return input_ids, running, fed, latents
+    def _kept(self, alive: list[bool]) -> list[int] | None:
+        """Before the next pass: the rows that go on, or None where all do, as in ``generate``."""
+        return None
+
+    def _retire(self, kept: list[int], latents: Latents, model_kwargs: dict[str, Any]) -> Latents:
+        """Go on with the kept rows alone; their part of the latents."""
+        rows = len(self.rows)
+        self.session.take(kept)
+        self.rows, self.order = [self.rows[row] for row in kept], [self.order[row] for row in kept]
+        for name, value in model_kwargs.items():
+            if isinstance(value, Tensor) and len(value) == rows:
+                model_kwargs[name] = value[kept]
+        model_kwargs[kv.NAME] = self.session.cache
+        place = {row: at for at, row in enumerate(kept)}
+        left: Latents = {}
+        for kind, (owners, vectors) in latents.items():
+            if own := [at for at, row in enumerate(owners) if row in place]:
+                left[kind] = ([place[owners[at]] for at in own], vectors[own])
+        return left
 
     # One step
 
@@ -211,10 +232,9 @@ class Decoder:
             scores[rows, tokens] = 0.0
         return scores
 
-    def _note(self, tokens: list[int]) -> list[int]:
+    def _note(self, tokens: list[int]) -> None:
         for row, token in zip(self.rows, tokens, strict=True):
             self.memory.note(row, token)
-        return tokens
 
     def _feed(
         self,

@@ -87,12 +87,10 @@ class RoomCache(DynamicCache):
             self._seen[:, before : self.used] = True
             self.ends = starts + counts[0]
             return
-        grown = torch.tensor(counts, device=starts.device)
-        steps = torch.arange(self._coming, device=starts.device)
-        fresh = steps < grown[:, None]
-        rows_at, steps_at = fresh.nonzero(as_tuple=True)
-        self._seen[rows_at, starts[rows_at] + steps_at] = True
-        self.ends = starts + grown
+        ends = enumerate(zip(self._lengths, counts, strict=True))
+        written = [(row, at) for row, (end, count) in ends for at in range(end - count, end)]
+        self._seen[torch.tensor(written, device=starts.device).unbind(1)] = True
+        self.ends = starts + torch.tensor(counts, device=starts.device)
 
     def columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows (B, 1) and columns (B, T) of the coming T tokens of every row."""

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vismem_core.base import cache as kv
 from vismem_core.config import KINDS, Kind
-from vismem_core.decoding.loop import NEVER, Decoder, Latents
+from vismem_core.decoding.loop import NEVER, Decoder
 from vismem_core.decoding.replay import Answer, Prompts
 from vismem_core.decoding.session import Session
 from vismem_core.errors import TrainingError
@@ -181,25 +181,9 @@ class _Rollout(Decoder):
             trajectory.offered.append(offered[row] if free else [False] * len(KINDS))
             trajectory.entropy.append(entropy[row] if free else 0.0)
 
-    def _retire(
-        self, input_ids: Tensor, running: Tensor, fed: list[int], latents: Latents, model_kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, list[int], Latents]:
+    def _kept(self, alive: list[bool]) -> list[int] | None:
         """Finished rows leave as soon as half of the batch is finished: what is left costs half as much."""
-        alive = running.nonzero().flatten().tolist()
-        if 2 * len(alive) > len(fed):
-            return input_ids, running, fed, latents
-        place = {row: at for at, row in enumerate(alive)}
-        self.session.take(alive)
-        self.rows, self.order = [self.rows[row] for row in alive], [self.order[row] for row in alive]
-        for name, value in model_kwargs.items():
-            if isinstance(value, Tensor) and len(value) == len(fed):
-                model_kwargs[name] = value[alive]
-        model_kwargs[kv.NAME] = self.session.cache
-        kept: Latents = {}
-        for kind, (rows, vectors) in latents.items():
-            if own := [at for at, row in enumerate(rows) if row in place]:
-                kept[kind] = ([place[rows[at]] for at in own], vectors[own])
-        return input_ids[alive], running[alive], [fed[row] for row in alive], kept
+        return [row for row, own in enumerate(alive) if own] if 2 * sum(alive) <= len(alive) else None
 
 
 def rollouts(
