@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from bases import QUESTIONS, Base, config, mini, tied, untied
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import DynamicCache
 
 import vismem_core as vismem
 from vismem_core.decoding.forward import UNLIKELY, forward
@@ -216,6 +218,16 @@ def test_what_cannot_be_is_said() -> None:
     refused(base, inputs | {"input_ids": ids}, "row 0: an image stands behind the beginning of the answer")
     with memory.recalled(vismem.Trace()):
         refused(base, inputs, "the trace has no latents for the invocation at")
+    for text, odd in (
+        ("<ms_I> a", "<ms_I> at id 0 is not followed by its end token"),
+        ("<ms_I><ml_E> a", "<ms_I> at id 0 is not followed by its end token"),
+        ("<ms_E> a", "<ms_E> at id 0 ends nothing"),
+    ):
+        refused(base, {"input_ids": torch.tensor([memory.encode(text)])}, f"row 0: {odd}")
+    cache = DynamicCache(config=base.model.config.get_text_config())
+    cache.update(*torch.zeros(2, 1, 2, 1, 8), 0)
+    for name in ("past_key_values", "cache"):
+        refused(base, inputs, f"takes no {name}: pass the whole of it", **{name: cache})
     bare = memory.encode("a bag <ms_I><ms_E> boot")
     alone = torch.tensor([bare])
     refused(base, {"input_ids": alone}, "row 0: nothing says where the answer begins")
@@ -237,8 +249,17 @@ def test_a_trainer_that_can_train_nothing_hears_of_it_once() -> None:
         for _ in range(3):
             base.model(**inputs, labels=inputs["input_ids"])
     told = [str(own.message) for own in caught if "trainable" in str(own.message)]
-    assert told == [
-        "no parameter of this model trains, and its memory's are not among them: give the trainer "
-        "vismem_core.trainable(memory) instead of the model"
-    ]
+    rest = (
+        ", and its memory's are not among them: to train memory, give the trainer vismem_core.trainable(memory) instead "
+        "of the model"
+    )
+    assert told == ["no parameter of this model trains" + rest]
+    base.model.requires_grad_(True)
+    with pytest.warns(UserWarning, match="the base's own parameters train here, and its memory's are not among them"):
+        base.model(**inputs, labels=inputs["input_ids"])
+    base.model.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(base.model, LoraConfig(r=2, target_modules=["q_proj"])).train()
+        base.model(**inputs, labels=inputs["input_ids"])
     memory.detach()

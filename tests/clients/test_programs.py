@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,7 @@ def test_allow_lists_leave_memory_its_tokens() -> None:
     allowed = 40
     for options in (
         {"logits_processor": LogitsProcessorList([OnlyFirst(allowed)])},
-        {"prefix_allowed_tokens_fn": lambda row, ids: list(range(allowed))},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [*range(allowed), memory.tokens.first]},
     ):
         output = base.generate(*QUESTIONS, **options, **NO_END)
         assert len(memory.trace)
@@ -221,6 +223,20 @@ def test_no_room_is_counted(length: int) -> None:
     assert len(memory.trace) == 4 and memory.trace.why() is None and not memory.trace.blocked
 
 
+def test_what_a_schedule_could_not_have_is_counted() -> None:
+    base = tied()
+    memory = base.attach(config(trigger="schedule:0=short,3=long,9=short", distance=4, budget=1))
+    base.generate(QUESTIONS[0], **NO_END)
+    assert len(memory.trace) == 1 and memory.trace.blocked == {"budget": 2}
+    memory.detach()
+    memory = base.attach(config(trigger="schedule:0=short,3=long", distance=4))
+    base.generate(QUESTIONS[0], **NO_END)
+    assert memory.trace.blocked == {"distance": 1}
+    with memory.off():
+        base.generate(QUESTIONS[0])
+        assert memory.trace.why() == "memory was not invoked: memory is off (1 times)"
+
+
 def test_forbidden_tokens_are_counted() -> None:
     base = tied()
     memory = asking(base, distance=0)
@@ -238,7 +254,8 @@ def test_generate_called_on_the_class_is_told(owner: Any) -> None:
     base.generate(*QUESTIONS)
     assert len(memory.trace) == 4
     inputs = base.inputs(*QUESTIONS)
-    (owner or type(base.model)).generate(base.model, **inputs, max_new_tokens=4)
+    with pytest.warns(UserWarning, match="past memory .*: call model.generate"):
+        (owner or type(base.model)).generate(base.model, **inputs, max_new_tokens=4)
     assert len(memory.trace) == 0
     assert memory.trace.why() == (
         "memory was not invoked: generate was called on the class, type(model).generate(model), past memory (1 times)"
@@ -264,3 +281,18 @@ def test_settings_by_configuration_are_settings() -> None:
                              eos_token_id=base.model.generation_config.eos_token_id)  # fmt: skip
     again = base.model.generate(**base.inputs(*QUESTIONS), generation_config=given)
     assert again.equal(output.sequences) and len(memory.trace)
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_memory_is_not_copied_by_itself(way: Any) -> None:
+    memory = tied().attach()
+    for own in (memory, vismem.trainable(memory)) if way is not copy.copy else (memory,):
+        with pytest.raises(AttachError, match="a memory belongs to its model and is not copied"):
+            way(own)
+
+
+def test_what_cannot_be_decoded_is_told() -> None:
+    memory = tied().attach()
+    for ids in ([[1, 2]], torch.tensor([[1, 2]]), [memory.tokens.width], [-1], ["a"]):
+        with pytest.raises(AttachError, match="decode takes the ids of one row, from 0 to"):
+            memory.decode(ids)

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import vismem_core as vismem
 from vismem_core.decoding.forward import UNLIKELY
+from vismem_core.errors import DataError
 from vismem_core.memory.memory import Memory
 from vismem_plugins.mini import path
 
@@ -101,9 +102,26 @@ def test_grpo_learns_from_the_log_probabilities_of_the_decoding(
     assert seen  # memory tokens among them
 
 
-def plain_rows(memory: Memory, example: Any) -> list[Any]:
-    rows = [row | {"answer": row["answer"].removeprefix("<ms_I><ms_E> ")} for row in example.rows(8, "")]
-    return [{name: own[0] for name, own in vismem.collate(memory, [row]).items()} for row in rows]
+def test_rows_that_are_no_rows_are_told() -> None:
+    memory = attached(False)
+    with pytest.raises(DataError, match="row 1: 'answer' must be a text"):
+        vismem.collate(memory, [{"prompt": "what ?", "answer": "a"}, {"prompt": "what ?"}])
+    with pytest.raises(DataError, match="row 0: 'prompt' must be a text"):
+        vismem.collate(memory, [{"prompt": [{"role": "user"}], "answer": "a"}])
+
+
+def test_all_trainers_count_the_same_labels(example: Any, tmp_path: Path) -> None:
+    """What nobody could choose, the end tokens, is in no loss and in no mean."""
+    memory = attached(False)
+    batch = vismem.collate(memory, example.rows(8, "<ms_I><ms_E>"))
+    assert not (batch["labels"] >= memory.tokens.end("short")).any()
+    model = vismem.trainable(memory)
+    mean = model(**batch).loss
+    torch.testing.assert_close(model(**batch, num_items_in_batch=(batch["labels"] != -100).sum()).loss, mean)
+    scores = model(**batch, fused_lm_head=True)
+    torch.testing.assert_close(scores.loss, mean)
+    assert scores.is_top1.dtype == torch.bool == scores.label_mask.dtype
+    assert scores.label_mask.sum() == (batch["labels"] != -100).sum()
 
 
 def test_a_trainer_of_the_model_trains_the_model_as_without_memory(example: Any, tmp_path: Path) -> None:

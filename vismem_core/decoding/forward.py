@@ -33,7 +33,8 @@ from .turn import TURN
 UNLIKELY = -1e4
 """The logit of what cannot be; finite in every precision, since trainers multiply it by probabilities of 0."""
 IGNORED = -100
-NOT_PASSED_ON = ("use_cache", "cache_position", "return_dict", "inputs_embeds", "num_items_in_batch", kv.NAME)
+CACHES = tuple({kv.NAME, "past_key_values"})
+NOT_PASSED_ON = ("use_cache", "cache_position", "return_dict", "inputs_embeds", "num_items_in_batch", *CACHES)
 REFUSED = ("position_ids", "output_attentions", "output_hidden_states")
 
 
@@ -149,6 +150,8 @@ class _Sequences:
         starts, answers = [], []
         for row, (own, places) in enumerate(zip(ids.tolist(), columns, strict=True)):
             told = [own[at] for at in places]
+            if (odd := memory.tokens.unpaired(told)) is not None:
+                raise AttachError(f"row {row}: {odd}")
             start = _found(memory, told)
             if start is None and labels is not None:
                 start = next((n for n, at in enumerate(places) if labels[row, at] != IGNORED), None)
@@ -217,7 +220,7 @@ class _Sequences:
             cut = len(ids) - ROOM if finished and not ends.intersection(ids[-2:-1]) else len(ids)
             for at, token in enumerate(ids):
                 place = places[start + at - 1]
-                free = due is None and memory.allows(row) and at < cut
+                free = due is None and memory.refuses(row) is None and at < cut
                 kinds = trigger.kinds if free and trigger(row) == "policy" else ()
                 offered[number, place] = torch.tensor([kind in kinds for kind in KINDS])
                 kind = memory.tokens.kind(token) if at < len(ids) - 1 else None
@@ -279,6 +282,7 @@ def _check(rest: Mapping[str, Any]) -> None:
     odd = next((name for name in REFUSED if rest.get(name) is not None and rest[name] is not False), None)
     if odd is not None:
         raise AttachError(f"a sequence that holds memory tokens takes no {odd}: latents have places of their own in it")
-    past = rest.get(kv.NAME)
-    if past is not None and past.get_seq_length():
-        raise AttachError(f"a sequence that holds memory tokens takes no {kv.NAME}: pass the whole of it")
+    for name in CACHES:
+        past = rest.get(name)
+        if past is not None and past.get_seq_length():
+            raise AttachError(f"a sequence that holds memory tokens takes no {name}: pass the whole of it")

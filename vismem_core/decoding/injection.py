@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
 
+from vismem_core.base.adapters import foreign
 from vismem_core.errors import AttachError
 from vismem_core.memory.memory import Memory
 from vismem_core.memory.trace import Trace
@@ -50,7 +51,7 @@ class InjectionHook:
         if inside is not model:
             guard = _Guard(self._past_forward)
             self._handles.append(inside.register_forward_pre_hook(guard, with_kwargs=True))
-        self._told = False
+        self._told: set[str] = set()
         self._methods = [_Method(model, name, instead) for name, instead in self._instead() if hasattr(model, name)]
         vars(model)[ATTRIBUTE] = _Known(memory)
 
@@ -97,6 +98,14 @@ class InjectionHook:
         told = ids is not None and not ids.is_floating_point() and bool(memory.tokens.contains(ids).any())
         if told and not memory.enabled:
             raise AttachError("the prompt holds memory tokens, which the base model does not know: take them out")
+        if (
+            ids is not None
+            and told
+            and (odd := next(filter(None, map(memory.tokens.unpaired, ids.tolist())), None)) is not None
+        ):
+            raise AttachError(f"the prompt: {odd}")
+        if not memory.enabled:
+            memory.trace.blocked["off"] += 1
         # A prompt that holds memory tokens needs logits as wide as its ids, even if no more are to come.
         if not memory.enabled or not (memory.active_trigger.active or told):
             return own(*args, **kwargs)
@@ -147,6 +156,7 @@ class InjectionHook:
         """A ``generate`` that was called on the class comes by here, and no memory takes part in it."""
         if not TURN.taken and self.memory.enabled:
             self.memory.trace = Trace(blocked=Counter(bypassed=1))
+            self._warn(f"{self.memory.trace.why()}: call model.generate")
         return own(*args, **kwargs)
 
     def _refused(self, name: str) -> Callable[..., Any]:
@@ -185,15 +195,22 @@ class InjectionHook:
 
     def _tell(self) -> None:
         """A trainer that can train nothing hears of it once."""
-        if self._told or not (self.model.training and torch.is_grad_enabled()):
+        if not (self.model.training and torch.is_grad_enabled()):
             return
-        if not any(own.requires_grad for own in self.model.parameters()):
-            self._told = True
-            warnings.warn(
-                "no parameter of this model trains, and its memory's are not among them: give the trainer "
-                "vismem_core.trainable(memory) instead of the model",
-                stacklevel=6,
-            )
+        trains = [name for name, own in self.model.named_parameters() if own.requires_grad]
+        if all(map(foreign, trains)) and trains:
+            return
+        what = "the base's own parameters train here" if trains else "no parameter of this model trains"
+        self._warn(
+            f"{what}, and its memory's are not among them: to train memory, give the trainer "
+            "vismem_core.trainable(memory) instead of the model"
+        )
+
+    def _warn(self, told: str) -> None:
+        """Say it once."""
+        if told not in self._told:
+            self._told.add(told)
+            warnings.warn(told, stacklevel=7)
 
     def transition_scores(
         self,

@@ -207,8 +207,11 @@ class Decoder:
         for at, row in enumerate(self.rows):
             if at in self.due:
                 forced[at] = self.tokens.end(self.due.pop(at))
-            elif running[at] and self.memory.allows(row) and (decision := self.trigger(row)) != "none":
-                if room is not None and room < ROOM:
+            elif running[at] and (decision := self.trigger(row)) != "none":
+                if (why := self.memory.refuses(row)) is not None:
+                    if decision != "policy":  # which is just not asked there
+                        self.trace.blocked[why] += 1
+                elif room is not None and room < ROOM:
                     self.trace.blocked["room"] += 1
                 elif decision == "policy":
                     offered[at] = self.trigger.kinds

@@ -87,8 +87,8 @@ class Processors:
 
 
 def of_text(allowed: Any, tokens: MemoryTokens) -> Any:
-    """``prefix_allowed_tokens_fn`` that is asked about the text alone."""
-    return lambda row, ids: allowed(row, ids[~tokens.contains(ids)])
+    """``prefix_allowed_tokens_fn`` that is asked about the text alone, and allows text alone."""
+    return lambda row, ids: [own for own in allowed(row, ids[~tokens.contains(ids)]) if own < tokens.first]
 
 
 def _users(own: Any) -> bool:

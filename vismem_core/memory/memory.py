@@ -125,6 +125,9 @@ class Memory(nn.Module):
             f"Memory on {type(self.model).__name__} ({self.backbone.name}): latents {lengths}; trigger {self.trigger}"
         )
 
+    def __reduce__(self) -> Any:
+        raise AttachError("a memory belongs to its model and is not copied: save it, and attach it to the other model")
+
     # Switching
 
     @property
@@ -214,10 +217,12 @@ class Memory(nn.Module):
         with self.policy.on(tokens) if self.policy else nullcontext():
             yield
 
-    def allows(self, row: Row) -> bool:
-        """Whether ``row`` may invoke now: its budget, and its distance from the last one."""
-        distant = row.invocations == 0 or row.since_end >= self.config.distance
-        return distant and row.invocations < self.config.budget
+    def refuses(self, row: Row) -> str | None:
+        """Why ``row`` may not invoke now, if it may not: ``budget``, or ``distance`` from the last one."""
+        if row.invocations >= self.config.budget:
+            return "budget"
+        near = row.invocations > 0 and row.since_end < self.config.distance
+        return "distance" if near else None
 
     def note(self, row: Row, token: int) -> None:
         """``row`` has written a token."""
@@ -250,8 +255,10 @@ class Memory(nn.Module):
 
     def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = False) -> str:
         """One row's text with the names of its memory tokens, which the tokenizer itself leaves out."""
-        tokenizer = _tokenizer(self.backbone)
-        return tokens.spelt(tokenizer, self.tokens.first, list(map(int, ids)), skip_special_tokens)
+        told = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        if not all(isinstance(own, int) and 0 <= own < self.tokens.width for own in told):
+            raise AttachError(f"decode takes the ids of one row, from 0 to {self.tokens.width - 1}")
+        return tokens.spelt(_tokenizer(self.backbone), self.tokens.first, told, skip_special_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text in which ``<ms_I>``, ``<ml_I>``, ``<ms_E>`` and ``<ml_E>`` mean memory tokens.

@@ -80,6 +80,20 @@ class MemoryTokens(nn.Module):
         """Where ``ids`` are memory tokens, as a mask of the same shape."""
         return (ids >= self.first) & (ids < self.first + len(NAMES))
 
+    def unpaired(self, ids: Sequence[int]) -> str | None:
+        """What is wrong with memory tokens in a sequence, in words: each invocation is closed at once by its own end.
+
+        The last id may be an invocation that is yet to be closed.
+        """
+        for at, token in enumerate(ids):
+            kind = self.kind(token)
+            if kind is not None and at + 1 < len(ids) and ids[at + 1] != self.end(kind):
+                return f"{NAMES[token - self.first]} at id {at} is not followed by its end token"
+            if kind is None and token >= self.first and (at == 0 or ids[at - 1] != token - len(KINDS)):
+                name = NAMES[token - self.first] if token < self.width else f"id {token}, which nobody knows,"
+                return f"{name} at id {at} ends nothing"
+        return None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the two invocation tokens, (.., d) -> (.., 2) in fp32."""
         return hidden.float() @ self.head.float().to(hidden.device).T

@@ -32,6 +32,9 @@ class Invocation:
 REASONS: Mapping[str, str] = MappingProxyType(
     {
         "room": "max_new_tokens left no room for an invocation and a token after it",
+        "budget": "memory.budget allows no more invocations in an answer",
+        "distance": "memory.distance wants more tokens between two invocations",
+        "off": "memory is off",
         "forbidden": "logits processors or suppress_tokens forbade it",
         "drafts": "the model drafts for another one, which knows no memory tokens",
         "bypassed": "generate was called on the class, type(model).generate(model), past memory",

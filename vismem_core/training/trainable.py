@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from vismem_core.config import KINDS
 from vismem_core.decoding.forward import IGNORED, forward
+from vismem_core.errors import DataError
 from vismem_core.memory.memory import Memory
 
 from .batches import extended
@@ -21,8 +23,12 @@ from .batches import extended
 def trainable(memory: Memory) -> Trainable:
     """A model for any trainer of sequences: its parameters are memory's, its forward the one with memory.
 
-    Sequences hold memory tokens as ids (:meth:`Memory.encode <vismem_core.Memory.encode>` writes them), or none, where
-    it is learnt when not to ask. The base's parameters need no gradients from now on, until ``memory.detach()``.
+    Sequences hold memory tokens as ids (:func:`collate` and :meth:`Memory.encode <vismem_core.Memory.encode>` write
+    them), or none: they too are scored as the policy's, which could have asked. The base's parameters need no gradients
+    from now on, until ``memory.detach()``.
+
+    Trainers that make a reference model for themselves, as TRL's do for ``beta`` above 0, make it of the base, which
+    knows no memory tokens: leave ``beta`` at 0.
     """
     return Trainable(memory)
 
@@ -32,17 +38,25 @@ def collate(memory: Memory, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     some; the loss is about the answers.
 
     Answers may spell memory tokens: ``<ms_I><ms_E> four`` invokes short-term memory first. The end of the turn is
-    added.
+    added. End tokens have no label: nobody has a choice there.
+
+    Raises:
+        DataError: a row lacks its prompt or its answer, or they are no texts.
     """
+    for number, row in enumerate(rows):
+        for name in ("prompt", "answer"):
+            if not isinstance(row.get(name), str):
+                raise DataError(f"row {number}: {name!r} must be a text; rows have prompt, answer, and image or images")
     backbone = memory.backbone
     images = [row["images"] if "images" in row else [row["image"]] if "image" in row else [] for row in rows]
     prompts = backbone.inputs([row["prompt"] for row in rows], images)
     answers = [[*memory.encode(row["answer"]), backbone.end_of_turn] for row in rows]
     inputs = extended(prompts, answers, int(backbone.processor.tokenizer.pad_token_id))
     labels = torch.full_like(inputs["input_ids"], IGNORED)
-    for row, answer in enumerate(answers):
-        labels[row, -len(answer) :] = inputs["input_ids"][row, -len(answer) :]
-    return inputs | {"labels": labels}
+    for at, answer in enumerate(answers):
+        labels[at, -len(answer) :] = inputs["input_ids"][at, -len(answer) :]
+    ends = labels >= memory.tokens.end(KINDS[0])
+    return inputs | {"labels": labels.masked_fill(ends, IGNORED)}
 
 
 class Trainable(nn.Module):
@@ -141,7 +155,7 @@ def _scored(logits: Tensor, labels: Tensor, left_out: int) -> Scores:
     chosen = padded(logprobs.gather(2, labels[..., None]).squeeze(2))
     with torch.no_grad():
         squares, means = padded((2 * logprobs).logsumexp(-1)), padded(logits.mean(-1))
-        best = padded((logits.argmax(-1) == labels).to(logits.dtype))
+        best = padded(logits.argmax(-1) == labels)
     return Scores(
         loss=-chosen.sum() / mask.sum().clamp(min=1),
         log_probs=chosen,
