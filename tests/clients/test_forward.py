@@ -250,8 +250,8 @@ def test_a_trainer_that_can_train_nothing_hears_of_it_once() -> None:
             base.model(**inputs, labels=inputs["input_ids"])
     told = [str(own.message) for own in caught if "trainable" in str(own.message)]
     rest = (
-        ", and its memory's are not among them: to train memory, give the trainer vismem_core.trainable(memory) instead "
-        "of the model"
+        ", and its memory's are not among them: to train memory, give the trainer "
+        "vismem_core.trainable(memory) instead of the model"
     )
     assert told == ["no parameter of this model trains" + rest]
     base.model.requires_grad_(True)

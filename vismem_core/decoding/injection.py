@@ -98,12 +98,9 @@ class InjectionHook:
         told = ids is not None and not ids.is_floating_point() and bool(memory.tokens.contains(ids).any())
         if told and not memory.enabled:
             raise AttachError("the prompt holds memory tokens, which the base model does not know: take them out")
-        if (
-            ids is not None
-            and told
-            and (odd := next(filter(None, map(memory.tokens.unpaired, ids.tolist())), None)) is not None
-        ):
-            raise AttachError(f"the prompt: {odd}")
+        for row in ids.tolist() if told and ids is not None else ():
+            if (odd := memory.tokens.unpaired(row)) is not None:
+                raise AttachError(f"the prompt: {odd}")
         if not memory.enabled:
             memory.trace.blocked["off"] += 1
         # A prompt that holds memory tokens needs logits as wide as its ids, even if no more are to come.
