@@ -108,7 +108,7 @@ def test_threads(told: Any) -> None:
 
 def test_tasks(told: Any) -> None:
     base, memory, inputs, alone = told
-    wanted = calls(100, 4, 0)
+    wanted = calls(400, 4, 0)
 
     async def caller(some: list[Call]) -> list[Any]:
         found = []

@@ -8,7 +8,6 @@ from model_types import TYPES
 from survey import DOCUMENT, recorded, survey
 
 SAMPLE = {
-    "aya_vision": "passes",
     "qwen2_vl": "passes",
     "qwen3_5": "refused",
     "florence2": "refused",

@@ -61,7 +61,7 @@ def test_the_right_arm_is_learnt(alpha: float) -> None:
         memory.tokens.head.zero_()
     before = asks(memory)
     assert before.max() < 0.1
-    learn(memory, 80, alpha=alpha)
+    learn(memory, 60, alpha=alpha)
     right = torch.tensor([KINDS.index(own.answer) for own in QUESTIONS])[:, None]  # type: ignore[arg-type]
     chosen = asks(memory)
     assert (chosen.gather(1, right) > 0.5).all() and (chosen.gather(1, 1 - right) < 0.1).all()

@@ -78,6 +78,10 @@ class VisionStates:
         starts = [0]
         for count in self.patches:
             starts.append(starts[-1] + count)
+        images = self.rows[rows[0]] if len(rows) == 1 else []
+        if images and images == list(range(images[0], images[-1] + 1)):
+            span = slice(starts[images[0]], starts[images[-1] + 1])
+            return PatchIndex(torch.arange(span.start, span.stop)[None], None, span)
         lists = [[p for image in self.rows[row] for p in range(starts[image], starts[image + 1])] for row in rows]
         longest = max(map(len, lists), default=0)
         index = torch.tensor([row + [0] * (longest - len(row)) for row in lists], dtype=torch.long)
@@ -88,10 +92,14 @@ class VisionStates:
 
 @dataclass(frozen=True)
 class PatchIndex:
-    """Patches of some rows: ``index`` (R, P) into the packed patches, ``mask`` (R, P) or None if none is padding."""
+    """Patches of some rows: ``index`` (R, P) into the packed patches, ``mask`` (R, P) or None if none is padding.
+
+    ``span`` says the same of a single row whose images stand side by side, as they do: nothing need be copied for it.
+    """
 
     index: Tensor
     mask: Tensor | None
+    span: slice | None = None
 
 
 def beside(extra: Tensor, block: nn.Module) -> Tensor:
@@ -113,8 +121,10 @@ def attend(
     mask = None
     if states.keys:
         index = where.index.to(queries.device)
-        seen_keys = states.keys[block].to(queries)[index].transpose(1, 2)
-        seen_values = states.values[block].to(queries)[index].transpose(1, 2)
+        seen_keys, seen_values = (
+            (kept.to(queries)[None, where.span] if where.span else kept.to(queries)[index]).transpose(1, 2)
+            for kept in (states.keys[block], states.values[block])
+        )
         if where.mask is not None:
             extras = where.mask.new_ones(len(index), queries.shape[2])
             mask = torch.cat([where.mask, extras], dim=1)[:, None, None, :].to(queries.device)

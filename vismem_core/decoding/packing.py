@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
-from .room import RoomCache
+from .room import RoomCache, rows_of
 
 NAME = "vismem_packed"
 Group = tuple[Sequence[int], int]
@@ -85,7 +85,7 @@ class Packing:
             index = torch.as_tensor(rows, device=self._last.device)
             columns = self.cache.starts()[index, None] + torch.arange(length, device=index.device)
             seen = self._seen(rows, columns, query.device)
-            out.append(_attention(own, _of(keys, rows), _of(values, rows), seen, scaling))
+            out.append(_attention(own, rows_of(keys, rows), rows_of(values, rows), seen, scaling))
         if riders:
             out += self._attend_riders(riders, keys, values, scaling)
         return torch.cat([own.flatten(0, 1) for own in out])[None]
@@ -94,7 +94,7 @@ class Packing:
         """What tokens at ``columns`` (R, T) of ``rows`` may look at in the layer, (R, 1, T, K)."""
         length, offset = self.layer.get_mask_sizes(self.cache.coming)
         places = torch.arange(offset, offset + length, device=columns.device)
-        seen = _of(self.mask[:, offset : offset + length], rows)[:, None] & (places <= columns[..., None])
+        seen = rows_of(self.mask[:, offset : offset + length], rows)[:, None] & (places <= columns[..., None])
         if self.layer.window is not None:
             seen &= places > columns[..., None] - self.layer.window
         return seen[:, None].to(device)
@@ -107,8 +107,8 @@ class Packing:
             steps = torch.arange(length, device=index.device)
             seen = self._seen(rows, self._last[index, None] + 1 + steps, keys.device)
             behind = seen.new_ones(length, length).tril().expand(len(rows), 1, -1, -1)
-            all_keys = torch.cat([_of(keys, rows), own_keys[at].transpose(1, 2)], dim=-2)
-            all_values = torch.cat([_of(values, rows), own_values[at].transpose(1, 2)], dim=-2)
+            all_keys = torch.cat([rows_of(keys, rows), own_keys[at].transpose(1, 2)], dim=-2)
+            all_values = torch.cat([rows_of(values, rows), own_values[at].transpose(1, 2)], dim=-2)
             out.append(_attention(riders[at], all_keys, all_values, torch.cat([seen, behind], dim=-1), scaling))
         return out
 
@@ -139,13 +139,6 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scalin
     packed = rearrange(query, "r t (h g) w -> r h (g t) w", g=shared)
     out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask.repeat(1, 1, shared, 1), scale=scaling)
     return rearrange(out, "r h (g t) w -> r t (h g) w", g=shared)
-
-
-def _of(states: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows, or the same where they are all."""
-    if list(rows) == list(range(len(states))):
-        return states
-    return states[torch.as_tensor(rows, device=states.device)]
 
 
 def _attend(

@@ -191,7 +191,7 @@ class _RoomLayer(DynamicLayer):
         self.is_sliding = self.window is not None
         self.device, self.first = layer.keys.device, cache.used - layer.keys.shape[-2]
         self.keys, self.values = (
-            _roomy(_rows(own, rows), layer.keys.shape[-2] + BLOCK, dim=2) for own in (layer.keys, layer.values)
+            _roomy(rows_of(own, rows), layer.keys.shape[-2] + BLOCK, dim=2) for own in (layer.keys, layer.values)
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -244,7 +244,7 @@ class _RoomLayer(DynamicLayer):
         other: _RoomLayer = _RoomLayer.__new__(_RoomLayer)
         vars(other).update(vars(self))
         other.cache = cache
-        other.keys, other.values = (_rows(own, rows) for own in (self.keys, self.values))
+        other.keys, other.values = (rows_of(own, rows).clone() for own in (self.keys, self.values))
         return other
 
     def plain(self, rows: Sequence[int] | None, places: Tensor | None, width: int) -> DynamicLayer:
@@ -256,7 +256,7 @@ class _RoomLayer(DynamicLayer):
             own = getattr(self, name)
             if places is None:
                 own = own[:, :, max(skip - self.first, 0) : width - self.first]
-                own = own if rows is None else _rows(own, rows)
+                own = own if rows is None else rows_of(own, rows)
             else:
                 assert rows is not None
                 columns = (places[:, max(skip, self.first) :] - self.first).clamp(min=0).to(self.device)
@@ -268,7 +268,11 @@ class _RoomLayer(DynamicLayer):
         return layer  # type: ignore[no-any-return]
 
 
-def _rows(states: Tensor, rows: Sequence[int]) -> Tensor:
+def rows_of(states: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows; where they stand side by side, nothing is copied."""
+    first = rows[0]
+    if list(rows) == list(range(first, first + len(rows))):
+        return states[first : first + len(rows)]
     return states.index_select(0, torch.as_tensor(rows, device=states.device))
 
 
