@@ -7,13 +7,8 @@ import tiny
 from vismem_core.testing import BackboneContract
 
 
-class TestTied(BackboneContract):
+class TestInternVL(BackboneContract):
     backbone = "internvl"
 
-    def load(self) -> tuple[Any, Any]:
-        return tiny.internvl(tied=True)
-
-
-class TestUntied(TestTied):
     def load(self) -> tuple[Any, Any]:
         return tiny.internvl(tied=False)

@@ -133,7 +133,7 @@ def test_answers_are_the_same_elsewhere(
 
 @pytest.mark.parametrize(
     ("make", "settings"),
-    [(tied, {"name": "transformer", "builder": "cross"}), *((own, {}) for own in (tied, *FAMILIES))],
+    [(tied, {"name": "transformer", "builder": "cross"}), *((own, {}) for own in (tied, *FAMILIES[::2]))],
 )
 def test_answers_follow_a_model_that_is_moved(make: Callable[[], Base], settings: dict[str, Any]) -> None:
     base = make()
@@ -177,13 +177,19 @@ def test_answers_wait_once_a_step(trigger: str, monkeypatch: pytest.MonkeyPatch)
     assert counts[1] - counts[0] == 16
 
 
-@pytest.mark.parametrize("start", STAGES.values(), ids=STAGES)
+PLAIN = (config(), whole)
+PARTED = (config("transformer", builder="cross", policy=PolicyConfig("lora", rank=4)), spread)
+
+
 @pytest.mark.parametrize(
-    ("settings", "place"),
+    ("start", "settings", "place"),
     [
-        (config(), whole),
-        (config("transformer", builder="cross", policy=PolicyConfig("lora", rank=4)), spread),
+        (STAGES["formation"], *PARTED),
+        (STAGES["invocation"], *PLAIN),
+        (STAGES["formation, GRPO"], *PLAIN),
+        (STAGES["invocation, GRPO"], *PARTED),
     ],
+    ids=STAGES,
 )
 def test_steps_are_the_same_elsewhere(
     settings: MemoryConfig, place: Callable[[Base], None], start: Callable[[Memory], Stage]
