@@ -7,8 +7,13 @@ import tiny
 from vismem_core.testing import BackboneContract
 
 
-class TestInternVL(BackboneContract):
+class TestTied(BackboneContract):
     backbone = "internvl"
 
+    def load(self) -> tuple[Any, Any]:
+        return tiny.internvl(tied=True)
+
+
+class TestUntied(TestTied):
     def load(self) -> tuple[Any, Any]:
         return tiny.internvl(tied=False)

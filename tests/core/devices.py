@@ -103,21 +103,20 @@ def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
         base.attach()
 
 
+ANYWHERE: list[Any] = [({}, whole), (OTHERWISE, spread)]
+SPREAD: list[Any] = [({}, spread), ({"context": "recompute"}, spread)]
+
+
 @pytest.mark.parametrize(
-    ("settings", "place"),
+    ("make", "settings", "place"),
     [
-        ({}, whole),
-        ({}, spread),
-        ({"context": "recompute"}, spread),
-        (OTHERWISE, spread),
+        *((make, *case) for make in (tied, untied) for case in ANYWHERE + SPREAD),
+        *((make, *case) for make in FAMILIES for case in ANYWHERE),
     ],
 )
-@pytest.mark.parametrize("make", [tied, untied, *FAMILIES])
 def test_answers_are_the_same_elsewhere(
     make: Callable[[], Base], settings: dict[str, Any], place: Callable[[Base], None]
 ) -> None:
-    if make in FAMILIES and place is spread and settings != OTHERWISE:
-        pytest.skip("where families are spread, what forms by other means says most")
     wanted = config(trigger="schedule:0=long,4=short", **settings)
     here, there = make(), make()
     here.attach(wanted)

@@ -31,7 +31,7 @@ from vismem_core.memory.trace import Invocation, Trace
 from vismem_core.memory.trigger import Row, Trigger
 
 from .processors import Processors
-from .room import RoomCache
+from .record import Record
 from .session import Session
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Decoder:
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Decode until every row has stopped; the same arguments and results as transformers' sampling loop."""
         _check(generation_config, model_kwargs)
-        record = _Record(generation_config)
+        record = Record(generation_config)
         prompt = input_ids.shape[1]
         limit = stopping_criteria.max_length or generation_config.max_length
         pad: Any = generation_config._pad_token_tensor
@@ -354,39 +354,6 @@ class Decoder:
             if layers := getattr(output, name, None):
                 setattr(output, name, tuple(layer[..., -1:, :] for layer in layers))
         return output
-
-
-class _Record:
-    """What ``return_dict_in_generate`` asked to be kept."""
-
-    def __init__(self, config: GenerationConfig) -> None:
-        self.wanted = bool(config.return_dict_in_generate)
-        self.scores: tuple[Tensor, ...] | None = () if self.wanted and config.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if self.wanted and config.output_logits else None
-        self.attentions: tuple[Any, ...] | None = () if self.wanted and config.output_attentions else None
-        self.hidden: tuple[Any, ...] | None = () if self.wanted and config.output_hidden_states else None
-
-    def add(self, output: Any, scores: Tensor, logits: Tensor) -> None:
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (logits,)
-        if self.attentions is not None:
-            self.attentions += (output.attentions,)
-        if self.hidden is not None:
-            self.hidden += (output.hidden_states,)
-
-    def result(self, ids: Tensor, cache: RoomCache) -> Tensor | GenerateDecoderOnlyOutput:
-        if not self.wanted:
-            return ids
-        return GenerateDecoderOnlyOutput(
-            sequences=ids,  # type: ignore[arg-type]
-            scores=self.scores,  # type: ignore[arg-type]
-            logits=self.logits,  # type: ignore[arg-type]
-            attentions=self.attentions,
-            hidden_states=self.hidden,
-            **{kv.NAME: cache.together(range(len(ids)))[0]},
-        )
 
 
 def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
