@@ -21,6 +21,7 @@ from vismem_core.base.vision import VisionStates
 from vismem_core.decoding import forward, loop
 from vismem_core.decoding.injection import InjectionHook
 from vismem_core.decoding.loop import Decoder
+from vismem_core.decoding.room import RoomCache
 from vismem_core.files import checkpoint
 from vismem_core.memory.memory import Memory
 from vismem_core.memory.tokens import MemoryTokens
@@ -358,6 +359,7 @@ BROKEN: list[tuple[Any, str, Any, str, str]] = [
     (checkpoint.Stored, "fill", lambda self, memory: None, "checkpoints_round_trip", "answers otherwise"),
     (checkpoint, "fingerprint", lambda backbone: "", "checkpoints_refuse_other_bases", "made for other weights"),
     (forward, "form", formless, "forward_equals_decoding", "not close"),
+    (RoomCache, "seen", lambda self, window: torch.ones_like(self._seen), "static_caches", "not close|other answers"),
     (Memory, "_switched", for_all, "calls_at_once", "switched off in another"),
     (InjectionHook, "remove", lambda self: None, "detached_as_it_was", "does not restore"),
     (MemoryTokens, "vectors", lambda self, ids, like: like, "ragged_insertion_equals_one_pass", "differs"),
@@ -371,7 +373,8 @@ def test_a_broken_core_fails(
     owner: Any, name: str, broken: Any, check: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owner, name, broken)
-    fails(Qwen2_5_VL, check, {"packs": False} if check.startswith("ragged") else {}, reason)
+    arguments = {"ragged_insertion_equals_one_pass": {"packs": False}, "static_caches": {"compiled": True}}
+    fails(Qwen2_5_VL, check, arguments.get(check, {}), reason)
 
 
 def contract(family: type[Backbone]) -> BackboneContract:

@@ -9,6 +9,8 @@ from survey import DOCUMENT, recorded, survey
 
 SAMPLE = {
     "qwen2_vl": "passes",
+    "aya_vision": "passes",
+    "ovis2": "passes",
     "qwen3_5": "refused",
     "florence2": "refused",
     "idefics2": "refused",

@@ -149,7 +149,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"assistant_model": ...}, "assistant_model"),
     ({"custom_generate": lambda model, input_ids, **kwargs: input_ids}, "custom_generate"),
     ({"use_cache": False}, "use_cache=True"),
-    ({"cache_implementation": "static"}, "not StaticCache"),
     ({"past_key_values": ...}, "past_key_values"),
     ({"generation_config": GenerationConfig(num_beams=2)}, "not with beam search"),
     ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=2)}, "not with assisted generation"),

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from vismem_core.errors import AttachError
@@ -34,12 +34,17 @@ def _name(forward: Callable[..., Any]) -> str:
     return older if older in signature(forward).parameters else NAME
 
 
-def check(cache: object) -> DynamicCache:
-    """Return ``cache`` if its layers can be forked and grown row by row.
+def check(cache: object, config: Any = None) -> DynamicCache:
+    """Return ``cache`` if its layers can be forked and grown row by row; of a static one what it was filled with.
+
+    Args:
+        config: of the language model, which knows its layers' windows.
 
     Raises:
-        AttachError: for static, quantised, offloaded and linear-attention caches.
+        AttachError: for quantised, offloaded and linear-attention caches.
     """
+    if type(cache) is StaticCache and not cache.offloading:
+        return _filled(cache, config)
     if not isinstance(cache, DynamicCache):
         raise AttachError(
             f"memory needs a dynamic KV cache, not {type(cache).__name__}: "
@@ -50,6 +55,19 @@ def check(cache: object) -> DynamicCache:
             raise AttachError(f"memory cannot grow cache layers of type {type(layer).__name__} row by row")
     if getattr(cache, "offloading", False):
         raise AttachError("memory cannot grow an offloaded cache: call generate without cache_implementation")
+    return cache
+
+
+def _filled(static: StaticCache, config: Any) -> DynamicCache:
+    """What a static cache holds after a prompt; nothing is copied."""
+    cache = DynamicCache(config=config)
+    for layer, own in zip(layers(cache), layers(static), strict=True):
+        if type(own) not in (StaticLayer, StaticSlidingWindowLayer):
+            raise AttachError(f"memory cannot grow cache layers of type {type(own).__name__} row by row")
+        length = int(own.get_seq_length())
+        layer.update(*(states[:, :, :length] for states in (own.keys, own.values)))
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = length
     return cache
 
 
@@ -100,7 +118,7 @@ def _columns(states: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return states.transpose(1, 2)[rows, columns].transpose(1, 2)
 
 
-def layers(cache: DynamicCache) -> list[Any]:
+def layers(cache: Cache) -> list[Any]:
     """The layers of a cache, each with keys and values."""
     # What :func:`check` let through has keys and values in every layer; its type says less.
     return list(cache.layers)

@@ -74,7 +74,10 @@ class MemoryConfig(Section):
     """Where a thought ends: triggers may invoke there, and the four tokens start as copies of the first one."""
     drop_image_after_invocation: bool = False
     """Image tokens leave a row's KV cache once its first memory is formed: long answers without them. Their columns are
-    given up where no row of the batch needs them any more, always so for one row, and else only masked."""
+    given up, unless the model has layers with a sliding window: there they are only masked."""
+    compile: bool = False
+    """Compile the decode step. Without it that is done where ``generate`` would: with ``cache_implementation="static"``
+    on a GPU. Steps in which memory is formed or enters are not compiled."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import CompileConfig, GenerateDecoderOnlyOutput, GenerationMode
 
 from vismem_core.base import cache as kv
 from vismem_core.config import KINDS, Kind
@@ -60,6 +60,8 @@ class Decoder:
         self.due: dict[int, Kind] = {}
         self.formed: dict[int, Tensor] = {}  # latents that rode in the last pass, by row
         self.order: list[int] = []  # number in the result of each row that is being decoded
+        self.compile: CompileConfig | None = None  # how steps without memory are compiled
+        self.ahead = 0  # columns to reserve, where that is known and pays
 
     @torch.no_grad()
     def __call__(
@@ -80,7 +82,9 @@ class Decoder:
         mask = model_kwargs.get("attention_mask")
         padded = mask is not None and not bool(mask.all())
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-
+        self.compile = self.memory.compiler.wanted(generation_config, model_kwargs, self.memory.config.compile)
+        if self.compile is not None and limit is not None:
+            self.ahead = limit - prompt + self.memory.config.budget * self.memory.longest
         output = self._begin(model, input_ids, generation_config, model_kwargs)
         process = Processors(logits_processor, self.tokens, len(input_ids))
         self.order, fed = list(range(len(input_ids))), [-1] * len(input_ids)
@@ -169,7 +173,7 @@ class Decoder:
             full = torch.ones_like(input_ids) if mask is None else mask
             positions = (full.cumsum(-1) - 1).clamp(min=0)
         self.session.start(input_ids, mask, positions, getattr(output, kv.NAME))
-        self.session.make_room()
+        self.session.make_room(self.ahead)
         setattr(output, kv.NAME, self.session.cache)
         self.rows = [Row(seed=seed) for seed in seeds(input_ids, mask, copies)]
 
@@ -265,9 +269,15 @@ class Decoder:
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
-        if session.room.ragged and not session.room.whole:
-            inputs["attention_mask"] = session.masks()
-        output = model(**inputs, return_dict=True)
+        if self.compile is not None:
+            with session.room.held(), self.memory.compiler.on(self.compile):
+                inputs["attention_mask"] = session.masks()
+                output = model(**inputs, return_dict=True)
+            session.hidden = session.hidden.clone()  # the next compiled pass writes its own in the same place
+        else:
+            if session.room.ragged and not session.room.whole:
+                inputs["attention_mask"] = session.masks()
+            output = model(**inputs, return_dict=True)
         session.room.landed()
         return output, padded
 
@@ -317,7 +327,7 @@ class Decoder:
                 return_dict=True,
                 packing=packing,
             )
-        for former, (rows, _), hidden in zip(formers, riders.values(), packing.deal(session.hidden[0])[2], strict=True):
+        for former, (rows, _), hidden in zip(formers, riders.values(), packing.ridden(session.hidden[0]), strict=True):
             self.formed |= dict(zip(rows, former.read(hidden), strict=True))
         session.unpack()
         output.logits = output.logits.transpose(0, 1)

@@ -9,7 +9,8 @@ Until rows have grown apart the cache looks to the model like transformers' own,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,31 +31,35 @@ class RoomCache(DynamicCache):
         cache: what the rows have in common with others; it stays as it is.
         mask: (B, W) over ``cache``.
         rows: by default all of them.
+        ahead: columns that rows may come to write, where that is known; at least a block is reserved.
 
     Attributes:
         used: columns that some row has written, W.
         ends: (B,), the next column of each row.
         ragged: whether rows end in different columns.
         whole: whether every layer holds all tokens: none has a sliding window.
+        still: whether passes look at all the room, written or not, so that their shapes stay as they are.
     """
 
     layers: list[_RoomLayer]  # type: ignore[assignment]
 
-    def __init__(self, cache: DynamicCache, mask: Tensor, rows: Sequence[int] | None = None) -> None:
+    def __init__(self, cache: DynamicCache, mask: Tensor, rows: Sequence[int] | None = None, ahead: int = 0) -> None:
         super().__init__()
         rows = list(range(len(mask))) if rows is None else rows
         self.used, self.ragged, self.whole = mask.shape[1], False, kv.whole(cache)
-        self._seen = _roomy(mask.bool()[torch.as_tensor(rows, device=mask.device)], self.used + BLOCK, dim=1)
+        self.still = False
+        room = _blocks(self.used + max(ahead, BLOCK))
+        self._seen = _roomy(mask.bool()[torch.as_tensor(rows, device=mask.device)], room, dim=1)
         self.ends = torch.full((len(rows),), self.used, device=mask.device)
         self._lengths = [self.used] * len(rows)
-        self._coming = 0
+        self._coming, self._reach = 0, self.used
         self._columns: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.layers = [_RoomLayer(self, layer, rows) for layer in kv.layers(cache)]
+        self.layers = [_RoomLayer(self, layer, rows, room) for layer in kv.layers(cache)]
 
     @property
-    def coming(self) -> int:
-        """The most tokens that the coming pass writes to a row; 0 between passes."""
-        return self._coming
+    def reach(self) -> int:
+        """Columns that the coming pass looks at, with those it writes beyond the rows' ends."""
+        return self._reach
 
     @property
     def mask(self) -> Tensor:
@@ -67,12 +72,13 @@ class RoomCache(DynamicCache):
         A window counts from the rows' own places.
         """
         first = max(layer.first for layer in self.layers if layer.window == window)
-        places = torch.arange(first, self.used, device=self.ends.device)
-        seen = self.mask[:, first:]
+        stop = self._seen.shape[1] if self.still else self.used
+        places = torch.arange(first, stop, device=self.ends.device)
+        seen = self._seen[:, first:stop]
         return seen if window is None else seen & (places > self.ends[:, None] - 1 - window)
 
-    def aim(self, counts: int | Sequence[int]) -> None:
-        """The coming pass writes so many tokens to every row."""
+    def aim(self, counts: int | Sequence[int], beyond: Sequence[int] = ()) -> None:
+        """The coming pass writes so many tokens to every row, and so many ``beyond`` that are gone after it."""
         rows = len(self._lengths)
         same = isinstance(counts, int) and not self.ragged
         counts = [counts] * rows if isinstance(counts, int) else list(counts)
@@ -82,6 +88,7 @@ class RoomCache(DynamicCache):
         self._lengths = [own + count for own, count in zip(self._lengths, counts, strict=True)]
         before, self.used = self.used, max(self._lengths)
         self.ragged = min(self._lengths) != self.used
+        self._reach = max([own + more for own, more in zip(self._lengths, beyond or [0] * rows, strict=True)])
         self._reserve()
         if same:
             self._seen[:, before : self.used] = True
@@ -106,7 +113,20 @@ class RoomCache(DynamicCache):
 
     def landed(self) -> None:
         """The pass is over."""
-        self._coming = 0
+        self._coming, self._reach = 0, self.used
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The pass inside the context looks at all the room (:attr:`still`)."""
+        self.still = True
+        try:
+            for layer in self.layers:
+                self.columns(layer.device)
+                for states in (layer.keys, layer.values):
+                    torch._dynamo.mark_static_address(states)  # else CUDA graphs would not write to them
+            yield
+        finally:
+            self.still = False
 
     def hide(self, columns: Tensor) -> bool:
         """Let rows not look at ``columns`` (B, W) any more; whether columns were given up, and rows stand anew.
@@ -126,7 +146,7 @@ class RoomCache(DynamicCache):
         self.used, self.ends = most, lengths
         self._lengths = lengths.tolist()
         self.ragged = min(self._lengths) != most
-        self._seen = _roomy(torch.arange(most, device=lengths.device) < lengths[:, None], most + BLOCK, dim=1)
+        self._seen = _roomy(torch.arange(most, device=lengths.device) < lengths[:, None], _blocks(most + BLOCK), dim=1)
         return True
 
     def select(self, rows: Sequence[int]) -> RoomCache:
@@ -168,10 +188,11 @@ class RoomCache(DynamicCache):
         return self.used - self._coming
 
     def _reserve(self) -> None:
-        if self.used > self._seen.shape[1]:
-            self._seen = _roomy(self._seen, self.used + BLOCK, dim=1)
+        if self._reach > self._seen.shape[1]:
+            room = _blocks(self._reach + BLOCK)
+            self._seen = _roomy(self._seen, room, dim=1)
             for layer in self.layers:
-                layer.reserve(self.used + BLOCK)
+                layer.reserve(room)
 
 
 class _RoomLayer(DynamicLayer):
@@ -184,18 +205,21 @@ class _RoomLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, cache: RoomCache, layer: Any, rows: Sequence[int]) -> None:
+    def __init__(self, cache: RoomCache, layer: Any, rows: Sequence[int], room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache, self.is_initialized = cache, True
         self.window = int(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else None
         self.is_sliding = self.window is not None
         self.device, self.first = layer.keys.device, cache.used - layer.keys.shape[-2]
         self.keys, self.values = (
-            _roomy(rows_of(own, rows), layer.keys.shape[-2] + BLOCK, dim=2) for own in (layer.keys, layer.values)
+            _roomy(rows_of(own, rows), room - self.first, dim=2) for own in (layer.keys, layer.values)
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         cache = self.cache
+        if cache.still:
+            self.write(*cache.columns(self.device), key_states, value_states)
+            return self.keys, self.values
         if cache._same:
             stop = cache.used - self.first
             self.keys[:, :, stop - cache._coming : stop] = key_states
@@ -217,8 +241,8 @@ class _RoomLayer(DynamicLayer):
             own.transpose(1, 2)[rows, columns] = new.transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        used = self.cache.used if self.cache._coming else self.cache.used + query_length
-        if self.window is None or self.cache.ragged:
+        used = self.cache._reach if self.cache._coming else self.cache.used + query_length
+        if self.window is None or self.cache.ragged or self.cache._reach > self.cache.used:
             return used - self.first, self.first
         length = min(used - self.first, self.window - 1 + query_length)
         return length, used - length
@@ -235,7 +259,7 @@ class _RoomLayer(DynamicLayer):
         order = order.to(self.device)
         rows = torch.arange(len(order), device=self.device)[:, None]
         self.keys, self.values = (
-            _roomy(own.transpose(1, 2)[rows, order].transpose(1, 2), order.shape[1] + BLOCK, dim=2)
+            _roomy(own.transpose(1, 2)[rows, order].transpose(1, 2), _blocks(order.shape[1] + BLOCK), dim=2)
             for own in (self.keys, self.values)
         )
 
@@ -274,6 +298,11 @@ def rows_of(states: Tensor, rows: Sequence[int]) -> Tensor:
     if list(rows) == list(range(first, first + len(rows))):
         return states[first : first + len(rows)]
     return states.index_select(0, torch.as_tensor(rows, device=states.device))
+
+
+def _blocks(columns: int) -> int:
+    """So many columns, filled up to whole blocks."""
+    return -(-columns // BLOCK) * BLOCK
 
 
 def _roomy(own: Tensor, size: int, dim: int) -> Tensor:

@@ -66,9 +66,9 @@ class Session:
         assert isinstance(self.cache, RoomCache)
         return self.cache
 
-    def make_room(self) -> None:
-        """From now on rows may grow apart."""
-        self.cache = RoomCache(self.cache, self._mask)
+    def make_room(self, ahead: int = 0) -> None:
+        """From now on rows may grow apart, and come to write so many columns, where that is known."""
+        self.cache = RoomCache(self.cache, self._mask, ahead=ahead)
 
     @contextmanager
     def listen(self) -> Iterator[None]:
@@ -117,7 +117,7 @@ class Session:
         batch, length = input_ids.shape
         if self.hidden.shape[1] != length:
             raise AttachError("memory needs the prompt's input_ids: it cannot tell images from text in inputs_embeds")
-        self.cache = kv.check(cache)
+        self.cache = kv.check(cache, self.backbone.decoder.config)
         width = self.cache.get_seq_length()
         self._mask = input_ids.new_ones(batch, width) if mask is None else mask[:, :width]
         self._padding = self._mask.argmax(-1).tolist() if mask is not None else [0] * batch
@@ -296,16 +296,16 @@ class Session:
             self._padding = [0] * len(hidden)
 
     def masks(self) -> Any:
-        """What the coming pass of one token a row may look at, where layers have windows and rows have grown apart.
+        """What the coming pass of one token a row may look at, where the model could not tell from :attr:`mask`.
 
         As the model takes it: (B, 1, 1, W), by kind of layer if it has several.
         """
         config: Any = self.backbone.decoder.config
         kinds = set(getattr(config, "layer_types", None) or [""])
         found = {}
+        windows = {"full_attention": None, "": self.room.layers[0].window}
         for kind in kinds:
-            window = None if kind == "full_attention" else config.sliding_window
-            mask = self.room.seen(window)[:, None, None]
+            mask = self.room.seen(windows.get(kind, getattr(config, "sliding_window", None)))[:, None, None]
             if config._attn_implementation == "eager":
                 mask = torch.zeros_like(mask, dtype=self.backbone.dtype).masked_fill(
                     ~mask, torch.finfo(self.backbone.dtype).min
@@ -346,7 +346,11 @@ class Session:
             self.took_in(rows, vectors, places[-1])
             for row in rows:
                 counts[row] += vectors.shape[1]
-        self.room.aim(counts)
+        beyond = [0] * len(counts)
+        for rows, vectors in riders.values():
+            for row in rows:
+                beyond[row] = vectors.shape[1]
+        self.room.aim(counts, beyond)
         places += [self._places(rows, vectors.shape[1]) + 1 for rows, vectors in riders.values()]
         packed = torch.cat([self.positions.squeeze(-1), *(own.flatten(-2) for own in places)], dim=-1)
         groups, behind = ([(rows, vectors.shape[1]) for rows, vectors in own.values()] for own in (latents, riders))

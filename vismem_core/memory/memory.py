@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vismem_core.base.adapters import Adapter
 from vismem_core.base.backbone import Backbone
+from vismem_core.base.compiled import Compiler
 from vismem_core.config import KINDS, Kind, MemoryConfig
 from vismem_core.errors import AttachError
 from vismem_core.files import checkpoint
@@ -62,6 +63,7 @@ class Memory(nn.Module):
         self._frozen: list[nn.Parameter] = []
         self._places = (backbone.device, backbone.vision_device)
         self.policy: Adapter | None = None
+        self.compiler = Compiler(backbone)
         tokenizer = _tokenizer(backbone)
         ids = tokens.delimiter_ids(tokenizer, config.delimiters)
         if not ids:
@@ -99,6 +101,11 @@ class Memory(nn.Module):
     def model(self) -> Any:
         """The base model."""
         return self.backbone.model
+
+    @property
+    def longest(self) -> int:
+        """The most latents that one invocation adds."""
+        return max(self.config.short.length, self.config.long.length)
 
     def former(self, kind: Kind) -> MemoryFormer:
         """F_s or F_l."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation import CompileConfig
 
 from vismem_core.memory.memory import Memory
 
@@ -68,6 +69,36 @@ class Insertion(Contract):
         assert packed.sequences.equal(apart.sequences), "other answers"
         words = len(base.backbone.head.weight)
         close(torch.stack(packed.logits)[..., :words], torch.stack(apart.logits)[..., :words], "other logits")
+
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    @holds(
+        "promise 2: a static cache, and steps compiled on it, must give what the default cache gives",
+        "vismem_core.base.compiled and vismem_core.decoding.room",
+    )
+    def test_static_caches(self, compiled: bool) -> None:
+        base, questions = self.base(), self.questions()
+        settings = CompileConfig(backend="eager", mode="default")  # traced as for any backend
+        settings._compile_all_devices = compiled  # type: ignore[assignment]
+        static: dict[str, Any] = {"cache_implementation": "static", "compile_config": settings}
+        try:
+            base.generate(*questions, **static)
+        except Exception:
+            pytest.skip("the model's own generate does not work with a static cache")
+        memory = base.attach(staggered())
+        expected, formed = base.generate(*questions), memory.trace.invocations
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for _ in range(2):
+            output = base.generate(*questions, **static)
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            assert graphs == (compiled and base.backbone.decoder._can_compile_fullgraph), (
+                f"steps were compiled {graphs} times"
+            )
+            assert output.sequences.equal(expected.sequences), "other answers"
+            words = len(base.backbone.head.weight)
+            close(torch.stack(output.logits)[..., :words], torch.stack(expected.logits)[..., :words], "other logits")
+            for one, other in zip(memory.trace.invocations, formed, strict=True):
+                close(one.latents, other.latents, f"row {one.row} forms other memory")
 
     @PACKS
     @pytest.mark.parametrize("context", ["cache", "recompute"])

@@ -1,0 +1,112 @@
+"""Static caches and compiled steps: the same answers, and nothing compiled twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from bases import QUESTIONS, Base, config, tied, untied
+from transformers.generation import CompileConfig
+
+from vismem_core.config import PolicyConfig
+from vismem_core.errors import AttachError
+
+COUNTERS = torch._dynamo.utils.counters
+PLAIN: dict[str, Any] = {"compile_config": CompileConfig(backend="eager", mode="default")}
+"""Traced as for any backend, and run as it is."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet() -> Iterator[None]:
+    torch._dynamo.reset()
+    COUNTERS.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return int(COUNTERS["stats"]["unique_graphs"])
+
+
+def answers(base: Base, length: int, **options: Any) -> list[list[int]]:
+    return base.generate(*QUESTIONS, max_new_tokens=length, min_new_tokens=length, **options).answers.tolist()  # type: ignore[no-any-return]
+
+
+def test_the_cpu_backend_gives_the_same_tokens() -> None:
+    base = tied()
+    memory = base.attach(config())
+    expected = answers(base, 24)
+    assert len(memory.trace) > 8
+    memory.detach()
+    base.attach(config(compile=True))
+    for _ in range(2):
+        assert answers(base, 24, compile_config=CompileConfig(mode="default")) == expected
+        assert graphs() == 1 and not COUNTERS["graph_break"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy": PolicyConfig("lora", rank=4)},
+        {"builder": "cross", "context": "recompute"},
+        {"drop_image_after_invocation": True},
+    ],
+    ids=["policy", "recompute", "drop"],
+)
+def test_what_else_a_step_may_hold(settings: dict[str, Any]) -> None:
+    base = untied()
+    memory = base.attach(config(**settings))
+    expected = answers(base, 24)
+    memory.detach()
+    base.attach(config(compile=True, **settings))
+    assert answers(base, 24, **PLAIN) == expected
+    assert answers(base, 24, **PLAIN) == expected
+    assert graphs() == 1
+
+
+def test_prompts_of_other_lengths_are_no_reason_to_compile_for_ever() -> None:
+    base = untied()
+    base.attach(config(compile=True))
+    for rows in ([0], [0, 1, 2], [1], [3, 2], [0, 3, 1, 2], [2]):
+        for length in (8, 300):
+            base.generate(*(QUESTIONS[row] for row in rows), max_new_tokens=length, **PLAIN)
+    before = graphs()
+    for rows in ([3], [1, 2], [2, 0, 1]):
+        base.generate(*(QUESTIONS[row] for row in rows), max_new_tokens=20, **PLAIN)
+    assert graphs() == before < 8  # dynamo's own limit, from which on it compiles no more
+
+
+def test_steps_are_compiled_where_generate_would() -> None:
+    base = untied()
+    base.attach(config())
+    settings = CompileConfig(backend="eager", mode="default")
+    answers(base, 12, compile_config=settings)  # on a CPU it would not
+    answers(base, 12, compile_config=settings, cache_implementation="static")
+    assert graphs() == 0
+    settings._compile_all_devices = True  # type: ignore[assignment]
+    answers(base, 12, compile_config=settings)  # on a cache that grows it would not
+    assert graphs() == 0
+    answers(base, 12, compile_config=settings, cache_implementation="static", disable_compile=True)
+    assert graphs() == 0
+    answers(base, 12, compile_config=settings, cache_implementation="static")
+    assert graphs() == 1
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    base = untied()
+    own = dict(vars(base.model.model.language_model))
+    memory = base.attach(config(compile=True))
+    answers(base, 12, **PLAIN)
+    assert graphs() == 1
+    memory.detach()
+    assert vars(base.model.model.language_model) == own
+
+
+def test_what_cannot_be_compiled_says_so() -> None:
+    base = untied()
+    base.model.model.language_model._can_compile_fullgraph = False
+    base.attach(config(compile=True))
+    with pytest.raises(AttachError, match=r"Qwen2_5_VLTextModel cannot be compiled: set memory.compile=false"):
+        answers(base, 4)
