@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from vismem_core.config import QueryConfig
-from vismem_core.memory.query import QueryBuilder
+from vismem_core.memory.query import Ahead, QueryBuilder
 
 from .attention import Block
 
@@ -31,18 +33,51 @@ class EncoderQuery(QueryBuilder):
         self.blocks = nn.ModuleList(Block(inner, config.heads) for _ in range(config.layers))
         self.leave = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, width), nn.RMSNorm(width))
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        count, query = states.shape[1], self.initial.expand(len(states), -1, -1)
-        tokens = torch.cat([self.enter(states), query], dim=1)
+    def ahead(self, visual: Tensor, mask: Tensor) -> Ahead:
+        tokens, blocks = self.enter(visual), [cast("Block", block) for block in self.blocks]
+        if not self._deep:  # visual tokens enter every block as they are
+            return tuple(states for block in blocks for states in block.pairs(tokens))
+        # In the first block they look at each other, and at what was written: the one is known here, and how much it
+        # weighs.
+        (keys, values), queries = blocks[0].pairs(tokens), blocks[0].queries(tokens)
+        scores = queries @ keys.mT * keys.shape[-1] ** -0.5
+        scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
+        return keys, values, tokens, queries, scores.softmax(-1) @ values, scores.logsumexp(-1, keepdim=True)
+
+    def forward(self, states: Tensor, mask: Tensor, ahead: Ahead = ()) -> Tensor:
+        known = ahead[0].shape[2] if ahead else 0
+        query = self.initial.expand(len(states), -1, -1)
+        tokens = torch.cat([self.enter(states[:, known:]), query], dim=1)
         everything = torch.cat([mask, mask.new_ones(query.shape[:2])], dim=1)[:, None]
-        for depth, block in enumerate(self.blocks, start=1):
-            if self.contextual and depth < len(self.blocks):
-                tokens = block(tokens, tokens, _query_unseen(everything, count))
+        seen = _query_unseen(everything, states.shape[1]) if self._deep else everything
+        for depth, block in enumerate(self.blocks):
+            first, last = depth == 0, depth == len(self.blocks) - 1
+            if self._deep and not last:
+                tokens = self._first(tokens, seen, ahead) if ahead and first else block(tokens, tokens, seen)
             else:
-                looked = block(tokens[:, count:], tokens, everything)
+                count = tokens.shape[1] - query.shape[1]
+                pairs = ahead[2 * depth : 2 * depth + 2] if ahead and not self._deep else None
+                looked = block(tokens[:, count:], tokens, everything, pairs)
                 tokens = torch.cat([tokens[:, :count], looked], dim=1)
-        out: Tensor = self.leave(tokens[:, count:])
+        out: Tensor = self.leave(tokens[:, -query.shape[1] :])
         return out
+
+    @property
+    def _deep(self) -> bool:
+        """Whether states are transformed on their way to the queries."""
+        return self.contextual and len(self.blocks) > 1
+
+    def _first(self, rest: Tensor, seen: Tensor, ahead: Ahead) -> Tensor:
+        """The first block, after which visual tokens stand in front of the ``rest`` again."""
+        block = cast("Block", self.blocks[0])
+        keys, values, visual, queries, mixed, weight = ahead
+        count = visual.shape[1]
+        own_keys, own_values = block.pairs(rest)
+        scores = queries @ own_keys.mT * keys.shape[-1] ** -0.5
+        scores = scores.masked_fill(~seen[:, None, :count, count:], float("-inf"))
+        shares = torch.cat([weight, scores], dim=-1).softmax(-1)
+        visual = block.passed(visual, shares[..., :1] * mixed + shares[..., 1:] @ own_values)
+        return torch.cat([visual, block(rest, rest, seen[:, count:], (keys, values))], dim=1)
 
 
 class CrossQuery(EncoderQuery):

@@ -66,3 +66,17 @@ def test_inner_width(width: int, inner: int) -> None:
     builder = build("encoder", width=width)
     assert builder.initial.shape == (5, inner)
     assert builder(torch.randn(1, 2, WIDTH), torch.ones(1, 2, dtype=torch.bool)).shape == (1, 5, WIDTH)
+
+
+@pytest.mark.parametrize("visual", [0, 9])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("name", ["encoder", "cross"])
+@torch.no_grad()
+def test_what_is_computed_ahead_changes_nothing(name: str, layers: int, visual: int) -> None:
+    builder = build(name, layers=layers)
+    states, mask = torch.randn(3, visual + 4, WIDTH), torch.ones(3, visual + 4, dtype=torch.bool)
+    mask[0, 5:visual], mask[1, :visual], mask[2, visual : visual + 2] = False, False, False
+    expected = builder(states, mask)
+    ahead = builder.ahead(states[:, :visual], mask[:, :visual])
+    states[:, :visual] = 50.0  # they are not read again
+    torch.testing.assert_close(builder(states, mask, ahead), expected, atol=1e-5, rtol=1e-5)

@@ -19,7 +19,7 @@ from vismem_core.base.vision import VisionStates
 from vismem_core.config import Kind
 from vismem_core.errors import AttachError
 from vismem_core.memory.former import History, MemoryContext, MemoryFormer, Needs, RidingFormer
-from vismem_core.memory.query import QueryBuilder
+from vismem_core.memory.query import Ahead, QueryBuilder
 
 from .packing import Packing
 from .room import RoomCache
@@ -48,6 +48,7 @@ class Session:
         self._visual_mask: Tensor
         self._images: list[Tensor] = []  # each row's visual tokens that it may see, counted from its first token
         self._source: list[int]  # each row's row of the visual tokens, which copies of a prompt share
+        self._ahead: dict[int, Ahead] = {}  # of each row of the visual tokens, once asked for
         self._recording = ExitStack()
         self._started = self._forming = False
         self._written: list[Tensor] = []
@@ -167,7 +168,7 @@ class Session:
             room: the new one's rows may grow apart.
         """
         branch = copy.copy(self)
-        branch._recording = ExitStack()
+        branch._recording, branch._ahead = ExitStack(), {}
         if room:
             branch.cache = RoomCache(self.cache, self._mask, rows)
         branch._take(rows)
@@ -198,14 +199,25 @@ class Session:
         """The latents (R, N, d) of ``rows`` that have just been fed their invocation tokens."""
         context = self.context(rows)
         with self._apart():
-            context.query = builder(context.states, context.mask)
+            context.query = self._query(rows, builder, context.states, context.mask)
             latents: Tensor = former(context)
         return latents
 
     def rider(self, rows: Sequence[int], builder: QueryBuilder, former: RidingFormer) -> Tensor:
         """For ``rows`` that are yet to be fed their invocation tokens: what rides behind these, (R, E, d)."""
         states, mask = self._states(rows, len(self._written))
-        return former.rider(builder(states, mask))
+        return former.rider(self._query(rows, builder, states, mask))
+
+    def _query(self, rows: Sequence[int], builder: QueryBuilder, states: Tensor, mask: Tensor) -> Tensor:
+        """Q (R, K, d); what can be computed of a prompt's visual tokens alone is computed once."""
+        sources = [self._source[row] for row in rows]
+        for source in set(sources) - set(self._ahead):
+            own = slice(source, source + 1)
+            self._ahead[source] = builder.ahead(self._visual[own], self._visual_mask[own])
+        told = [self._ahead[source] for source in sources]
+        ahead = told[0] if len(rows) == 1 else tuple(map(torch.cat, zip(*told, strict=True)))
+        query: Tensor = builder(states, mask, ahead) if ahead else builder(states, mask)
+        return query
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
