@@ -5,191 +5,61 @@ The model has random weights and the shape of a published one, so nothing is dow
 
 A plain decode step is the median time between two tokens of plain ``generate`` in the same turn. One invocation costs
 what comes on top of the step of its token: the query, the formation, the insertion (the pass over the latents and the
-end token, in full) and the loop around them.
+end token, in full) and the loop around them. ``--suite gpu`` is benchmark_gpu.py.
 """
 
 import json
 import random
-import resource
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from math import isqrt
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import typer
-from PIL import Image
+from benchmark_gpu import suite
+from measuring import SHAPES, Bench, Clock, Room, Turn, attached, build, shares
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, StoppingCriteriaList
 
-import vismem_core as vismem
-from vismem_core.base.embedded import embedded
 from vismem_core.base.families import find_backbone
-from vismem_core.config import FormerConfig, GrpoConfig, MemoryConfig, QueryConfig, TrainConfig
+from vismem_core.config import GrpoConfig, TrainConfig
 from vismem_core.decoding.replay import read_prompts
 from vismem_core.files.samples import Sample
-from vismem_core.memory.memory import Memory
 from vismem_core.memory.trigger import Decision, Row, Trigger
 from vismem_core.training.batches import make_batch
 from vismem_core.training.invocation_grpo import InvocationGrpo
 from vismem_core.training.rollout import rollouts
 
 PER_ROW = 4
-LIMITS = {"off": (1.03, None), "short encoder cache": (6, 3), "long encoder cache": (9, 5)}
-BATCH_LIMIT = (1.35, 1.2)
-
-WIDTHS = ("hidden_size", "intermediate_size")
-TEXT = ("num_hidden_layers", *WIDTHS, "num_attention_heads", "num_key_value_heads", "vocab_size")
-VISION = ("depth", *WIDTHS, "num_heads")
-SHAPES = {
-    "80m": ((12, 768, 2048, 12, 2, 4096), (4, 256, 768, 4)),
-    "3b": ((36, 2048, 11008, 16, 2, 151936), (32, 1280, 3420, 16)),
-    "7b": ((28, 3584, 18944, 28, 4, 152064), (32, 1280, 3420, 16)),
+NOISY = 0.2
+"""Spread between turns, of the median, from which a figure says little."""
+LIMITS = {
+    "idle: off": 1.02,
+    "invocation: short encoder cache": 2.5,
+    "invocation: long encoder cache": 4.0,
+    "batch 16: mixed encoder": 1.2,
+    "batch 16: long encoder": 1.35,
+    "1296 visual tokens, batch 1: never invoking": 1.0,
+    "1296 visual tokens, batch 16: never invoking": 1.0,
+    "1296 visual tokens, batch 1: mixed": 1.15,
+    "1296 visual tokens, batch 16: mixed": 0.85,
+    "1296 visual tokens: images dropped": 1.1,
+    "training, 1296 visual tokens: rollouts": 0.5,
+    "training, 1296 visual tokens: step": 2.2,
 }
-Variant = Callable[["Bench"], AbstractContextManager[Memory]]
+"""What a figure is to be at most, at the default sizes."""
 Figures = list[dict[str, Any]]
-Limit = tuple[float, float | None]
-
-
-def build(shape: str, changes: list[str], device: str, dtype: str) -> tuple[Any, Any]:
-    """A random Qwen2.5-VL that never ends an answer, and the embedded model's processor."""
-    source = embedded("qwen2_5_vl")[1].model
-    config = AutoConfig.from_pretrained(source).to_dict()
-    text, vision = config["text_config"], config["vision_config"]
-    text.pop("layer_types", None)
-    text |= dict(zip(TEXT, SHAPES[shape][0], strict=True))
-    vision |= dict(zip(VISION, SHAPES[shape][1], strict=True)) | {"window_size": 112}
-    for name, _, value in (change.partition("=") for change in changes):
-        tower, _, size = name.partition(".")
-        config[f"{tower}_config"][size] = int(value)
-    half = text["hidden_size"] // text["num_attention_heads"] // 2
-    sections = [half - half * 3 // 8 * 2, half * 3 // 8, half * 3 // 8]
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-    vision |= {"out_hidden_size": text["hidden_size"], "fullatt_block_indexes": [vision["depth"] - 1]}
-    config = AutoConfig.for_model(**config)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
-    model.generation_config.eos_token_id = None
-    return model.eval(), AutoProcessor.from_pretrained(source, min_pixels=28 * 28, max_pixels=4096 * 28 * 28)
-
-
-def side(visual: int) -> int:
-    """Pixels of a square picture of so many visual tokens: each is made of 2 x 2 patches of 14 pixels."""
-    return 28 * isqrt(visual)
-
-
-class Clock(StoppingCriteria):
-    """A criterion that stops nothing and stamps the time once per token."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda, self.stamps = device.startswith("cuda"), list[float]()
-
-    def now(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.process_time() if not self.cuda and torch.get_num_threads() == 1 else time.perf_counter()
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.stamps.append(self.now())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-@dataclass
-class Turn:
-    """One ``generate`` call: its seconds, those of each step but the first, and what memory did in it."""
-
-    seconds: float
-    steps: list[float]
-    invoked: list[int]
-    inside: dict[str, float]
-
-
-class Bench:
-    """A model and the turns that are taken on it."""
-
-    def __init__(self, model: Any, processor: Any, device: str, tokens: int, repeats: int) -> None:
-        self.model, self.processor = model, processor
-        self.device, self.tokens, self.repeats, self.side = device, tokens, repeats, side(81)
-
-    def inputs(self, rows: int) -> Any:
-        """Prompts of different lengths, each about its own picture."""
-        noise = np.random.default_rng(0).integers(0, 255, (rows, self.side, self.side, 3), dtype=np.uint8)
-        texts = ["what is in this picture ? list the cells " + "and " * row for row in range(rows)]
-        backbone = find_backbone(self.model)(self.model, self.processor)
-        return backbone.inputs(texts, [[Image.fromarray(pixels)] for pixels in noise])
-
-    def turn(self, inputs: Any, memory: Memory | None = None) -> Turn:
-        clock, inside = Clock(self.device), dict[str, float]()
-        settings = {"max_new_tokens": self.tokens, "do_sample": False}
-        with timed(memory, clock, inside):
-            start = clock.now()
-            self.model.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([clock]))
-            seconds = clock.now() - start
-        invoked = [invocation.position for invocation in memory.trace.invocations] if memory else []
-        return Turn(seconds, [after - before for before, after in pairwise(clock.stamps)], invoked, inside)
-
-    def turns(self, rows: int, variants: dict[str, Variant]) -> dict[str, list[Turn]]:
-        """Plain ``generate`` with nothing attached, then each variant, again and again; the first round warms up."""
-        inputs, taken = self.inputs(rows), {name: list[Turn]() for name in ("plain", *variants)}
-        for _ in range(self.repeats + 1):
-            taken["plain"].append(self.turn(inputs))
-            for name, variant in variants.items():
-                with variant(self) as memory:
-                    taken[name].append(self.turn(inputs, memory))
-        return {name: turns[1:] for name, turns in taken.items()}
-
-
-@contextmanager
-def timed(memory: Memory | None, clock: Clock, inside: dict[str, float]) -> Iterator[None]:
-    """Add up the seconds inside the query builder and the formers."""
-    parts = [("query", memory.builder), ("formation", memory.short), ("formation", memory.long)] if memory else []
-    begun: list[float] = []
-
-    def leave(name: str, *_: Any) -> None:
-        inside[name] = inside.get(name, 0.0) + clock.now() - begun.pop()
-
-    handles = [part.register_forward_pre_hook(lambda *_: begun.append(clock.now())) for _, part in parts]
-    handles += [part.register_forward_hook(partial(leave, name)) for name, part in parts]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
-def attached(trigger: str | Trigger, builder: str = "encoder", context: str = "cache", off: bool = False) -> Variant:
-    """Memory that invokes when ``trigger`` says so; left to itself, this policy never would."""
-
-    @contextmanager
-    def variant(bench: Bench) -> Iterator[Memory]:
-        config = MemoryConfig(
-            query=QueryConfig(builder=builder),
-            short=FormerConfig(length=8, context=context),
-            long=FormerConfig(length=16, context=context),
-            distance=1,
-        )
-        memory = vismem.attach(bench.model, bench.processor, config=config)
-        memory.tokens.head.data.zero_()
-        memory.trigger = trigger
-        with memory.off() if off else nullcontext():
-            yield memory
-        memory.detach()
-
-    return variant
 
 
 def cost_when_idle(bench: Bench) -> Figures:
     """(a) ``generate`` with memory that does nothing over plain ``generate``."""
     variants = {"off": attached("policy", off=True), "never": attached("never"), "policy": attached("policy")}
     turns = bench.turns(1, variants)
-    return [whole(f"idle: {name}", "plain generate", turns, name, LIMITS.get(name)) for name in variants]
+    return [figure(f"idle: {name}", "plain generate", calls(turns, name), turns[name]) for name in variants]
 
 
 def cost_of_an_invocation(bench: Bench) -> Figures:
@@ -202,8 +72,9 @@ def cost_of_an_invocation(bench: Bench) -> Figures:
     for name in map(" ".join, choices):
         parts = [split(turn, median(plain.steps)) for turn, plain in zip(turns[name], turns["plain"], strict=True)]
         middle = {part: median(own[part] for own in parts) for part in parts[0]}
-        cost = middle.pop("all")
-        figures.append(figure(f"invocation: {name}", "plain decode step", cost, middle, turns[name], LIMITS.get(name)))
+        middle.pop("all")
+        costs = [own["all"] for own in parts]
+        figures.append(figure(f"invocation: {name}", "plain decode step", costs, turns[name], middle))
     return figures
 
 
@@ -223,7 +94,7 @@ def cost_in_a_batch(bench: Bench, batch: int) -> Figures:
     choices = list(product(("short", "long", "mixed"), ("encoder", "cross")))
     variants = {f"{kind} {builder}": attached(apart(bench.tokens, batch, kind), builder) for kind, builder in choices}
     turns = bench.turns(batch, variants)
-    return [whole(f"batch {batch}: {name}", "plain batch", turns, name, BATCH_LIMIT) for name in variants]
+    return [figure(f"batch {batch}: {name}", "plain batch", calls(turns, name), turns[name]) for name in variants]
 
 
 def apart(tokens: int, batch: int, kind: str) -> Trigger:
@@ -242,35 +113,20 @@ def apart(tokens: int, batch: int, kind: str) -> Trigger:
     return Trigger(decide)
 
 
-def cost_by_context(bench: Bench, contexts: Sequence[int], batches: Sequence[int]) -> Figures:
-    """(e) Decoding alone, the prompts' pass taken off, over that of plain ``generate``, by what the cache holds."""
-    figures = []
-    for visual, rows in product(contexts, batches):
-        bench.side = side(visual)
-        variants = {"never invoking": attached("policy"), "mixed": attached(apart(bench.tokens, rows, "mixed"))}
-        turns = bench.turns(rows, variants)
-        for name in variants:
-            ratios = [sum(own.steps) / sum(plain.steps) for own, plain in zip(turns[name], turns["plain"], strict=True)]
-            calls = [own.seconds / plain.seconds for own, plain in zip(turns[name], turns["plain"], strict=True)]
-            parts = {"least": min(ratios), "most": max(ratios), "whole call": median(calls)}
-            told = f"{isqrt(visual) ** 2} visual tokens, batch {rows}: {name}"
-            figures.append(figure(told, "plain decoding", median(ratios), parts, turns[name], None))
-    return figures
-
-
 def cost_of_training(bench: Bench, group: int = 16) -> Figures:
     """(d) One prompt's group of rollouts, and a whole step of Stage II, over plain ``generate`` of as many rows."""
-    noise = np.random.default_rng(0).integers(0, 255, (bench.side, bench.side, 3), dtype=np.uint8)
-    sample = Sample("one", (Image.fromarray(noise),), "what is in this picture ?", "bag")
+    sample = Sample("one", tuple(bench.pictures(1)), "what is in this picture ?", "bag")
     settings = {"max_new_tokens": bench.tokens, "do_sample": True, "num_return_sequences": group}
-    clock, loaded = Clock(bench.device), used(bench.device)
+    clock = Clock(bench.device)
     taken: dict[str, list[float]] = {"plain": [], "rollouts": [], "step": []}
-    shares: dict[str, float] = {}
+    invoked = 0
+    peaks: list[float] = []
     for turn in range(bench.repeats + 1):
         inputs = find_backbone(bench.model)(bench.model, bench.processor).inputs([sample.prompt], [sample.images])
         start = clock.now()
-        bench.model.generate(**inputs, **settings)
+        bench.model.generate(**inputs.to(bench.device), **settings)
         plain = clock.now() - start
+        room = Room(bench.device)
         with attached("policy")(bench) as memory:
             stage = InvocationGrpo(
                 memory, TrainConfig(grpo=GrpoConfig(group=group, max_new_tokens=bench.tokens, alpha=0.3))
@@ -287,43 +143,73 @@ def cost_of_training(bench: Bench, group: int = 16) -> Figures:
             optimizer.step()
             stage.stepped()
             step = clock.now() - start
-            shares = {"invocations": sum(len(own.latents) for own in told)}
+            invoked = sum(len(own.latents) for own in told)
+            peaks.append(room.peak() / 1e6)
         for name, seconds in (("plain", plain), ("rollouts", rolled), ("step", step)):
             taken[name].append(seconds)
     over = f"plain generate of {group} rows"
     weights = sum(own.numel() * own.element_size() for own in bench.model.parameters())
-    memory_figures = {"peak over base (MB)": (used(bench.device, peak=True) - loaded) / 1e6, "base (MB)": weights / 1e6}
+    memory_figures = {"peak over base (MB)": median(peaks[1:]), "base (MB)": weights / 1e6}
     figures = []
-    for name, limit, parts in (("rollouts", 1.4, shares), ("step", 4.5, memory_figures)):
+    for name, parts in (("rollouts", {}), ("step", memory_figures)):
         ratios = [own / plain for own, plain in zip(taken[name][1:], taken["plain"][1:], strict=True)]
-        about = {"figure": f"training: {name}", "over": over, "ratio": median(ratios), "limit": limit, "aim": None}
-        figures.append({**about, "invocations": int(shares["invocations"]), "parts": parts})
+        told_as = f"training, {isqrt(bench.visual) ** 2} visual tokens: {name}"
+        figures.append(figure(told_as, over, ratios, invoked, parts))
     return figures
 
 
-def used(device: str, peak: bool = False) -> float:
-    """Bytes in use now, or at most so far."""
-    if device.startswith("cuda"):
-        return float(torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return float(pages * resource.getpagesize())
+def cost_by_context(bench: Bench, contexts: Sequence[int], batches: Sequence[int]) -> Figures:
+    """(e) Decoding alone, the prompts' pass taken off, over that of plain ``generate``, by what the cache holds."""
+    figures = []
+    for visual, rows in product(contexts, batches):
+        bench.visual = visual
+        variants = {"never invoking": attached("policy"), "mixed": attached(apart(bench.tokens, rows, "mixed"))}
+        turns = bench.turns(rows, variants)
+        for name in variants:
+            ratios = [own.decoding / plain.decoding for own, plain in zip(turns[name], turns["plain"], strict=True)]
+            parts = {"whole call": median(calls(turns, name)), **shares(turns[name])}
+            for whose, own in (("peak (MB)", name), ("plain's", "plain")):
+                parts[whose] = max(turn.peak for turn in turns[own]) / 1e6
+            told = f"{isqrt(visual) ** 2} visual tokens, batch {rows}: {name}"
+            figures.append(figure(told, "plain decoding", ratios, turns[name], parts))
+    return figures
 
 
-def whole(name: str, over: str, turns: dict[str, list[Turn]], variant: str, limit: Limit | None) -> dict[str, Any]:
+def cost_without_images(bench: Bench, contexts: Sequence[int]) -> Figures:
+    """(f) Steps after the images have left the cache, over plain ``generate``'s about prompts without images."""
+    figures = []
+    schedule, begin = "schedule:0=short", 4
+    for visual in contexts:
+        taken: dict[str, list[float]] = {"text": [], "kept": [], "dropped": []}
+        for turn in range(bench.repeats + 1):
+            bench.visual = 0
+            turns = {"text": bench.turn(bench.inputs(1))}
+            bench.visual = visual
+            inputs = bench.inputs(1)
+            for name, drops in (("kept", False), ("dropped", True)):
+                with attached(schedule, drop_image_after_invocation=drops)(bench) as memory:
+                    turns[name] = bench.turn(inputs, memory)
+            for name, own in turns.items():
+                taken[name] += [median(own.steps[begin:])] if turn else []
+        for name in ("kept", "dropped"):
+            ratios = [own / text for own, text in zip(taken[name], taken["text"], strict=True)]
+            told = f"{isqrt(visual) ** 2} visual tokens: images {name}"
+            figures.append(figure(told, "plain step without images", ratios, 1))
+    return figures
+
+
+def calls(turns: dict[str, list[Turn]], name: str) -> list[float]:
     """A variant's seconds over those of plain ``generate`` in the same turn."""
-    ratios = [turn.seconds / plain.seconds for turn, plain in zip(turns[variant], turns["plain"], strict=True)]
-    return figure(name, over, median(ratios), {"least": min(ratios), "most": max(ratios)}, turns[variant], limit)
+    return [turn.seconds / plain.seconds for turn, plain in zip(turns[name], turns["plain"], strict=True)]
 
 
 def figure(
-    name: str, over: str, ratio: float, parts: dict[str, float], turns: list[Turn], limit: Limit | None
+    name: str, over: str, ratios: list[float], turns: list[Turn] | int, parts: dict[str, float] | None = None
 ) -> dict[str, Any]:
-    """One line of the report."""
-    highest, aim = limit or (None, None)
-    said = {"figure": name, "over": over, "ratio": ratio, "limit": highest, "aim": aim}
-    return {**said, "invocations": len(turns[0].invoked), "parts": parts}
+    """One line of the report; the ratio is the median of the turns' own, ``turns`` or the number of invocations."""
+    said = {"figure": name, "over": over, "ratio": median(ratios), "least": min(ratios), "most": max(ratios)}
+    invoked = turns if isinstance(turns, int) else len(turns[0].invoked)
+    return {**said, "limit": LIMITS.get(name), "invocations": invoked, "parts": parts or {}}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -335,9 +221,13 @@ def show(report: dict[str, Any]) -> None:
         ratio, parts = f"{own['ratio']:.2f}", " ".join(f"{name} {value:.2f}" for name, value in own["parts"].items())
         if own["limit"]:
             ratio += " [green]✓[/]" if own["ratio"] <= own["limit"] else " [red]✗[/]"
-        cells = {**own, "ratio": ratio, "parts": parts}.values()
+        spread = {name: f"{own[name]:.2f}" for name in ("least", "most")}
+        cells = {**own, "ratio": ratio, "parts": parts, **spread}.values()
         table.add_row(*("" if cell is None else str(cell) for cell in cells))
     Console().print(table)
+    if report["noisy"]:
+        told = ", ".join(report["noisy"])
+        Console().print(f"The machine is too noisy to say: turns differ by more than {NOISY:.0%} for {told}.")
 
 
 def main(
@@ -345,17 +235,25 @@ def main(
     set_: Annotated[list[str] | None, typer.Option("--set", help="One size, as in text.num_hidden_layers=2.")] = None,
     only: Annotated[
         str,
-        typer.Option(help="Which figures: a (idle), b (one invocation), c (batch), d (training), e (by context)."),
+        typer.Option(
+            help="Which figures: a (idle), b (one invocation), c (batch), d (training), e (by context), f (no images)."
+        ),
     ] = "abcd",
     tokens: Annotated[int, typer.Option(help="New tokens per answer.", min=16)] = 128,
     batch: Annotated[int, typer.Option(help="Rows in figure c.", min=2)] = 16,
     visual: Annotated[int, typer.Option(help="Visual tokens of a prompt in figures a to d.", min=4)] = 81,
-    contexts: Annotated[str, typer.Option(help="Visual tokens of a prompt in figure e.")] = "81,324,1296",
-    batches: Annotated[str, typer.Option(help="Rows in figure e.")] = "1,16",
+    contexts: Annotated[str, typer.Option(help="Visual tokens of a prompt in figures e and f.")] = "81,324,1296",
+    batches: Annotated[str, typer.Option(help="Rows in figure e.")] = "1,4,16,64",
     repeats: Annotated[int, typer.Option(help="Turns of each variant.", min=1)] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    suite_: Annotated[
+        Literal["ratios", "gpu"],
+        typer.Option("--suite", help="The figures above, or what one GPU can tell in --minutes, eager and compiled."),
+    ] = "ratios",
+    minutes: Annotated[float, typer.Option(help="Time that --suite gpu may take.")] = 8.0,
+    output: Annotated[Path | None, typer.Option(help="File for the JSON of --suite gpu.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """What memory costs on a random Qwen2.5-VL, in ratios measured side by side.
@@ -363,16 +261,22 @@ def main(
     Example: python examples/benchmark.py --only b --repeats 3
     """
     torch.set_num_threads(threads)
+    if suite_ == "gpu":
+        shapes = [shape] if shape != "80m" or set_ else ["3b", "7b"]
+        suite(shapes, set_ or [], device, dtype, tokens, _numbers(batches), visual, minutes, output)
+        return
     model, processor = build(shape, set_ or [], device, dtype)
-    bench = Bench(model, processor, device, tokens, repeats)
-    bench.side = side(visual)
+    bench = Bench(model, processor, device, tokens, repeats, visual)
     parts = {"a": cost_when_idle, "b": cost_of_an_invocation, "c": partial(cost_in_a_batch, batch=batch)}
     parts["d"] = cost_of_training
     parts["e"] = partial(cost_by_context, contexts=_numbers(contexts), batches=_numbers(batches))
+    parts["f"] = partial(cost_without_images, contexts=_numbers(contexts))
     millions = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
     setting = {"parameters (M)": millions, "dtype": dtype, "device": device, "threads": threads, "new tokens": tokens}
     setting |= {"prompt": bench.inputs(1)["input_ids"].shape[1], "repeats": repeats}
-    report = {"setting": setting, "figures": [own for letter in only for own in parts[letter](bench)]}
+    figures = [own for letter in only for own in parts[letter](bench)]
+    noisy = [own["figure"] for own in figures if own["most"] - own["least"] > NOISY * own["ratio"]]
+    report = {"setting": setting, "figures": figures, "noisy": noisy}
     print(json.dumps(report)) if json_ else show(report)
 
 
