@@ -108,6 +108,27 @@ def test_some_rows_alone() -> None:
     assert same(content(several.together([0, 2])[0]), content(kv.select(filled(4), [1, 0])))
 
 
+def test_rows_that_share_their_prompts_hold_what_they_hold_apart() -> None:
+    prompts, mask = filled(4), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]])
+    prompts.layers = prompts.layers[:1]
+    rows = [0, 0, 2, 2, 2]
+    shared, apart = (RoomCache(prompts, mask, rows, shared=own) for own in (True, False))
+    assert shared.layers[0].prompts is not None and shared.layers[0].prompts[0] is prompts.layers[0].keys
+    for step, counts in enumerate(([1, 4, 1, 0, 2], [1, 1, 1, 1, 1], [5, 0, 1, 2, 1])):
+        for cache in (shared, apart):
+            feed(cache, counts, step)
+        assert shared.mask.equal(apart.mask)
+        for own in ([0], [3, 1], [0, 1, 2, 3, 4]):
+            (one, seen), (other, expected) = shared.together(own), apart.together(own)
+            assert same(content(one), content(other)) and seen.equal(expected)
+    hidden = torch.zeros_like(shared.mask)
+    hidden[:, 2] = True
+    assert not shared.hide(hidden) and not shared.mask[:, 2].any()  # other rows may need them
+    part = shared.select([1, 4])
+    assert part.sources == [0, 2]
+    assert same(content(part.together([0, 1])[0]), content(shared.together([1, 4])[0]))
+
+
 def test_what_was_continued_elsewhere_is_put_back() -> None:
     cache = RoomCache(filled(4), torch.ones(3, 4, dtype=torch.long))
     feed(cache, [1, 3, 2], 0)

@@ -11,6 +11,7 @@ from reference import one_pass
 
 from vismem_core import Memory, Trace
 from vismem_core.decoding.replay import Prompts, read_prompts
+from vismem_core.decoding.room import RoomCache
 from vismem_core.memory.trace import Invocation
 from vismem_core.training.rollout import Deal, Sampling, Trajectory, draw, rollouts
 
@@ -57,6 +58,27 @@ def test_a_trajectory_can_be_sampled_alone(base: Base, trigger: str) -> None:
         assert alone.ids == together[number].ids
         assert alone.logprobs == pytest.approx(together[number].logprobs, abs=1e-4)
         assert alone.latents.keys() == together[number].latents.keys()
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_group_holds_its_prompt_once(base: Base, packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = eager(base, "anywhere:0.3")
+    memory.backbone.packs = packs
+    caches: list[RoomCache] = []
+    aim = RoomCache.aim
+    monkeypatch.setattr(RoomCache, "aim", lambda self, *counts: (caches.append(self), aim(self, *counts))[1])
+    told = rollouts(memory, prompts(memory, base), COPIES, list(range(12)), SAMPLING)
+    assert any(own.latents for own in told)
+    width = prompts(memory, base).ids.shape[1]
+    for cache in caches:
+        assert (cache.sources is not None) == packs
+        layer = cache.layers[0]
+        assert layer.first == (width if packs else 0)
+        if packs:
+            assert layer.prompts is not None and layer.prompts[0].shape[0] == len(QUESTIONS)
+    del caches[:]
+    rollouts(memory, prompts(memory, base), [1, 0], [0, 1], SAMPLING)  # one of each: nothing to share
+    assert caches and all(cache.sources is None for cache in caches)
 
 
 def test_another_seed_is_another_trajectory(base: Base) -> None:

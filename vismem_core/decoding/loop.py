@@ -254,11 +254,13 @@ class Decoder:
     ) -> tuple[Any, bool]:
         """Feed every row's last id, after the latents of the rows that formed some."""
         session, together = self.session, next(iter(latents.values()), None)
-        if together is not None and len(together[0]) == len(self.rows) and not session.room.ragged:
+        shared = session.room.sources is not None
+        same = not session.room.ragged and not shared
+        if together is not None and len(together[0]) == len(self.rows) and same:
             return self._feed_together(model, input_ids, together[1], model_kwargs, padded), padded
-        if self._packs(model_kwargs):
+        if session.packs(model_kwargs):
             riders = self._riders(fed)
-            if latents or riders:
+            if latents or riders or shared:
                 padded = padded or bool(latents)
                 return self._feed_packed(model, input_ids, latents, riders, model_kwargs, padded), padded
         if latents:
@@ -280,12 +282,6 @@ class Decoder:
             output = model(**inputs, return_dict=True)
         session.room.landed()
         return output, padded
-
-    def _packs(self, model_kwargs: dict[str, Any]) -> bool:
-        backbone = self.session.backbone
-        attention = backbone.decoder.config._attn_implementation  # type: ignore[union-attr]
-        watched = model_kwargs.get("output_attentions") or model_kwargs.get("output_hidden_states")
-        return backbone.packs and attention == "sdpa" and not watched
 
     def _riders(self, fed: list[int]) -> Latents:
         """For rows whose next token is an invocation: what their memory is formed of, where it may ride along."""

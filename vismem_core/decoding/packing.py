@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -83,13 +83,40 @@ class Packing:
             # Queries that share a key are tokens of one sequence to torch.
             packed = rearrange(own, "r t (h g) w -> r h (g t) w", g=shared)
             own_keys, own_values = rows_of(keys, rows), rows_of(values, rows)
-            mixed = F.scaled_dot_product_attention(packed, own_keys, own_values, attn_mask=mask, scale=scaling)
+            if self.layer.prompts is None:
+                mixed = F.scaled_dot_product_attention(packed, own_keys, own_values, attn_mask=mask, scale=scaling)
+            else:
+                mixed = self._over_prompts(rows, packed * scaling, own_keys, own_values, mask)
             out.append(rearrange(mixed, "r h (g t) w -> (r t) (h g) w", g=shared))
         return torch.cat(out)[None]
 
+    def _over_prompts(self, rows: Sequence[int], queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Scaled queries (R, heads, T, w) over keys that all rows of a prompt share, and over their own.
+
+        To torch the rows of a prompt are tokens of one sequence, so the prompt is read once for all of them.
+        """
+        prompt_keys, prompt_values = self.layer.prompts
+        sources = [self.cache.sources[row] for row in rows]  # type: ignore[index]
+        runs = [(source, len(list(own))) for source, own in groupby(sources)]
+        length, lengths = queries.shape[2], [count for _, count in runs]
+
+        def together(states: Tensor, prompts: Tensor) -> Tensor:
+            out = []
+            for own, (source, _) in zip(states.split(lengths), runs, strict=True):
+                mixed = rearrange(own, "r h t w -> h (r t) w") @ prompts[source]
+                out.append(rearrange(mixed, "h (r t) w -> r h t w", t=length))
+            return torch.cat(out)
+
+        scores = torch.cat([together(queries, prompt_keys.mT), queries @ keys.mT], dim=-1) + mask
+        shares = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+        first, second = shares.split([prompt_keys.shape[2], keys.shape[2]], dim=-1)
+        mixed: Tensor = together(first, prompt_values) + second @ values
+        return mixed
+
     def _seen(self, query: Tensor, width: int, shared: int) -> list[Tensor]:
         """What each part may look at of the last K columns, (R, 1, shared * T, K), to be added to the scores."""
-        offset, window = self.cache.reach - width, self.layer.window
+        offset = 0 if self.layer.prompts is not None else self.cache.reach - width
+        window = self.layer.window
         if (told := (offset, window, query.device)) not in self._masks:
             places = torch.arange(offset, self.cache.reach, device=self._last.device)
             held = F.pad(self.cache.mask[:, offset:], (0, self.cache.reach - self.cache.used))

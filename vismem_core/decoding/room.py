@@ -32,22 +32,31 @@ class RoomCache(DynamicCache):
         mask: (B, W) over ``cache``.
         rows: by default all of them.
         ahead: columns that rows may come to write, where that is known; at least a block is reserved.
+        shared: rows of one prompt, which stand together, hold its columns once. Only a packed pass can read them then.
 
     Attributes:
         used: columns that some row has written, W.
         ends: (B,), the next column of each row.
         ragged: whether rows end in different columns.
         whole: whether every layer holds all tokens: none has a sliding window.
+        sources: each row's row of the prompts' columns, where these are shared, or None.
         still: whether passes look at all the room, written or not, so that their shapes stay as they are.
     """
 
     layers: list[_RoomLayer]  # type: ignore[assignment]
 
-    def __init__(self, cache: DynamicCache, mask: Tensor, rows: Sequence[int] | None = None, ahead: int = 0) -> None:
+    def __init__(
+        self,
+        cache: DynamicCache,
+        mask: Tensor,
+        rows: Sequence[int] | None = None,
+        ahead: int = 0,
+        shared: bool = False,
+    ) -> None:
         super().__init__()
         rows = list(range(len(mask))) if rows is None else rows
         self.used, self.ragged, self.whole = mask.shape[1], False, kv.whole(cache)
-        self.still = False
+        self.still, self.sources = False, list(rows) if shared else None
         room = _blocks(self.used + max(ahead, BLOCK))
         self._seen = _roomy(mask.bool()[torch.as_tensor(rows, device=mask.device)], room, dim=1)
         self.ends = torch.full((len(rows),), self.used, device=mask.device)
@@ -131,14 +140,14 @@ class RoomCache(DynamicCache):
     def hide(self, columns: Tensor) -> bool:
         """Let rows not look at ``columns`` (B, W) any more; whether columns were given up, and rows stand anew.
 
-        They are given up unless a layer has a sliding window, whose distances count in columns. What is left stands at
-        the front of its row.
+        They are given up unless a layer has a sliding window, whose distances count in columns, or the prompts' columns
+        are shared. What is left stands at the front of its row.
         """
         seen = self._seen[:, : self.used] & ~columns
         self._seen[:, : self.used] = seen
         lengths = seen.sum(1)
         most = int(lengths.max())
-        if most == self.used or not self.whole:
+        if most == self.used or not self.whole or self.sources is not None:
             return False
         order = seen.long().argsort(dim=1, descending=True, stable=True)[:, :most]
         for layer in self.layers:
@@ -159,6 +168,7 @@ class RoomCache(DynamicCache):
         other.ragged = min(other._lengths) != other.used
         other.ends, other._seen = self.ends[index], self._seen[index]
         other._columns = {}
+        other.sources = None if self.sources is None else [self.sources[row] for row in rows]
         other.layers = [layer.select(other, rows) for layer in self.layers]
         return other
 
@@ -199,11 +209,14 @@ class _RoomLayer(DynamicLayer):
     """Keys and values (B, heads, room, w) of one layer.
 
     Attributes:
-        first: the column that the first one is; more than 0 where a sliding window had passed others by.
+        first: the column that the first one is; more than 0 where a sliding window had passed others by, or these are
+            the prompts'.
+        prompts: keys and values (P, heads, first, w) of the prompts, where rows share them.
     """
 
     keys: Tensor
     values: Tensor
+    prompts: tuple[Tensor, Tensor] | None
 
     def __init__(self, cache: RoomCache, layer: Any, rows: Sequence[int], room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -211,9 +224,11 @@ class _RoomLayer(DynamicLayer):
         self.window = int(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else None
         self.is_sliding = self.window is not None
         self.device, self.first = layer.keys.device, cache.used - layer.keys.shape[-2]
-        self.keys, self.values = (
-            _roomy(rows_of(own, rows), room - self.first, dim=2) for own in (layer.keys, layer.values)
-        )
+        self.prompts, pairs = None, (layer.keys, layer.values)
+        if cache.sources is not None:
+            self.prompts, self.first = pairs, cache.used
+            pairs = (layer.keys[:, :, :0], layer.values[:, :, :0])
+        self.keys, self.values = (_roomy(rows_of(own, rows), room - self.first, dim=2) for own in pairs)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         cache = self.cache
@@ -271,20 +286,28 @@ class _RoomLayer(DynamicLayer):
         other.keys, other.values = (rows_of(own, rows).clone() for own in (self.keys, self.values))
         return other
 
+    def _whole(self, rows: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+        """Keys and values of some rows, with those of their prompts in front."""
+        for name, own, at in (("keys", self.keys, 0), ("values", self.values, 1)):
+            own = rows_of(own, rows)
+            if self.prompts is not None:
+                assert self.cache.sources is not None
+                own = torch.cat([self.prompts[at][[self.cache.sources[row] for row in rows]], own], dim=2)
+            yield name, own
+
     def plain(self, rows: Sequence[int] | None, places: Tensor | None, width: int) -> DynamicLayer:
         """A layer of transformers' own with some rows (all by default) and columns (R, W), by default the first W."""
         layer: Any = DynamicLayer() if self.window is None else DynamicSlidingWindowLayer(self.window)
         layer.lazy_initialization(self.keys, self.values)
         skip = 0 if self.window is None else max(0, width - self.window + 1)
-        for name in ("keys", "values"):
-            own = getattr(self, name)
+        rows = range(len(self.keys)) if rows is None else rows
+        for name, own in self._whole(rows):
+            first = self.first if self.prompts is None else 0
             if places is None:
-                own = own[:, :, max(skip - self.first, 0) : width - self.first]
-                own = own if rows is None else rows_of(own, rows)
+                own = own[:, :, max(skip - first, 0) : width - first]
             else:
-                assert rows is not None
-                columns = (places[:, max(skip, self.first) :] - self.first).clamp(min=0).to(self.device)
-                index = torch.as_tensor(rows, device=self.device)[:, None]
+                columns = (places[:, max(skip, first) :] - first).clamp(min=0).to(self.device)
+                index = torch.arange(len(own), device=self.device)[:, None]
                 own = own.transpose(1, 2)[index, columns].transpose(1, 2)
             setattr(layer, name, own)
         if self.window is not None:

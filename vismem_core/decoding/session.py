@@ -159,18 +159,19 @@ class Session:
 
     # Rows
 
-    def branch(self, rows: Sequence[int], *, room: bool = False) -> Session:
+    def branch(self, rows: Sequence[int], *, room: bool = False, shared: bool = False) -> Session:
         """A session of the given rows in that order, one perhaps several times, as a prompt for its group.
 
         This one stays as it is. Nothing is heard by the new one until it is what :meth:`listen` was called on.
 
         Args:
             room: the new one's rows may grow apart.
+            shared: they hold the columns of this one's together (:class:`RoomCache`).
         """
         branch = copy.copy(self)
         branch._recording, branch._ahead = ExitStack(), {}
         if room:
-            branch.cache = RoomCache(self.cache, self._mask, rows)
+            branch.cache = RoomCache(self.cache, self._mask, rows, shared=shared)
         branch._take(rows)
         return branch
 
@@ -326,6 +327,12 @@ class Session:
         return found if len(found) > 1 else next(iter(found.values()))
 
     # Inserting
+
+    def packs(self, model_kwargs: Mapping[str, Any]) -> bool:
+        """Whether passes may be packed: the model's attention allows it, and nobody watches what is inside."""
+        attention = self.backbone.decoder.config._attn_implementation  # type: ignore[union-attr]
+        watched = model_kwargs.get("output_attentions") or model_kwargs.get("output_hidden_states")
+        return self.backbone.packs and attention == "sdpa" and not watched
 
     def insert(self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]]) -> None:
         """Let some rows take in latents on their own, while their neighbours wait.

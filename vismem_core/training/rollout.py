@@ -1,7 +1,7 @@
 """Rollouts: a group of trajectories per prompt, sampled with memory by the loop that inference uses.
 
-Each prompt is encoded once and its cache copied to its group. A trajectory's chances come from its own seed, so it can
-be sampled again alone, and with the other memory at its invocations the same chances meet it (``swapped``).
+Each prompt is encoded once, and its cache held once for its group. A trajectory's chances come from its own seed, so it
+can be sampled again alone, and with the other memory at its invocations the same chances meet it (``swapped``).
 """
 
 from __future__ import annotations
@@ -205,7 +205,8 @@ def rollouts(
             next is made to choose a kind, or ``none`` from there on.
         swapped: every invocation that the policy chooses is one of the other kind (tau_rev of Eq. 8).
     """
-    decoder = _Rollout(memory, prompts.session.branch(copies, room=True), sampling, seeds, deals, swapped)
+    session = prompts.session.branch(copies, room=True, shared=_shares(prompts.session, copies))
+    decoder = _Rollout(memory, session, sampling, seeds, deals, swapped)
     drops = [drops_images(memory, sampling.image_dropout, str(seed)) for seed in seeds]
     decoder.trajectories = [Trajectory(prompt, drops_images=own) for prompt, own in zip(copies, drops, strict=True)]
     index = torch.as_tensor(copies, device=prompts.ids.device)
@@ -226,6 +227,16 @@ def rollouts(
     for invocation in decoder.trace.invocations:
         decoder.trajectories[invocation.row].latents[invocation.position] = invocation.latents
     return decoder.trajectories
+
+
+def _shares(session: Session, copies: Sequence[int]) -> bool:
+    """Whether a prompt's columns are held once for its group.
+
+    That is faster than a copy for each trajectory (``examples/benchmark.py --only d``), but takes packed passes and
+    layers that hold all tokens.
+    """
+    apart = len(set(copies)) == len(copies) or list(copies) != sorted(copies)
+    return not apart and session.packs({}) and kv.whole(session.cache)
 
 
 def draw(logprobs: Tensor, chances: Tensor, top_p: float = 1.0) -> Tensor:
