@@ -43,6 +43,8 @@ REFUSED = {
     "hunyuan_vl": "transformers gives its images other positions in a batch than alone",
 }
 """Types that break a promise in ways that calling them once does not show."""
+PROMPT_ONLY = {"deepstack_visual_embeds", "visual_pos_masks", "moe_mm_token_type_ids"}
+"""What language models take beside embeddings of images alone: what follows a prompt has none of it."""
 LOOKED_AT = 32
 """How many of the blank image's language tokens are looked into, at most."""
 
@@ -171,11 +173,11 @@ class Generic(Backbone):
         finally:
             handle.remove()
         mask = given.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            self._refuse(
-                "its language model's mask says more than which tokens are padding: some see what follows them"
-            )
-        if further := sorted(name for name in given.keys() - GIVEN if isinstance(given[name], Tensor | list | tuple)):
+        # Image tokens that see those after them are in the cache when memory comes.
+        both_ways = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
+        taken = {name for name, own in given.items() if isinstance(own, Tensor | list | tuple)} - GIVEN
+        self.rereads = not both_ways and not taken & PROMPT_ONLY
+        if further := sorted(taken - PROMPT_ONLY):
             self._refuse(f"its language model takes more than embeddings: {', '.join(further)}")
 
     def _find_projector(self) -> None:

@@ -115,7 +115,7 @@ def heads(own: Tensor, heads: int) -> Tensor:
 def blocks_in(tower: nn.Module) -> nn.ModuleList | None:
     """Its longest list of modules with attention."""
     lists = [own for own in tower.modules() if isinstance(own, nn.ModuleList) and len(own)]
-    attentive = [own for own in lists if any("att" in name for name, _ in own[0].named_modules())]
+    attentive = [own for own in lists if any("att" in name for block in own for name, _ in block.named_modules())]
     return max(attentive, key=len, default=None)
 
 

@@ -40,7 +40,7 @@ def test_caches_that_cannot_grow_by_rows(kind: str) -> None:
     elif kind == "static":
         from bases import tied
 
-        cache = StaticCache(config=tied().model.config.text_config, max_cache_len=8)
+        cache = StaticCache(config=tied().model.config.text_config, max_cache_len=8, offloading=True)
     elif kind == "odd":
         cache.layers[1] = Odd()
     else:

@@ -32,6 +32,9 @@ class Backbone(ABC):
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    rereads: bool = True
+    """Whether the language model's states follow from embeddings, padding and positions alone, so that a prompt can be
+    read again, as ``context="recompute"`` does."""
     packs: bool = False
     """Whether the language model's attention is plain ``sdpa`` and gets its keyword arguments from ``forward``, so that
     latents can enter in the neighbours' pass (:mod:`vismem_core.decoding.packing`) instead of in one of their own."""

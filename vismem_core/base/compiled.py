@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation import CompileConfig
 
 from vismem_core.errors import AttachError
 
+from . import cache as kv
 from .backbone import Backbone
 
 FIXED = ("sdpa", "eager")
@@ -40,7 +41,8 @@ class Compiler:
             return None
         settings: CompileConfig = config.compile_config or model._default_compile_config()
         attention = decoder.config._attn_implementation  # type: ignore[union-attr]
-        if getattr(decoder, "_can_compile_fullgraph", False) and attention in FIXED:
+        plain = not kv.states(DynamicCache(config=model.config))
+        if getattr(decoder, "_can_compile_fullgraph", False) and attention in FIXED and plain:
             return settings
         if not asked:
             return None

@@ -277,7 +277,7 @@ class Decoder:
                 output = model(**inputs, return_dict=True)
             session.hidden = session.hidden.clone()  # the next compiled pass writes its own in the same place
         else:
-            if session.room.ragged and not session.room.whole:
+            if session.room.ragged and session.room.windowed:
                 inputs["attention_mask"] = session.masks()
             output = model(**inputs, return_dict=True)
         session.room.landed()

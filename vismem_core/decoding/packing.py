@@ -96,7 +96,8 @@ class Packing:
         To torch the rows of a prompt are tokens of one sequence, so the prompt is read once for all of them.
         """
         prompt_keys, prompt_values = self.layer.prompts
-        sources = [self.cache.sources[row] for row in rows]  # type: ignore[index]
+        assert self.cache.sources is not None
+        sources = [self.cache.sources[row] for row in rows]
         runs = [(source, len(list(own))) for source, own in groupby(sources)]
         length, lengths = queries.shape[2], [count for _, count in runs]
 
@@ -146,7 +147,7 @@ class Packing:
 class _PackedCache(DynamicCache):
     def __init__(self, packing: Packing) -> None:
         super().__init__()
-        self.layers, self.packing = packing.cache.layers, packing  # type: ignore[assignment]
+        self.layers, self.packing = packing.cache.layers, packing
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         return self.packing.write(self.layers[layer_idx], key_states, value_states)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -112,6 +113,7 @@ class Replay:
         fed = torch.tensor([[1] * slots[-1] + [0] * (self.length - slots[-1]) for slots in self.slots])
         self.columns = torch.cat([self.prompts.mask, fed.to(self.prompts.mask)], dim=1)
         self.positions = self.prompts.positions + torch.arange(self.length, device=device)
+        self._then: dict[int, list[kv.StateLayer]] = {}  # by columns read, what layers of states held
 
     def hidden(self, *, form: bool) -> Tensor:
         """Last hidden states before each slot and after the last one, (R, S + 1, d).
@@ -166,7 +168,10 @@ class Replay:
                 "load the model with attn_implementation='sdpa'"
             )
         if not kv.whole(self.prompts.cache):
-            raise AttachError("image dropout does not work with sliding-window layers: train with image_dropout=0")
+            raise AttachError(
+                "image dropout does not work with sliding windows, convolutions and linear attention: train with "
+                "image_dropout=0"
+            )
 
     def _embeds(self, latents: Sequence[tuple[Kind, list[tuple[int, int]], Tensor]]) -> Tensor:
         """What is fed, (R, S, d); latents are given as kind, places (row, index of the token), vectors (n, N, d)."""
@@ -232,8 +237,26 @@ class Replay:
         with torch.no_grad(), self.memory.acting():
             embeds = self._embeds(self._recorded())
             grown = kv.fork(self.prompts.cache)
-            after = self.backbone.continue_(embeds, self._mask, self.positions, grown)
-            return embeds, torch.cat([self.prompts.hidden[:, -1:].to(after), after], dim=1), grown
+            after = [self.prompts.hidden[:, -1:]]
+            width = self.prompts.mask.shape[1]
+            for start, stop in pairwise(self._pauses(grown)):
+                mask = self._mask if self._mask.ndim == 4 else self._mask[:, : width + stop]
+                piece = slice(start, stop)
+                after.append(self.backbone.continue_(embeds[:, piece], mask, self.positions[..., piece], grown))
+                self._then[width + stop] = [kv.StateLayer.of(own) for own in kv.states(grown)]
+            return embeds, torch.cat([own.to(after[-1]) for own in after], dim=1), grown
+
+    def _pauses(self, cache: DynamicCache) -> list[int]:
+        """The slots between which the answers are read; layers of states are looked at wherever memory was formed."""
+        if not kv.states(cache):
+            return [0, self.length]
+        formed = {
+            slot + 1
+            for own, slots in zip(self.answers, self.slots, strict=True)
+            for token, slot in zip(own.ids, slots, strict=True)
+            if self.memory.tokens.kind(token) and slot < self.length
+        }
+        return sorted({0, self.length, *formed})
 
     def _context(
         self, places: Sequence[tuple[int, int]], embeds: Tensor, hidden: Tensor, grown: DynamicCache
@@ -250,7 +273,8 @@ class Replay:
         width = self.prompts.mask.shape[1]
         late = steps > self._hidden_from[index, None]  # memory formed first still sees the images
         columns = self.columns[index].masked_fill(self._images[index] & late, 0)
-        cache, mask = kv.upto(grown, columns, rows, [width + stop for stop in stops])
+        then = self._then if kv.states(grown) else None
+        cache, mask = kv.upto(grown, columns, rows, [width + stop for stop in stops], then)
         history = None
         if self.prompts.needs.history:
             told = [
@@ -288,6 +312,13 @@ class _ReadOnly(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self.layers[layer_idx]
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        layer: Any = self.layers[layer_idx]
+        return layer.read(conv_states, state_idx)  # type: ignore[no-any-return]
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return recurrent_states
 
 
 @contextmanager

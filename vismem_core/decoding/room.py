@@ -38,12 +38,12 @@ class RoomCache(DynamicCache):
         used: columns that some row has written, W.
         ends: (B,), the next column of each row.
         ragged: whether rows end in different columns.
-        whole: whether every layer holds all tokens: none has a sliding window.
+        whole: whether every layer holds all tokens: none has a sliding window, or a state instead.
         sources: each row's row of the prompts' columns, where these are shared, or None.
         still: whether passes look at all the room, written or not, so that their shapes stay as they are.
     """
 
-    layers: list[_RoomLayer]  # type: ignore[assignment]
+    layers: list[Any]
 
     def __init__(
         self,
@@ -54,6 +54,7 @@ class RoomCache(DynamicCache):
         shared: bool = False,
     ) -> None:
         super().__init__()
+        self.layers = []
         rows = list(range(len(mask))) if rows is None else rows
         self.used, self.ragged, self.whole = mask.shape[1], False, kv.whole(cache)
         self.still, self.sources = False, list(rows) if shared else None
@@ -63,7 +64,19 @@ class RoomCache(DynamicCache):
         self._lengths = [self.used] * len(rows)
         self._coming, self._reach = 0, self.used
         self._columns: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.layers = [_RoomLayer(self, layer, rows, room) for layer in kv.layers(cache)]
+        for layer in cache.layers:
+            own: Any = kv.StateLayer.of(layer, rows) if kv.stateful(layer) else layer
+            self.layers.append(_RoomLayer(self, layer, rows, room) if isinstance(layer, DynamicLayer) else own)
+
+    @property
+    def grown(self) -> list[_RoomLayer]:
+        """The layers with room for keys and values."""
+        return [layer for layer in self.layers if isinstance(layer, _RoomLayer)]
+
+    @property
+    def windowed(self) -> bool:
+        """Whether layers have sliding windows."""
+        return any(layer.window is not None for layer in self.grown)
 
     @property
     def reach(self) -> int:
@@ -80,7 +93,7 @@ class RoomCache(DynamicCache):
 
         A window counts from the rows' own places.
         """
-        first = max(layer.first for layer in self.layers if layer.window == window)
+        first = max(layer.first for layer in self.grown if layer.window == window)
         stop = self._seen.shape[1] if self.still else self.used
         places = torch.arange(first, stop, device=self.ends.device)
         seen = self._seen[:, first:stop]
@@ -129,7 +142,7 @@ class RoomCache(DynamicCache):
         """The pass inside the context looks at all the room (:attr:`still`)."""
         self.still = True
         try:
-            for layer in self.layers:
+            for layer in self.grown:
                 self.columns(layer.device)
                 for states in (layer.keys, layer.values):
                     torch._dynamo.mark_static_address(states)  # else CUDA graphs would not write to them
@@ -150,7 +163,7 @@ class RoomCache(DynamicCache):
         if most == self.used or not self.whole or self.sources is not None:
             return False
         order = seen.long().argsort(dim=1, descending=True, stable=True)[:, :most]
-        for layer in self.layers:
+        for layer in self.grown:
             layer.reorder(order)
         self.used, self.ends = most, lengths
         self._lengths = lengths.tolist()
@@ -169,7 +182,7 @@ class RoomCache(DynamicCache):
         other.ends, other._seen = self.ends[index], self._seen[index]
         other._columns = {}
         other.sources = None if self.sources is None else [self.sources[row] for row in rows]
-        other.layers = [layer.select(other, rows) for layer in self.layers]
+        other.layers = [_of_rows(layer, other, rows) for layer in self.layers]
         return other
 
     def together(self, rows: Sequence[int]) -> tuple[DynamicCache, Tensor]:
@@ -179,19 +192,21 @@ class RoomCache(DynamicCache):
         width = max(self._lengths[row] for row in rows)
         result = DynamicCache()
         if all(self._lengths[row] == width for row in rows):
-            result.layers = [layer.plain(None if everyone else rows, None, width) for layer in self.layers]
+            result.layers = [_plain(layer, None if everyone else rows, None, width) for layer in self.layers]
             seen = self._seen[:, :width]
             return result, (seen if everyone else seen[index]).long()
         places = torch.arange(width, device=index.device) - (width - self.ends[index])[:, None]
-        result.layers = [layer.plain(rows, places, width) for layer in self.layers]
+        result.layers = [_plain(layer, rows, places, width) for layer in self.layers]
         return result, (self._seen[index].gather(1, places.clamp(min=0)) & (places >= 0)).long()
 
     def put(self, cache: DynamicCache, rows: Sequence[int], count: int) -> None:
         """Write the last ``count`` tokens of ``rows``, which were continued elsewhere; :meth:`aim` says where."""
         index = torch.as_tensor(rows, device=self.ends.device)
         columns = self._starts[index][:, None] + torch.arange(count, device=index.device)
-        for layer, other in zip(self.layers, kv.layers(cache), strict=True):
+        for layer, other in zip(self.grown, kv.layers(cache), strict=True):
             layer.write(index[:, None], columns, other.keys[..., -count:, :], other.values[..., -count:, :])
+        for layer, other in zip(kv.states(self), kv.states(cache), strict=True):
+            layer.put(other, rows)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns in front of the coming pass."""
@@ -201,7 +216,7 @@ class RoomCache(DynamicCache):
         if self._reach > self._seen.shape[1]:
             room = _blocks(self._reach + BLOCK)
             self._seen = _roomy(self._seen, room, dim=1)
-            for layer in self.layers:
+            for layer in self.grown:
                 layer.reserve(room)
 
 
@@ -313,6 +328,18 @@ class _RoomLayer(DynamicLayer):
         if self.window is not None:
             layer.cumulative_length = width
         return layer  # type: ignore[no-any-return]
+
+
+def _of_rows(layer: Any, cache: RoomCache, rows: Sequence[int]) -> Any:
+    if isinstance(layer, _RoomLayer):
+        return layer.select(cache, rows)
+    return kv.StateLayer.of(layer, rows) if kv.stateful(layer) else layer
+
+
+def _plain(layer: Any, rows: Sequence[int] | None, places: Tensor | None, width: int) -> Any:
+    if isinstance(layer, _RoomLayer):
+        return layer.plain(rows, places, width)
+    return kv.StateLayer.of(layer, rows) if kv.stateful(layer) else layer
 
 
 def rows_of(states: Tensor, rows: Sequence[int]) -> Tensor:

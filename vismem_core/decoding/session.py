@@ -316,7 +316,7 @@ class Session:
         config: Any = self.backbone.decoder.config
         kinds = set(getattr(config, "layer_types", None) or [""])
         found = {}
-        windows = {"full_attention": None, "": self.room.layers[0].window}
+        windows = {"full_attention": None, "": self.room.grown[0].window}
         for kind in kinds:
             mask = self.room.seen(windows.get(kind, getattr(config, "sliding_window", None)))[:, None, None]
             if config._attn_implementation == "eager":

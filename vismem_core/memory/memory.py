@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from vismem_core.base import cache as kv
 from vismem_core.base.adapters import Adapter
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.compiled import Compiler
@@ -64,6 +66,7 @@ class Memory(nn.Module):
         self._places = (backbone.device, backbone.vision_device)
         self.policy: Adapter | None = None
         self.compiler = Compiler(backbone)
+        _check(backbone, config)
         tokenizer = _tokenizer(backbone)
         ids = tokens.delimiter_ids(tokenizer, config.delimiters)
         if not ids:
@@ -293,6 +296,20 @@ class Memory(nn.Module):
 
 def _rows(layer: nn.Module) -> int:
     return int(layer.weight.shape[0])  # type: ignore[index]
+
+
+def _check(backbone: Backbone, config: MemoryConfig) -> None:
+    """What this kind of model cannot do is said before anything is asked of it."""
+    if config.long.context == "recompute" and not backbone.rereads:
+        raise AttachError(
+            f"model type {backbone.model.config.model_type!r} reads images with more than embeddings, so prompts are "
+            "not read again: use memory.long.context=cache"
+        )
+    if config.drop_image_after_invocation and kv.states(DynamicCache(config=backbone.model.config)):
+        raise AttachError(
+            f"images cannot leave the states of {backbone.model.config.model_type!r}, whose convolutions or linear "
+            "attention hold all that was read: use memory.drop_image_after_invocation=false"
+        )
 
 
 def _tokenizer(backbone: Backbone) -> Any:

@@ -173,7 +173,7 @@ class Anatomy(Contract):
         backbone, inputs = base.backbone, base.inputs(*questions)
         torch.manual_seed(0)
         extra = backbone.embedding_scale() * torch.randn(len(questions), 7, backbone.width)
-        positions, cache = backbone.positions(inputs), DynamicCache()
+        positions, cache = backbone.positions(inputs), DynamicCache(config=base.model.config)
         base.model(**inputs, position_ids=positions, **kv.given(base.model, cache), use_cache=True)
         prompt, mask = cache.get_seq_length(), inputs["attention_mask"]
         pieces = []

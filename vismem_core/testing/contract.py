@@ -9,6 +9,7 @@ from typing import Any, ClassVar, ParamSpec
 import pytest
 
 from vismem_core.base.backbone import Backbone
+from vismem_core.errors import AttachError
 from vismem_core.plugins import registry
 
 from .base import Base, Question
@@ -77,3 +78,10 @@ class Contract:
         if packs and not base.backbone.packs:
             pytest.skip("the backbone does not pack")
         base.backbone.packs = packs
+
+    def rereading(self, base: Base, context: str) -> None:
+        """Skip ``context="recompute"`` where the backbone does not read prompts again, and attaching says so."""
+        if context == "recompute" and not base.backbone.rereads:
+            with pytest.raises(AttachError, match=r"memory\.long\.context=cache"):
+                base.attach(context=context)
+            pytest.skip("prompts are not read again")

@@ -80,16 +80,33 @@ def states(base: Base, *questions: Question) -> VisionStates:
 
 @torch.no_grad()
 def one_pass(base: Base, question: Question, extra: Tensor) -> Tensor:
-    """Last hidden states (L + E, d) of a prompt alone and E vectors after it (E, d), without a cache."""
-    heard = generated(base, question)
-    embeds = torch.cat([heard.embeds[0], extra[None]], dim=1)
-    places: dict[str, Tensor] = {}
+    """Last hidden states (L + E, d) of a prompt alone and E vectors after it (E, d), without a cache.
+
+    The whole model reads them, as a prompt with E more tokens like its last one, which are replaced where embeddings
+    leave their table. So whatever the model gives its language model beside embeddings is there too.
+    """
+    heard, inputs = generated(base, question), base.inputs(question)
+    told = dict(inputs)
+    for name, own in inputs.items():
+        if isinstance(own, Tensor) and own.shape == inputs["input_ids"].shape:
+            told[name] = torch.cat([own, own[:, -1:].expand(-1, len(extra))], dim=1)
     if heard.positions[0] is not None and heard.positions[1] is not None:
-        steps = torch.arange(len(extra), device=embeds.device)
-        places["position_ids"] = torch.cat([heard.positions[0], heard.positions[1] + steps], dim=-1)
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    output = base.backbone.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **places)
-    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        steps = torch.arange(len(extra), device=extra.device)
+        told["position_ids"] = torch.cat([heard.positions[0], heard.positions[1] + steps], dim=-1)
+    length = told["input_ids"].shape[1]
+
+    def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if output.shape[1] != length:
+            return output
+        return torch.cat([output[:, : length - len(extra)], extra[None].to(output)], dim=1)
+
+    handle = base.backbone.embeddings.register_forward_hook(replace)
+    try:
+        with listening(base.backbone) as whole:
+            base.model(**told, use_cache=False)
+    finally:
+        handle.remove()
+    return whole.hidden[0][0]
 
 
 @torch.no_grad()

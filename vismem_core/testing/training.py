@@ -38,10 +38,11 @@ class Training(Contract):
     )
     def test_replay_equals_rollout(self, context: str, dropout: float) -> None:
         base, questions = self.base(), self.questions()
+        self.rereading(base, context)
         memory = base.attach(staggered("policy"), context=context)
         prompts = read_prompts(memory, base.inputs(*questions))
         if dropout and not kv.whole(prompts.session.cache):
-            pytest.skip("images cannot be hidden from sliding-window layers")
+            pytest.skip("images cannot be hidden from sliding windows and states")
         copies = [row for row in range(len(questions)) for _ in range(2)]
         sampling = Sampling(temperature=0.9, max_new_tokens=14, image_dropout=dropout)
         trajectories = rollouts(memory, prompts, copies, range(len(copies)), sampling)
@@ -65,6 +66,7 @@ class Training(Contract):
     )
     def test_what_trains_changes_and_nothing_else(self, context: str) -> None:
         base = self.base()
+        self.rereading(base, context)
         memory = base.attach(context=context)
         rows = enumerate(zip(self.questions(), ANSWERS, strict=False))
         batch = make_batch(

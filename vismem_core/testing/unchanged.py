@@ -59,7 +59,7 @@ class Unchanged(Contract):
         next(base.model.parameters()).requires_grad_(False)
         base.generate(*questions)  # the base's own ``generate`` may leave something behind
         before, weights = _photograph(base), base.weights()
-        for context in ("cache", "recompute"):
+        for context in ("cache", "recompute")[: 1 + base.backbone.rereads]:
             memory = base.attach(staggered(), context=context)
             attached = _photograph(base)
             assert attached["hooks"] != before["hooks"], "attaching leaves no hook: memory has no way in"
