@@ -65,9 +65,15 @@ class Generic(Backbone):
         self.found: dict[str, str] = {}
         self._names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
         self._find_language_model()
-        self._find_encoder()
-        self._find_calls()
-        self._find_projector()
+        batch = self._blank()
+        self._find_positions()
+        self._find_context(batch)
+        try:
+            self._find_encoder()
+            self._find_calls(batch)
+            self._find_projector()
+        except AttachError:
+            self.blind = self._why
         self._find_targets()
 
     @classmethod
@@ -81,6 +87,7 @@ class Generic(Backbone):
         return self._names[id(module)]
 
     def _refuse(self, why: str) -> NoReturn:
+        self._why = why
         found = "; ".join(f"{part}: {what}" for part, what in self.found.items())
         kind = self.model.config.model_type
         raise AttachError(f"memory cannot work with model type {kind!r}: {why} (found: {found or 'nothing'})")
@@ -123,13 +130,17 @@ class Generic(Backbone):
         self._stack_name = self._name(stack)
         self._kinds = {own.config._attn_implementation for own in tower.modules() if hasattr(own, "config")}
 
-    def _find_calls(self) -> None:
+    def _blank(self) -> dict[str, Any]:
+        """A prompt with a blank image."""
         try:
             batch = self.inputs(["?"], [[Image.new("RGB", (SIDE, SIDE), "gray")]])
         except Exception as error:  # processors fail in any way
             self._refuse(f"its processor makes no inputs of a blank image: {reason(error)}")
-        self._find_positions(dict(batch))
-        self._find_context(dict(batch))
+        tower = self.model.get_encoder(modality="image")
+        kind = next((own.dtype for own in tower.parameters() if own.is_floating_point()), self.dtype)
+        return {name: cast(kind, own) for name, own in batch.items()}
+
+    def _find_calls(self, batch: dict[str, Any]) -> None:
         self._parameters = list(inspect.signature(self.owner.get_image_features).parameters)
         self.blank = {name: cast(self.vision_dtype, own) for name, own in batch.items() if name in self._parameters}
         calls: dict[int, Call] = {}
@@ -154,12 +165,9 @@ class Generic(Backbone):
         if any(seen[index] != call.shape[:-1].numel() for index, call in calls.items()):
             self._refuse("its blocks' attention does not see each patch once, or is not transformers' own interface")
 
-    def _find_positions(self, batch: dict[str, Any]) -> None:
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        places = mask.cumsum(-1) - 1
-        kept = self.model.prepare_inputs_for_generation(ids, attention_mask=mask, position_ids=places, use_cache=True)
-        if kept.get("position_ids") is None:
-            self._refuse("its generate() takes no position_ids, so rows cannot grow apart")
+    def _find_positions(self) -> None:
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            self._refuse("its forward() takes no position_ids, so rows cannot grow apart")
 
     def _find_context(self, batch: dict[str, Any]) -> None:
         """Hidden states must follow from embeddings, the padding and positions, or memory would miss the rest."""
@@ -179,6 +187,11 @@ class Generic(Backbone):
         self.rereads = not both_ways and not taken & PROMPT_ONLY
         if further := sorted(taken - PROMPT_ONLY):
             self._refuse(f"its language model takes more than embeddings: {', '.join(further)}")
+        embeds, ids = given.get("inputs_embeds"), batch["input_ids"]
+        here = torch.isin(ids, torch.tensor(list(self.placeholders.values()), device=ids.device))
+        entered = isinstance(embeds, Tensor) and embeds.shape[:2] == ids.shape
+        if not entered or not here.any() or (embeds == self.embeddings(ids))[here].all(-1).any():
+            self._refuse("its images do not enter the language model in the places of their tokens")
 
     def _find_projector(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -212,14 +225,21 @@ class Generic(Backbone):
     def _find_targets(self) -> None:
         layers = blocks_in(self.decoder)
         self._targets = {
-            "short": targets_in(self._stack_name, self.blocks),
+            "short": "" if self.blind else targets_in(self._stack_name, self.blocks),
             "long": targets_in(self._name(layers), list(layers)) if layers is not None else "",
         }
         for kind, pattern in self._targets.items():
-            if not pattern:
+            if not pattern and not (kind == "short" and self.blind):
                 self._refuse(f"no linear layers that make queries and values are known, for the LoRA of {kind} memory")
 
     # Anatomy
+
+    def positions(self, inputs: dict[str, Any]) -> Tensor:
+        told, ids, mask = super().positions(inputs), inputs["input_ids"], inputs["attention_mask"]
+        kept = self.model.prepare_inputs_for_generation(ids, attention_mask=mask, position_ids=told, use_cache=True)
+        if (own := kept.get("position_ids")) is None:  # its language model counts for itself, padding included
+            return torch.arange(told.shape[-1], device=told.device).expand_as(told)
+        return own  # type: ignore[no-any-return]
 
     @property
     def decoder(self) -> nn.Module:
@@ -233,11 +253,11 @@ class Generic(Backbone):
 
     @property
     def vision_width(self) -> int:
-        return int(self.calls[0].shape[-1])
+        return self.width if self.blind else int(self.calls[0].shape[-1])
 
     @property
     def merge(self) -> int:
-        return self.merge_
+        return 1 if self.blind else self.merge_
 
     @property
     def placeholders(self) -> dict[str, int]:
@@ -256,16 +276,19 @@ class Generic(Backbone):
 
     @property
     def vision_device(self) -> torch.device:
-        return self._norm.device  # type: ignore[no-any-return]
+        return self.device if self.blind else self._norm.device
 
     @property
     def vision_dtype(self) -> torch.dtype:
-        return self._norm.dtype  # type: ignore[no-any-return]
+        return self.dtype if self.blind else self._norm.dtype
 
     # Memory's ways in
 
     @contextmanager
     def record(self, states: VisionStates, *, keep: bool, inputs: bool) -> Iterator[None]:
+        if self.blind:
+            yield
+            return
         lengths: list[int] = []
         kept: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 

@@ -32,6 +32,9 @@ class Backbone(ABC):
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    blind: str = ""
+    """Why extra tokens have no way through the vision encoder, where they have none: then short memory is formed of the
+    projected visual tokens, by a former that stands alone."""
     rereads: bool = True
     """Whether the language model's states follow from embeddings, padding and positions alone, so that a prompt can be
     read again, as ``context="recompute"`` does."""

@@ -172,7 +172,7 @@ class Decoder:
         if positions is None:
             full = torch.ones_like(input_ids) if mask is None else mask
             positions = (full.cumsum(-1) - 1).clamp(min=0)
-        self.session.start(input_ids, mask, positions, getattr(output, kv.NAME))
+        self.session.start(input_ids, mask, self.session.places(positions), getattr(output, kv.NAME))
         self.session.make_room(self.ahead)
         setattr(output, kv.NAME, self.session.cache)
         self.rows = [Row(seed=seed) for seed in seeds(input_ids, mask, copies)]
@@ -271,6 +271,7 @@ class Decoder:
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+        inputs["position_ids"] = session.positions  # which some models leave out there, or change
         if self.compile is not None:
             with session.room.held(), self.memory.compiler.on(self.compile):
                 inputs["attention_mask"] = session.masks()

@@ -44,6 +44,7 @@ class Session:
         self.positions: Tensor
         self.hidden: Tensor
         self._embeds: Tensor
+        self._given: Tensor | None = None  # position ids of the latest pass, where the language model got any
         self._visual: Tensor
         self._visual_mask: Tensor
         self._images: list[Tensor] = []  # each row's visual tokens that it may see, counted from its first token
@@ -81,6 +82,7 @@ class Session:
             embeds = kwargs.get("inputs_embeds")
             ids = kwargs.get("input_ids", args[0] if args else None)
             self._embeds = embeds if embeds is not None else self.backbone.embeddings(ids)
+            self._given = kwargs.get("position_ids")
 
         def leave(module: Any, args: Any, output: Any) -> None:
             if not self._forming:
@@ -96,6 +98,19 @@ class Session:
                 recording = self.backbone.record(self.vision, keep=needs.vision_cache, inputs=needs.vision_inputs)
                 self._recording.enter_context(recording)
             yield
+
+    def places(self, told: Tensor) -> Tensor:
+        """The position ids (.., B, L) by which the prompt was read, if ``told`` is what the model was called with.
+
+        Some models make their own of them, and some language models count for themselves, padding included.
+        """
+        if self._given is None:
+            steps = torch.arange(told.shape[-1], device=told.device)
+            return steps.expand_as(told)
+        alike = self._given.ndim == told.ndim and all(
+            mine in (1, theirs) for mine, theirs in zip(self._given.shape, told.shape, strict=True)
+        )
+        return self._given.expand_as(told) if alike else told
 
     def start(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -56,7 +57,7 @@ class Memory(nn.Module):
     def __init__(self, backbone: Backbone, config: MemoryConfig) -> None:
         super().__init__()
         vars(self)["_backbone"] = backbone  # it holds the base model, which is no part of this module
-        self.config, self.hook = config, cast(Any, None)
+        self.config, self.hook = _fitting(backbone, config), cast(Any, None)
         self._usual = Switches(triggers.parse(config.trigger))
         # What one thread or task switches is not seen by another.
         self._here: ContextVar[Switches | None] = ContextVar("vismem_switches", default=None)
@@ -66,7 +67,6 @@ class Memory(nn.Module):
         self._places = (backbone.device, backbone.vision_device)
         self.policy: Adapter | None = None
         self.compiler = Compiler(backbone)
-        _check(backbone, config)
         tokenizer = _tokenizer(backbone)
         ids = tokens.delimiter_ids(tokenizer, config.delimiters)
         if not ids:
@@ -93,6 +93,9 @@ class Memory(nn.Module):
         former = registry("formers").get(settings.name)(kind, self.backbone, settings)
         if not isinstance(former, MemoryFormer):
             raise AttachError(f"former {settings.name!r} gave {type(former).__name__} instead of a MemoryFormer")
+        if self.backbone.blind and (former.needs.vision_cache or former.needs.vision_inputs):
+            former.detach()
+            raise AttachError(f"former {settings.name!r} needs the vision encoder's states: {self.backbone.blind}")
         return former
 
     @property
@@ -298,8 +301,8 @@ def _rows(layer: nn.Module) -> int:
     return int(layer.weight.shape[0])  # type: ignore[index]
 
 
-def _check(backbone: Backbone, config: MemoryConfig) -> None:
-    """What this kind of model cannot do is said before anything is asked of it."""
+def _fitting(backbone: Backbone, config: MemoryConfig) -> MemoryConfig:
+    """The settings as this kind of model can follow them; what it cannot do is said before anything is asked of it."""
     if config.long.context == "recompute" and not backbone.rereads:
         raise AttachError(
             f"model type {backbone.model.config.model_type!r} reads images with more than embeddings, so prompts are "
@@ -310,6 +313,14 @@ def _check(backbone: Backbone, config: MemoryConfig) -> None:
             f"images cannot leave the states of {backbone.model.config.model_type!r}, whose convolutions or linear "
             "attention hold all that was read: use memory.drop_image_after_invocation=false"
         )
+    if backbone.blind and config.short.name == "lora":
+        warnings.warn(
+            f"extra tokens have no way through this vision encoder ({backbone.blind}): short memory is formed of the "
+            "projected visual tokens, by the former 'transformer'",
+            stacklevel=2,
+        )
+        config = replace(config, short=replace(config.short, name="transformer"))
+    return config
 
 
 def _tokenizer(backbone: Backbone) -> Any:

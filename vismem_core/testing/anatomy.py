@@ -157,11 +157,13 @@ class Anatomy(Contract):
         if expected is None:  # the language model counts by itself
             expected = (mask.cumsum(-1) - 1).clamp(min=0)
         assert told is not None, "the model does not hand position_ids to its language model"
+        told, expected = torch.broadcast_tensors(told, expected)
         here = mask.expand_as(expected)
-        assert told.expand_as(expected)[here].equal(expected[here]), "they differ from generate's"
+        assert told[here].equal(expected[here]), "they differ from generate's"
         close(heard.hidden[0][mask], used.hidden[0][mask])
         if used.positions[1] is not None:
-            assert (told[..., -1:] + 1).expand_as(used.positions[1]).equal(used.positions[1]), "the next one differs"
+            after, following = torch.broadcast_tensors(told[..., -1:] + 1, used.positions[1])
+            assert after.equal(following), "the next one differs"
 
     @holds(
         "continue_() on a cache must equal one pass over the whole sequence, row by row, whatever the padding",

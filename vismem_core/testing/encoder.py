@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -24,13 +25,20 @@ N = 4
 class Encoder(Contract):
     """Extra tokens go the way of a row's patches, and leave no trace."""
 
+    def sighted(self) -> Base:
+        """The model of this test, if extra tokens have a way through its vision encoder."""
+        base = self.base()
+        if base.backbone.blind:
+            pytest.skip(f"extra tokens have no way through the vision encoder: {base.backbone.blind}")
+        return base
+
     @holds(
         "recording must leave the image's features and the model as they are",
         "vismem_core.base.backbone.Backbone.record",
     )
     @torch.no_grad()
     def test_record_changes_nothing(self) -> None:
-        base, filled = self.base(), VisionStates()
+        base, filled = self.sighted(), VisionStates()
         inputs = base.inputs(*self.questions())
         with listening(base.backbone) as heard:
             base.model(**inputs)
@@ -48,7 +56,7 @@ class Encoder(Contract):
         "vismem_core.base.vision.VisionStates",
     )
     def test_record_fills_states(self) -> None:
-        base, questions = self.base(), self.questions()
+        base, questions = self.sighted(), self.questions()
         filled, backbone = states(base, *questions), base.backbone
         images = [len(images) for _, images in questions]
         assert len(filled.keys) == len(filled.values) > 0
@@ -70,7 +78,7 @@ class Encoder(Contract):
     @holds("encode() must run again what record() stored", "vismem_core.base.backbone.Backbone.encode")
     @torch.no_grad()
     def test_encode_replays(self) -> None:
-        base, again = self.base(), VisionStates()
+        base, again = self.sighted(), VisionStates()
         first, other = states(base, *self.questions()), states(base, *map(_other, self.questions()))
         assert moved(first.values[-1], other.values[-1]), "other images give the same states"
         with base.backbone.record(again, keep=True, inputs=False):
@@ -86,7 +94,7 @@ class Encoder(Contract):
     )
     @torch.no_grad()
     def test_shapes(self) -> None:
-        base, rows = self.base(), [1, 0]
+        base, rows = self.sighted(), [1, 0]
         extra, expected = _extra(base, rows), (len(rows), N, base.backbone.width)
         carried = base.backbone.carry(extra, states(base, *self.questions()), rows)
         fits = carried.shape[:2] == extra.shape[:2] and carried.shape[2] % extra.shape[2] == 0
@@ -102,7 +110,7 @@ class Encoder(Contract):
     )
     @torch.no_grad()
     def test_carry_sees_its_rows_images(self) -> None:
-        base, questions = self.base(), self.questions()
+        base, questions = self.sighted(), self.questions()
         rows = list(range(len(questions)))
         extra = _extra(base, rows[:1]).expand(len(rows), -1, -1)
         plain = base.backbone.carry(extra, states(base, *questions), rows)
@@ -121,7 +129,7 @@ class Encoder(Contract):
     @holds("extra tokens must see all patches of their row's images", "vismem_core.base.backbone.Backbone.carry")
     @torch.no_grad()
     def test_carry_sees_all_patches(self) -> None:
-        base, questions = self.base(), self.questions()
+        base, questions = self.sighted(), self.questions()
         filled, rows = states(base, *questions), list(range(len(questions)))
         even = replace(filled, keys=[torch.zeros_like(keys) for keys in filled.keys])  # no patch drowns out another
         extra, start = _extra(base, rows), 0
@@ -142,7 +150,7 @@ class Encoder(Contract):
         "vismem_core.base.backbone.Backbone.carry and .project",
     )
     def test_carry_and_project_use_the_models_own_weights(self) -> None:
-        base, questions = self.base(), self.questions()
+        base, questions = self.sighted(), self.questions()
         way, carried, projected = _ways(base, questions)
         assert carried, "carry uses none of the model's weights"
         assert projected, "project uses none of the model's weights"
@@ -164,7 +172,7 @@ class Encoder(Contract):
         "vismem_core.base.backbone.Backbone.lora_targets",
     )
     def test_short_targets(self) -> None:
-        base = self.base()
+        base = self.sighted()
         _, carried, _ = _ways(base, self.questions())
         names = [
             name for name, _ in base.model.named_modules() if re.fullmatch(base.backbone.lora_targets["short"], name)
@@ -180,7 +188,7 @@ class Encoder(Contract):
     )
     @torch.no_grad()
     def test_lora_is_on_for_extra_tokens_only(self) -> None:
-        base, questions = self.base(), self.questions()
+        base, questions = self.sighted(), self.questions()
         backbone, inputs = base.backbone, base.inputs(*questions)
         filled, extra = states(base, *questions), _extra(base, [0])
         plain, logits = backbone.carry(extra, filled, [0]), base.model(**inputs).logits

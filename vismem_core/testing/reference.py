@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismem_core.base.backbone import Backbone
@@ -24,11 +25,13 @@ class Heard:
     Attributes:
         embeds: (B, L, d), what entered.
         positions: (.., B, L), its position ids, or None where the language model makes them up.
+        masks: its attention masks as they were given.
         hidden: (B, L, d), its last hidden states.
     """
 
     embeds: list[Tensor] = field(default_factory=list)
     positions: list[Tensor | None] = field(default_factory=list)
+    masks: list[Any] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
 
 
@@ -42,6 +45,7 @@ def listening(backbone: Backbone) -> Iterator[Heard]:
         ids = kwargs.get("input_ids", args[0] if args else None)
         heard.embeds.append(embeds if embeds is not None else backbone.embeddings(ids))
         heard.positions.append(kwargs.get("position_ids"))
+        heard.masks.append(kwargs.get("attention_mask"))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         heard.hidden.append(output[0])
@@ -83,9 +87,12 @@ def one_pass(base: Base, question: Question, extra: Tensor) -> Tensor:
     """Last hidden states (L + E, d) of a prompt alone and E vectors after it (E, d), without a cache.
 
     The whole model reads them, as a prompt with E more tokens like its last one, which are replaced where embeddings
-    leave their table. So whatever the model gives its language model beside embeddings is there too.
+    leave their table. So whatever the model gives its language model beside embeddings is there too. Where prompts have
+    masks of their own, in which some tokens see those after them, the language model reads with these masks continued.
     """
     heard, inputs = generated(base, question), base.inputs(question)
+    if (mask := heard.masks[0]) is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        return _with_masks(base, heard, extra)
     told = dict(inputs)
     for name, own in inputs.items():
         if isinstance(own, Tensor) and own.shape == inputs["input_ids"].shape:
@@ -107,6 +114,35 @@ def one_pass(base: Base, question: Question, extra: Tensor) -> Tensor:
     finally:
         handle.remove()
     return whole.hidden[0][0]
+
+
+def _with_masks(base: Base, heard: Heard, extra: Tensor) -> Tensor:
+    embeds, mask = torch.cat([heard.embeds[0], extra[None]], dim=1), heard.masks[0]
+    config: Any = base.backbone.decoder.config
+    places = torch.arange(embeds.shape[1])
+    causal = (places <= places[:, None])[-len(extra) :]
+
+    def continued(own: Tensor, kind: str) -> Tensor:
+        seen = own if own.dtype == torch.bool else own >= 0  # (1, 1, L, L)
+        window = config.sliding_window if "sliding" in kind else len(places)
+        rows = causal & (places > places[-len(extra) :, None] - window)
+        whole = torch.cat([F.pad(seen[0, 0, :, : seen.shape[2]], (0, len(extra))), rows])[None, None]
+        lowest = torch.finfo(embeds.dtype).min
+        return (
+            whole
+            if own.dtype == torch.bool
+            else torch.zeros_like(whole, dtype=embeds.dtype).masked_fill(~whole, lowest)
+        )
+
+    given = (
+        {kind: continued(own, kind) for kind, own in mask.items()} if isinstance(mask, dict) else continued(mask, "")
+    )
+    positions = {}
+    if heard.positions[0] is not None and heard.positions[1] is not None:
+        steps = torch.arange(len(extra))
+        positions["position_ids"] = torch.cat([heard.positions[0], heard.positions[1] + steps], dim=-1)
+    output = base.backbone.decoder(inputs_embeds=embeds, attention_mask=given, use_cache=False, **positions)
+    return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
