@@ -10,8 +10,9 @@ import tiny
 import torch
 from bases import QUESTIONS, Base, config, tied
 from reference import one_pass, query, short_latents
+from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from vismem_core.errors import AttachError
 
@@ -229,3 +230,48 @@ def test_a_chat_template_without_images_is_told_in_one_line() -> None:
     base.processor.chat_template = None
     with pytest.raises(AttachError, match="chat template"):
         base.inputs(QUESTIONS[0])
+
+
+def test_prompts_padded_on_the_right_are_refused() -> None:
+    base = tied()
+    base.attach()
+    inputs = base.inputs(*QUESTIONS[:2])
+    wrong: dict[str, Any] = {}
+    for name, own in inputs.items():
+        if own.shape == inputs["input_ids"].shape:
+            pieces = [(row[~seen], row[seen]) for row, seen in zip(own, inputs["attention_mask"].bool(), strict=True)]
+            wrong[name] = torch.stack([torch.cat([told, padding]) for padding, told in pieces])
+    with pytest.raises(AttachError, match=r"padded on the left: set tokenizer.padding_side"):
+        base.model.generate(**dict(inputs) | wrong, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_ropes_that_depend_on_earlier_calls_are_refused(rope: str) -> None:
+    base = tied()
+    base.model.config.text_config.rope_parameters["rope_type"] = rope
+    with pytest.raises(AttachError, match=f"rope_type '{rope}' hang on the lengths"):
+        base.attach()
+
+
+class Once(StoppingCriteria):  # type: ignore[misc]
+    """True for one step alone."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.step -= 1
+        return torch.full((len(input_ids),), self.step == -1)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_what_stops_a_row_once_stops_it(step: int) -> None:
+    """Also while it invokes memory: then its end token is the last one."""
+    base = tied()
+    memory = base.attach(config(trigger="schedule:2=short"))
+    inputs = base.inputs(QUESTIONS[0])
+    told = base.model.generate(**inputs, max_new_tokens=12, stopping_criteria=StoppingCriteriaList([Once(step)]))
+    answer = told[0, inputs["input_ids"].shape[1] :].tolist()
+    ends = [memory.tokens.invocation("short"), memory.tokens.end("short")]
+    assert len(answer) == (4 if step == 2 else step + 1)
+    assert answer[2:4] == ends[: len(answer) - 2]

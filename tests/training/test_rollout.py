@@ -13,6 +13,7 @@ from vismem_core import Memory, Trace
 from vismem_core.decoding.replay import Prompts, read_prompts
 from vismem_core.decoding.room import RoomCache
 from vismem_core.memory.trace import Invocation
+from vismem_core.training.replay import TrajectoryReplay
 from vismem_core.training.rollout import Deal, Sampling, Trajectory, draw, rollouts
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=20)
@@ -100,7 +101,9 @@ def test_log_probabilities_are_those_of_one_plain_pass(base: Base, temperature: 
         plain = one_pass(memory, base.inputs(QUESTIONS[own.prompt]), own.ids, hidden=own.drops_images)
         for at, token in enumerate(own.ids):
             asks = plain.asks[at].masked_fill(~torch.tensor(own.offered[at]), float("-inf"))
-            everything = torch.cat([plain.logits[at, :first], asks]) / temperature
+            text = plain.logits[at, :first].clone()
+            text[list(memory.backbone.placeholders.values())] = float("-inf")  # no image is written
+            everything = torch.cat([text, asks]) / temperature
             if own.chosen[at]:
                 choice = token if token < first else plain.logits[at, :first].numel() + token - first
                 expected = everything.log_softmax(-1)
@@ -187,3 +190,20 @@ def test_no_trajectory_is_longer_than_asked(base: Base) -> None:
     for own in told:
         assert len(own.ids) == len(own.logprobs) == len(own.chosen) == len(own.offered) == len(own.entropy)
         assert all(memory.tokens.kind(own.ids[at]) for at in own.latents)
+
+
+def test_no_image_token_is_sampled(base: Base) -> None:
+    """Not where the policy likes nothing better."""
+    memory = eager(base, "never")
+    image = memory.backbone.placeholders["image"]
+    likes = dict(base.model.named_modules())["lm_head"].register_forward_hook(
+        lambda module, args, output: output.index_fill(-1, torch.tensor([image]), 50.0)
+    )
+    read = prompts(memory, base)
+    told = rollouts(memory, read, COPIES, list(range(12)), SAMPLING)
+    assert all(image not in own.ids for own in told)
+    with torch.no_grad():
+        again = TrajectoryReplay(memory, read, told, 1.0).logprobs(form=False)
+    likes.remove()
+    for row, own in enumerate(told):
+        assert again[row, : len(own.ids)].tolist() == pytest.approx(own.logprobs, abs=1e-4)

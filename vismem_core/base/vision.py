@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from vismem_core.errors import AttachError
 
+UNCLEAR = (
+    "cannot tell which images belong to which prompt: their language tokens do not add up to the prompts' placeholders"
+)
+
 
 @dataclass
 class VisionStates:
@@ -57,7 +61,9 @@ class VisionStates:
         self.rows = [[] for _ in counts[0]]
         if not self.tokens:  # text only, or nothing was recorded
             return
-        copies = sum(map(sum, counts)) // sum(self.tokens)
+        copies, odd = divmod(sum(map(sum, counts)), sum(self.tokens))
+        if odd or not copies:
+            raise AttachError(UNCLEAR)
         queue = iter(range(len(self.tokens)))
         for row_tokens in counts:
             for first in range(0, len(row_tokens), copies):
@@ -66,10 +72,7 @@ class VisionStates:
                     mine.append(image)
                     need -= self.tokens[image]
                 if need:
-                    raise AttachError(
-                        "cannot tell which images belong to which prompt: their language tokens do not add up to the "
-                        "prompts' placeholders"
-                    )
+                    raise AttachError(UNCLEAR)
                 for row in range(first, first + copies):
                     self.rows[row] += mine
 

@@ -89,6 +89,7 @@ class Decoder:
         process = Processors(logits_processor, self.tokens, len(input_ids))
         self.order, fed = list(range(len(input_ids))), [-1] * len(input_ids)
         running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        ended = ~running  # what stops a row in the midst of an invocation does so after its end token
         alive = [True] * len(input_ids)
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
@@ -104,7 +105,8 @@ class Decoder:
                 tokens = torch.where(running, tokens, pad.to(tokens.device))
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             owes = (tokens >= self.tokens.first) & (tokens < self.tokens.first + len(KINDS))
-            running = running & (~stopping_criteria(input_ids, record.scores) | owes)
+            ended = ended | stopping_criteria(input_ids, record.scores)
+            running = running & (~ended | owes)
             fed, going = torch.stack([tokens, running.long()]).tolist()  # the one wait for the device in a step
             self._note(fed)
             alive = list(map(bool, going))
@@ -114,7 +116,7 @@ class Decoder:
             if not any(alive):
                 break
             if (kept := self._kept(alive)) is not None:
-                input_ids, running = input_ids[kept], running[kept]
+                input_ids, running, ended = input_ids[kept], running[kept], ended[kept]
                 fed, alive = [fed[row] for row in kept], [alive[row] for row in kept]
                 latents = self._retire(kept, latents, model_kwargs)
             with self.memory.acting() if self.trigger.active else nullcontext():
@@ -376,6 +378,9 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
         raise AttachError("memory needs the prompt in one piece: call generate without prefill_chunk_size")
     if config.guidance_scale not in (None, 1):
         raise AttachError("memory does not work with generate(guidance_scale=...): use memory.off() for this call")
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
+        raise AttachError("memory needs prompts that are padded on the left: set tokenizer.padding_side = 'left'")
     past = model_kwargs.get(kv.NAME)
     if past is not None and past.get_seq_length():
         raise AttachError("memory cannot see what past_key_values already holds: pass the whole prompt without them")

@@ -30,6 +30,8 @@ from .query import QueryBuilder
 from .trace import Trace
 from .trigger import Row, Trigger
 
+CHANGING = ("dynamic", "longrope")
+"""Ropes whose frequencies a model changes while it is called, by the lengths that it meets."""
 FORMATION = ("builder.", "short.", "long.")
 """How the names of what Stage I trains begin; all the rest belongs to the policy."""
 
@@ -303,6 +305,12 @@ def _rows(layer: nn.Module) -> int:
 
 def _fitting(backbone: Backbone, config: MemoryConfig) -> MemoryConfig:
     """The settings as this kind of model can follow them; what it cannot do is said before anything is asked of it."""
+    told = str(getattr(backbone.model.config.get_text_config(decoder=True), "rope_parameters", None))
+    if rope := next((kind for kind in CHANGING if f"'rope_type': '{kind}'" in told), None):
+        raise AttachError(
+            f"positions of rope_type {rope!r} hang on the lengths that the model met before, in other rows and calls: "
+            "use another in config.json, such as 'default' or 'yarn'"
+        )
     if config.long.context == "recompute" and not backbone.rereads:
         raise AttachError(
             f"model type {backbone.model.config.model_type!r} reads images with more than embeddings, so prompts are "

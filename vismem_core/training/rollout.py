@@ -121,6 +121,8 @@ class _Rollout(Decoder):
         return self.trajectories[self.order[row]].drops_images
 
     def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
+        # An image token that is no image would be taken for one when the trajectory is read again.
+        logits[:, list(self.session.backbone.placeholders.values())] = NEVER
         extended, self._forced = super()._choices(logits, room, running)
         self._running = running
         columns = slice(self.tokens.first, self.tokens.first + len(KINDS))
