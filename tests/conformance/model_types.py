@@ -28,15 +28,17 @@ SIZES: dict[str, int] = {
         "projector_hidden_size", "vision_hidden_size", "text_hidden_size", "vision_output_dim"), WIDTH),
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "mlp_dim", "mlp_hidden_size", "hidden_dim",
         "encoder_ffn_dim", "decoder_ffn_dim"), 2 * WIDTH),
-    **dict.fromkeys(("num_hidden_layers", "depth", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "num_heads", "attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 4),
     "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 4, "n_shared_experts": 1,
     "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "first_k_dense_replace": 1,
     "n_group": 1, "topk_group": 1, "num_global_layers": 1, "max_position_embeddings": 2048,
+    "sliding_window": 8, "sliding_window_size": 8, "attention_chunk_size": 16,  # fewer than a prompt has tokens
     "image_size": SIDE, "patch_size": PATCH, "tile_size": SIDE, "num_position_embeddings": 16,
 }  # fmt: skip
+DEPTHS = ("num_hidden_layers", "depth", "n_layers", "num_layers")
 SQUARE = ("height", "width")
 SHAPES = {"image_grid_thw", "image_sizes", "pixel_attention_mask", "spatial_shapes", "target_sizes"}
 """Arguments of ``get_image_features`` by which a model is told the shapes of images."""
@@ -104,21 +106,28 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def shrunk(settings: dict[str, Any], ids: dict[str, int], words: int) -> dict[str, Any]:
-    """A configuration with small sizes everywhere, and ids of a small vocabulary."""
+    """A configuration with small sizes everywhere, one layer of each kind it has, and ids of a small vocabulary."""
     small: dict[str, Any] = {}
+    depth = next((settings[name] for name in DEPTHS if isinstance(settings.get(name), int)), 0)
+    kept = _kinds(settings, depth)
     for name, own in settings.items():
         if not isinstance(name, str) or name in ("id2label", "label2id", "transformers_version"):
             continue
-        if isinstance(own, dict):
-            small[name] = {} if name == "per_layer_config" else shrunk(own, ids, words)
+        if name == "per_layer_config":
+            small[name] = {at: _scaled(own[key], settings) for at, layer in enumerate(kept)
+                           for key in own if int(key) == layer}  # fmt: skip
+        elif isinstance(own, dict):
+            small[name] = shrunk(own, ids, words)
+        elif name in DEPTHS and isinstance(own, int):
+            small[name] = len(kept)
         elif name in SIZES and isinstance(own, int) and not isinstance(own, bool):
             small[name] = SIZES[name]
         elif name in ("image_size", "patch_size") and isinstance(own, list | tuple):
             small[name] = [SIZES[name]] * len(own)
         elif name == "vocab_size" and isinstance(own, int):
             small[name] = words
-        elif name in ("layer_types", "mlp_layer_types") and isinstance(own, list):
-            small[name] = own[:2]
+        elif isinstance(own, list | tuple) and len(own) == depth > 2:
+            small[name] = [_size(name, own[layer]) for layer in kept]
         elif name.endswith(("token_id", "token_index")):
             small[name] = next((token for part, token in ids.items() if name.startswith(part)), None)
         else:
@@ -126,18 +135,37 @@ def shrunk(settings: dict[str, Any], ids: dict[str, int], words: int) -> dict[st
     return small
 
 
+def _kinds(settings: dict[str, Any], depth: int) -> list[int]:
+    """The first layer of each kind, of the published layout; two at least."""
+    lists = [own for name, own in settings.items()
+             if isinstance(own, list | tuple) and len(own) == depth and (name.endswith("layer_types") or name == "no_rope_layers")]  # fmt: skip
+    kinds: dict[Any, int] = {}
+    for layer, kind in enumerate(zip(*lists, strict=True)):
+        kinds.setdefault(kind, layer)
+    return sorted(kinds.values()) if len(kinds) > 1 else [0, 1]
+
+
+def _size(name: str, own: Any) -> Any:
+    return SIZES[name] if name in SIZES and isinstance(own, int) and not isinstance(own, bool) else own
+
+
+def _scaled(own: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """Settings of one layer that differ from the others', as much as there."""
+    return {name: _size(name, whole[name]) * value // whole[name] for name, value in own.items()}
+
+
 def config(model_type: str, tokenizer: Any) -> Any:
     """The type's default configuration, shrunk."""
     kind = CONFIG_MAPPING[model_type]
     spare = iter(tokenizer.convert_tokens_to_ids(f"<{at}>") for at in range(32))
     told = kind().to_dict()
-    names = {"image_token": IMAGE, "video_token": VIDEO, "eos": "<|im_end|>", "pad": "<|endoftext|>"}
-    ids = {part: tokenizer.convert_tokens_to_ids(token) for part, token in names.items()}
+    if told.get("vision_config", ...) is None:  # which every checkpoint with images has
+        told = kind(vision_config={}).to_dict()
+    ids = {part: tokenizer.convert_tokens_to_ids(token) for part, token in MARKS.items()}
     others = sorted(
         name
         for name in _names(told)
-        if name.endswith(("token_id", "token_index"))
-        and name.split("_token")[0] not in ("eos", "pad", "bos", "image", "video")
+        if name.endswith(("token_id", "token_index")) and not name.startswith(tuple(MARKS))
     )
     ids |= {name: next(spare) for name in others}
     small = shrunk(told, ids, len(tokenizer))
