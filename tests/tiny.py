@@ -93,14 +93,16 @@ def qwen_processor(frames: int = 2) -> Any:
     )
 
 
-def qwen(tied: bool = True, seed: int = 0, spare: int = 0, width: int = 32) -> tuple[Any, Any]:
+def qwen(tied: bool = True, seed: int = 0, spare: int = 0, width: int = 32, window: int = 0) -> tuple[Any, Any]:
     """A random Qwen2.5-VL (2 + 2 layers, windowed and full vision blocks) and its processor.
 
     Args:
         spare: vocabulary rows beyond the tokenizer's, as published checkpoints have.
         width: of both towers.
+        window: how far the second language layer looks back, all the way by default.
     """
     processor = qwen_processor()
+    windows = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1} if window else {}
     ids = {name: processor.tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     config = Qwen2_5_VLConfig(
         text_config={
@@ -120,6 +122,7 @@ def qwen(tied: bool = True, seed: int = 0, spare: int = 0, width: int = 32) -> t
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
+            **windows,
         },
         vision_config={
             "depth": 2,

@@ -40,9 +40,7 @@ class EncoderQuery(QueryBuilder):
         # In the first block they look at each other, and at what was written: the one is known here, and how much it
         # weighs.
         (keys, values), queries = blocks[0].pairs(tokens), blocks[0].queries(tokens)
-        scores = queries @ keys.mT * keys.shape[-1] ** -0.5
-        scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
-        return keys, values, tokens, queries, scores.softmax(-1) @ values, scores.logsumexp(-1, keepdim=True)
+        return keys, values, tokens, queries, *_attended(queries, keys, values, mask[:, None, None])
 
     def forward(self, states: Tensor, mask: Tensor, ahead: Ahead = ()) -> Tensor:
         known = ahead[0].shape[2] if ahead else 0
@@ -84,6 +82,20 @@ class CrossQuery(EncoderQuery):
     """Only the queries attend; H enters every layer as it is. About a third of the encoder's cost."""
 
     contextual = False
+
+
+def _attended(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention (R, heads, T, w) and the logarithm of the weights' sum (R, heads, T, 1), a few queries at a time."""
+    mixed, weights = [], []
+    scaled, unseen = keys.mT * keys.shape[-1] ** -0.5, torch.finfo(keys.dtype).min * ~mask
+    for own in queries.split(64, dim=2):
+        scores = own @ scaled + unseen
+        top = scores.amax(-1, keepdim=True) if keys.shape[2] else scores.new_zeros(*scores.shape[:-1], 1)
+        shares = (scores - top).exp()
+        total = shares.sum(-1, keepdim=True).clamp(min=torch.finfo(keys.dtype).tiny)
+        mixed.append(shares @ values / total)
+        weights.append(top + total.log())
+    return torch.cat(mixed, dim=2), torch.cat(weights, dim=2)
 
 
 def _query_unseen(mask: Tensor, count: int) -> Tensor:

@@ -17,3 +17,10 @@ class TestTied(BackboneContract):
 class TestUntied(TestTied):
     def load(self) -> tuple[Any, Any]:
         return tiny.qwen(tied=False)
+
+
+class TestWindow(TestTied):
+    """Half of the layers look back 12 tokens: prompts and answers cross that."""
+
+    def load(self) -> tuple[Any, Any]:
+        return tiny.qwen(tied=False, window=12)

@@ -14,6 +14,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import (
@@ -158,7 +159,7 @@ def upto(
     mask: Tensor,
     rows: Sequence[int],
     stops: Sequence[int],
-    then: Mapping[int, Sequence[StateLayer]] | None = None,
+    then: Mapping[int, Sequence[Any]] | None = None,
 ) -> tuple[DynamicCache, Tensor]:
     """The first ``stops`` columns of some rows, right-aligned again, and their mask: the cache as it once was.
 
@@ -166,22 +167,36 @@ def upto(
         mask: (R, W) over ``cache``, one row for each of ``rows``.
         rows: of the batch; one may be named several times.
         stops: columns that each of them keeps.
-        then: what the layers of states held at each of the stops.
+        then: the layers that forget (:func:`forgetful`) as they were at each of the stops, where they did since.
     """
     width, index = max(stops), torch.as_tensor(rows, device=mask.device)
     shift = torch.as_tensor([width - stop for stop in stops], device=mask.device)[:, None]
     columns = torch.arange(width, device=mask.device) - shift  # (R, width), negative left of a shorter row
-    branch = fork(cache)
-    for layer in layers(branch):
-        own, places = index.to(layer.keys.device)[:, None], columns.clamp(min=0).to(layer.keys.device)
-        layer.keys, layer.values = (_columns(whole, own, places) for whole in (layer.keys, layer.values))
+    branch, at = fork(cache), 0
+    held: list[Any] = branch.layers
+    for number, layer in enumerate(held):
+        if then is not None and forgets(layer):
+            once = [then[stop][at] for stop in stops]
+            at += 1
+            if stateful(layer):
+                held[number] = _once(once, rows)
+                continue
+            layer.keys, layer.values = (
+                _aligned([getattr(own, name)[row] for own, row in zip(once, rows, strict=True)])
+                for name in ("keys", "values")
+            )
+        elif isinstance(layer, CacheLayerMixin):
+            own, places = index.to(layer.keys.device)[:, None], columns.clamp(min=0).to(layer.keys.device)
+            layer.keys, layer.values = (_columns(whole, own, places) for whole in (layer.keys, layer.values))
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = width
-    if then is not None:
-        once = [_once([then[stop][at] for stop in stops], rows) for at in range(len(states(branch)))]
-        queue = iter(once)
-        branch.layers = [next(queue) if stateful(own) else own for own in branch.layers]
     return branch, mask.gather(1, columns.clamp(min=0)) * (columns >= 0)
+
+
+def _aligned(rows: Sequence[Tensor]) -> Tensor:
+    """Keys or values (heads, W, w) of rows -> (R, heads, W', w), aligned to the right."""
+    width = max(own.shape[1] for own in rows)
+    return torch.stack([F.pad(own, (0, 0, width - own.shape[1], 0)) for own in rows])
 
 
 def _once(layers: Sequence[StateLayer], rows: Sequence[int]) -> StateLayer:
@@ -193,6 +208,16 @@ def _once(layers: Sequence[StateLayer], rows: Sequence[int]) -> StateLayer:
                 told = [getattr(layer, name)[at][row] for layer, row in zip(layers, rows, strict=True)]
                 getattr(result, name)[at] = torch.stack(told)
     return result
+
+
+def forgets(layer: Any) -> bool:
+    """Whether what a layer holds does not tell what it held earlier: it has a window or states."""
+    return stateful(layer) or isinstance(layer, DynamicSlidingWindowLayer)
+
+
+def forgetful(cache: DynamicCache) -> list[Any]:
+    """The layers that forget, as they are now and stay."""
+    return [layer for layer in fork(cache).layers if forgets(layer)]
 
 
 def whole(cache: DynamicCache) -> bool:

@@ -113,7 +113,7 @@ class Replay:
         fed = torch.tensor([[1] * slots[-1] + [0] * (self.length - slots[-1]) for slots in self.slots])
         self.columns = torch.cat([self.prompts.mask, fed.to(self.prompts.mask)], dim=1)
         self.positions = self.prompts.positions + torch.arange(self.length, device=device)
-        self._then: dict[int, list[kv.StateLayer]] = {}  # by columns read, what layers of states held
+        self._then: dict[int, list[Any]] = {}  # by columns read, the layers that forget as they were then
 
     def hidden(self, *, form: bool) -> Tensor:
         """Last hidden states before each slot and after the last one, (R, S + 1, d).
@@ -243,12 +243,14 @@ class Replay:
                 mask = self._mask if self._mask.ndim == 4 else self._mask[:, : width + stop]
                 piece = slice(start, stop)
                 after.append(self.backbone.continue_(embeds[:, piece], mask, self.positions[..., piece], grown))
-                self._then[width + stop] = [kv.StateLayer.of(own) for own in kv.states(grown)]
+                self._then[width + stop] = kv.forgetful(grown)
             return embeds, torch.cat([own.to(after[-1]) for own in after], dim=1), grown
 
     def _pauses(self, cache: DynamicCache) -> list[int]:
-        """The slots between which the answers are read; layers of states are looked at wherever memory was formed."""
-        if not kv.states(cache):
+        """The slots between which the answers are read: layers that forget are looked at wherever memory was formed."""
+        width = self.prompts.mask.shape[1] + self.length
+        windows = [layer.sliding_window for layer in kv.forgetful(cache) if not kv.stateful(layer)]
+        if not kv.states(cache) and all(width < own for own in windows):
             return [0, self.length]
         formed = {
             slot + 1
@@ -273,8 +275,8 @@ class Replay:
         width = self.prompts.mask.shape[1]
         late = steps > self._hidden_from[index, None]  # memory formed first still sees the images
         columns = self.columns[index].masked_fill(self._images[index] & late, 0)
-        then = self._then if kv.states(grown) else None
-        cache, mask = kv.upto(grown, columns, rows, [width + stop for stop in stops], then)
+        ends = [width + stop for stop in stops]
+        cache, mask = kv.upto(grown, columns, rows, ends, self._then if self._then.keys() >= set(ends) else None)
         history = None
         if self.prompts.needs.history:
             told = [
