@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from caches import content, filled, same
-from transformers import StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from vismem_core.base import cache as kv
@@ -32,15 +31,11 @@ class Odd(DynamicLayer):  # type: ignore[misc]
     """Stands for layers that hold more than keys and values, such as quantised ones."""
 
 
-@pytest.mark.parametrize("kind", ["tuple", "static", "odd", "offloaded"])
+@pytest.mark.parametrize("kind", ["tuple", "odd", "offloaded"])
 def test_caches_that_cannot_grow_by_rows(kind: str) -> None:
     cache: Any = filled(2)
     if kind == "tuple":
         cache = ((torch.zeros(1), torch.zeros(1)),)
-    elif kind == "static":
-        from bases import tied
-
-        cache = StaticCache(config=tied().model.config.text_config, max_cache_len=8, offloading=True)
     elif kind == "odd":
         cache.layers[1] = Odd()
     else:

@@ -24,6 +24,10 @@ SETTINGS = {
     "transformer": config("transformer", builder="cross", trigger="policy"),
 }
 
+ALIKE = {"atol": 3e-4, "rtol": 3e-4}
+"""A rollout's passes and its replay's sum up in different orders, and some of these models triple a difference in each
+layer; what is wrong differs by more than .01."""
+
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("trigger", ["policy", "anywhere:0.2"])
@@ -37,7 +41,7 @@ def test_a_replay_says_what_the_rollout_said(make: Any, settings: Any, trigger: 
     assert max(len(own.latents) for own in trajectories) > 1
     for form in (True, False):
         replayed = TrajectoryReplay(memory, read, trajectories, 1.5).logprobs(form=form)
-        torch.testing.assert_close(replayed, recorded(trajectories), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(replayed, recorded(trajectories), **ALIKE)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -51,7 +55,7 @@ def test_a_replay_hides_the_images_that_the_rollout_hid(make: Any, settings: Any
     assert max(len(own.latents) for own in trajectories if own.drops_images) > 1
     for form in (True, False):
         replayed = TrajectoryReplay(memory, read, trajectories, 1.5).logprobs(form=form)
-        torch.testing.assert_close(replayed, recorded(trajectories), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(replayed, recorded(trajectories), **ALIKE)
     for own in trajectories:
         own.drops_images = False
     seeing = TrajectoryReplay(memory, read, trajectories, 1.5).logprobs(form=False)
@@ -85,6 +89,8 @@ def test_gradients_of_one_invocation_are_those_of_teacher_forcing() -> None:
     memory = base.attach(SETTINGS["cache"])
     batch = make_batch(memory.backbone, SAMPLES)
     read = read_prompts(memory, batch.inputs)
+    media = torch.tensor(list(memory.backbone.placeholders.values()))  # trajectories hold none
+    memory.backbone.head.register_forward_hook(lambda module, args, output: output.index_fill(-1, media, -1e4))
     for kind in ("short", "long"):
         forced = bring_up(memory, batch, [kind] * 4, [0] * 4)  # type: ignore[list-item]
         rows = list(range(4))

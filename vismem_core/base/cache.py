@@ -185,7 +185,7 @@ def upto(
                 _aligned([getattr(own, name)[row] for own, row in zip(once, rows, strict=True)])
                 for name in ("keys", "values")
             )
-        elif isinstance(layer, CacheLayerMixin):
+        elif not isinstance(layer, DummyLayer):
             own, places = index.to(layer.keys.device)[:, None], columns.clamp(min=0).to(layer.keys.device)
             layer.keys, layer.values = (_columns(whole, own, places) for whole in (layer.keys, layer.values))
         if hasattr(layer, "cumulative_length"):
