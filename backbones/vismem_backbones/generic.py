@@ -267,6 +267,12 @@ class Generic(Backbone):
         return {"image": known[0]} if known else {}
 
     @property
+    def unseen(self) -> dict[str, int]:  # type: ignore[override]
+        config = self.model.config
+        token = getattr(config, "video_token_id", getattr(config, "video_token_index", None))
+        return {"video": token} if isinstance(token, int) and token not in self.placeholders.values() else {}
+
+    @property
     def lora_targets(self) -> dict[str, str]:
         return self._targets
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, ClassVar
@@ -35,6 +35,8 @@ class Backbone(ABC):
     blind: str = ""
     """Why extra tokens have no way through the vision encoder, where they have none: then short memory is formed of the
     projected visual tokens, by a former that stands alone."""
+    unseen: Mapping[str, int] = {}
+    """Media whose patches short memory does not see, and the id of the token that stands for one in a prompt."""
     rereads: bool = True
     """Whether the language model's states follow from embeddings, padding and positions alone, so that a prompt can be
     read again, as ``context="recompute"`` does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -150,6 +151,9 @@ class Session:
 
     def _see(self, input_ids: Tensor) -> None:
         media = [input_ids == token for token in self.backbone.placeholders.values()]
+        for medium, token in self.backbone.unseen.items():
+            if bool((input_ids == token).any()):
+                warnings.warn(f"short memory does not see {medium}s of this model, long memory does", stacklevel=2)
         seen = torch.stack(media).any(0)
         tokens = [self._embeds[row, seen[row].to(self._embeds.device)] for row in range(len(input_ids))]
         counts = torch.tensor([len(own) for own in tokens], device=self._embeds.device)
