@@ -262,10 +262,7 @@ class Decoder:
             return self._feed_together(model, input_ids, together[1], model_kwargs, padded), padded
         if session.packs(model_kwargs):
             riders = self._riders(fed)
-            # Under a mask the model's own attention copies keys for every query head. Its bits are kept for as long as
-            # no memory was formed, when answers are the base's.
-            lighter = padded and self.compile is None and bool(self.trace.invocations)
-            if latents or riders or shared or lighter:
+            if latents or riders or shared:
                 padded = padded or bool(latents)
                 return self._feed_packed(model, input_ids, latents, riders, model_kwargs, padded), padded
         if latents:

@@ -30,6 +30,7 @@ from vismem_core.errors import AttachError
 from vismem_core.memory.former import MemoryContext
 from vismem_core.memory.memory import Memory
 
+from .grouped import grouped
 from .session import Session
 from .turn import TURN
 
@@ -210,12 +211,13 @@ class Replay:
         before = self.prompts.hidden[:, -1:]
         if not self.length:
             return before
-        cache = _ReadOnly(self.prompts.cache)
+        cache, mask = _ReadOnly(self.prompts.cache), self._mask
         with (
             self.memory.acting(),
+            grouped(self.backbone.decoder) if self.backbone.packs else nullcontext(),
             _checkpointed(self.backbone.decoder, self.memory) if self.checkpointing else nullcontext(),
         ):
-            after = self.backbone.continue_(embeds, self._mask, self.positions, cache)
+            after = self.backbone.continue_(embeds, mask, self.positions, cache)
         return torch.cat([before.to(after), after], dim=1)
 
     def _formed(self) -> list[tuple[Kind, list[tuple[int, int]], Tensor]]:
@@ -330,7 +332,8 @@ def _checkpointed(decoder: torch.nn.Module, memory: Memory) -> Iterator[None]:
 
     @contextmanager
     def again_alike() -> Iterator[None]:
-        with memory.acting(), uncheckpointed(decoder):
+        packs = memory.backbone.packs
+        with memory.acting(), uncheckpointed(decoder), grouped(decoder) if packs else nullcontext():
             yield
 
     def contexts() -> tuple[Any, Any]:
