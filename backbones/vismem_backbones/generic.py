@@ -8,11 +8,13 @@ blocks on calls of their own, and through all that follows in the places of the 
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -80,6 +82,15 @@ class Generic(Backbone):
     def matches(cls, model: Any) -> bool:
         known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         return isinstance(model, PreTrainedModel) and model.config.model_type in known
+
+    @classmethod
+    def outlook(cls, config: Any) -> tuple[bool | None, str]:
+        record = json.loads((Path(__file__).parent / "model_types.json").read_text(encoding="utf-8"))
+        told = record["types"].get(config.model_type, {"outcome": "not built", "why": "not a type of transformers"})
+        by = f"tiny models of transformers {record['transformers']}"
+        if told["outcome"] == "passes":
+            return True, f"{by} of this type pass the conformance suite"
+        return (None if told["outcome"] == "not built" else False), f"{by}: {told['outcome']}, {told['why']}"
 
     def _name(self, module: nn.Module) -> str:
         if id(module) not in self._names:
@@ -172,14 +183,19 @@ class Generic(Backbone):
     def _find_context(self, batch: dict[str, Any]) -> None:
         """Hidden states must follow from embeddings, the padding and positions, or memory would miss the rest."""
         given: dict[str, Any] = {}
+        last: list[Tensor] = []
         handle = self.decoder.register_forward_pre_hook(lambda _, args, named: given.update(named), with_kwargs=True)
+        after = self.decoder.register_forward_hook(lambda module, args, output: last.append(output[0]))
         try:
             with torch.no_grad():
-                self.model(**batch)
+                told = self.model(**batch)
         except Exception as error:  # as models do
             self._refuse(f"its forward() fails on a blank image: {reason(error)}")
         finally:
             handle.remove()
+            after.remove()
+        if not torch.allclose(self.logits(last[0]), told.logits, atol=1e-2, rtol=1e-2):
+            self._refuse("its logits are not what its head makes of the last hidden states")
         mask = given.get("attention_mask")
         # Image tokens that see those after them are in the cache when memory comes.
         both_ways = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
@@ -219,8 +235,32 @@ class Generic(Backbone):
                 with self.record(VisionStates(), keep=False, inputs=False):
                     self.encode(self.blank)
                 self.project(self.carry(extra, VisionStates(rows=[[], []]), [0, 1]))
+                self._try_projector()
+                self._try_two()
         except Exception as error:
             self._refuse(f"extra tokens do not pass its vision encoder or projector: {reason(error)}")
+
+    def _try_projector(self) -> None:
+        """Each vector must be made of its own tokens alone."""
+        width, kind = self.vision_width * len(self.layers), self.vision_dtype
+        noise = torch.randn(1, 2 * self.merge_, width, generator=torch.Generator().manual_seed(1))
+        extra = noise.to(self.vision_device, kind)
+        alone = torch.cat([self.project(own) for own in extra.split(self.merge_, dim=1)], dim=1)
+        if not torch.allclose(self.project(extra), alone, atol=1e-2, rtol=1e-2):
+            raise AttachError("its projector makes a vector of more than the vector's own tokens")
+
+    def _try_two(self) -> None:
+        """Images of two shapes, in prompts of their own, must be dealt out to them."""
+        images = [Image.new("RGB", (SIDE, side), "gray") for side in (SIDE, SIDE // 2)]
+        batch = {
+            name: cast(self.vision_dtype, own)
+            for name, own in self.inputs(["?"] * 2, [[one] for one in images]).items()
+        }
+        states = VisionStates()
+        with self.record(states, keep=False, inputs=False):
+            self.model(**batch)
+        token = self.placeholders["image"]
+        states.assign([(batch["input_ids"] == token).sum(-1).tolist()])
 
     def _find_targets(self) -> None:
         layers = blocks_in(self.decoder)
@@ -268,9 +308,12 @@ class Generic(Backbone):
 
     @property
     def unseen(self) -> dict[str, int]:  # type: ignore[override]
-        config = self.model.config
-        token = getattr(config, "video_token_id", getattr(config, "video_token_index", None))
-        return {"video": token} if isinstance(token, int) and token not in self.placeholders.values() else {}
+        config, found = self.model.config, {}
+        for medium in ("video", "audio"):
+            token = getattr(config, f"{medium}_token_id", getattr(config, f"{medium}_token_index", None))
+            if isinstance(token, int) and token not in self.placeholders.values():
+                found[medium] = token
+        return found
 
     @property
     def lora_targets(self) -> dict[str, str]:

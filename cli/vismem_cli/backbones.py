@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
+
+import typer
 
 from vismem_core import plugins
+from vismem_core.base.outlook import Outlook, outlook
 
 from .console import print_json, print_table
-from .options import Json
+from .options import Json, Revision, TrustRemoteCode
 
-EXAMPLE = "Example: vismem backbones"
+EXAMPLE = "Example: vismem backbones --check Qwen/Qwen3-VL-4B-Instruct"
 
 
-def backbones(as_json: Json = False) -> None:
+def backbones(
+    check: Annotated[
+        str | None,
+        typer.Option("--check", metavar="ID|DIR", help="Say what memory would do with a model, by its config alone."),
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
     """List the families of models that memory can be attached to; --json names their model types too."""
+    if check is not None:
+        _check(outlook(check, trust_remote_code=trust_remote_code, revision=revision), as_json)
+        return
     entries = plugins.registry("backbones").entries()
     embedded = plugins.registry("bases").names()
     if as_json:
@@ -33,3 +48,15 @@ def backbones(as_json: Json = False) -> None:
             for entry in entries
         ],
     )
+
+
+def _check(told: Outlook, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(told))
+        return
+    answer = {True: "yes", False: "no", None: "only the model itself can tell"}[told.attaches]
+    rows = [("model type", told.model_type), ("memory attaches", f"{answer}: {told.why}"), ("backbone", told.backbone)]
+    rows.append(("layers", ", ".join(f"{count} {kind}" for kind, count in told.layers.items())))
+    rows.append(("features", ", ".join(told.features)))
+    rows += [(f"without {setting}", why) for setting, why in told.without.items()]
+    print_table("Check", ("", ""), rows)

@@ -1,11 +1,13 @@
 """The public suite on every image-text-to-text type that transformers knows: ``python tests/conformance/survey.py``.
 
-Writes docs/model_types.md; with types as arguments it renews their lines alone.
+Writes docs/model_types.md, and the same for ``vismem backbones --check``; with types as arguments it renews their lines
+alone.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest
 import transformers
 
+from vismem_core.base import outlook
 from vismem_core.base.families import find_backbone
 from vismem_core.errors import AttachError
 from vismem_core.plugins import reason
@@ -29,23 +32,29 @@ sys.path.insert(0, str(Path(__file__).parent))
 from model_types import TYPES, build
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "model_types.md"
+RECORD = Path(__file__).parents[2] / "backbones" / "vismem_backbones" / "model_types.json"
 LIMIT = 90
 """Seconds for one type."""
-Line = tuple[str, str, str]
-"""Backbone, outcome, and the reason for it."""
+Line = dict[str, str]
+"""``backbone``, ``outcome``, ``layers`` of the tiny model's cache, what memory does ``without``, and ``why``."""
 HEAD = """# Model types
 
 What memory does with the image-text-to-text types of transformers {version}: the public conformance suite on tiny
 random models. "refused" is said in one line when memory is attached. "fails" means that memory attaches and breaks a
 promise; do not use it there. "not built" means that no tiny model of the type, or no input for it, could be made here,
-so nothing is known. Types without a file of their own use stand-in processors in the suite.
+so nothing is known. The tiny models are the published layouts made small.
+
+Layers are what the language model keeps of each row: all tokens, those in a window, or a state of a convolution or
+linear attention. Without "encoder", extra tokens have no way through the vision encoder: short memory is formed by a
+former that stands alone. Without "recompute" or "dropping", `context="recompute"` or `drop_image_after_invocation` is
+refused.
 
 {counts}
 
 Renew it with `python tests/conformance/survey.py`.
 
-| type | backbone | outcome | why |
-|---|---|---|---|
+| type | backbone | outcome | layers | without | why |
+|---|---|---|---|---|---|
 """
 
 
@@ -54,15 +63,22 @@ def survey(model_type: str) -> Line:
     try:
         model, processor = build(model_type)
     except Exception as error:  # default configurations may not be made for such sizes
-        return "", "not built", _short(error)
+        return line("", "not built", _short(error))
     family = find_backbone(model)
+    about = {"layers": layers(model.config)}
     try:
-        family(model, processor)
+        backbone = family(model, processor)
     except AttachError as error:
         made = "blank image" in str(error)
-        return family.name, "not built" if made else "refused", _short(error)
+        return line(family.name, "not built" if made else "refused", _short(error), **about)
     except Exception as error:
-        return family.name, "fails", f"attaching: {_short(error)}"
+        return line(family.name, "fails", f"attaching: {_short(error)}", **about)
+    lacks = {
+        "encoder": backbone.blind,
+        "recompute": not backbone.rereads,
+        "dropping": outlook.keeps_images(model.config),
+    }
+    about["without"] = ", ".join(name for name, own in lacks.items() if own)
     failed, count = [], 0
     for name, arguments in checks():
         count += 1
@@ -73,8 +89,19 @@ def survey(model_type: str) -> Line:
         except Exception as error:
             failed.append(f"{name.removeprefix('test_')}: {_short(error.__cause__ or error)}")
     if failed:
-        return family.name, "fails", f"{len(failed)} of {count} checks, first {failed[0]}"
-    return family.name, "passes", "every check"
+        return line(family.name, "fails", f"{len(failed)} of {count} checks, first {failed[0]}", **about)
+    return line(family.name, "passes", "every check", **about)
+
+
+def layers(config: Any) -> str:
+    try:
+        return ", ".join(f"{count} {kind}" for kind, count in outlook.layers(config).items())
+    except Exception:  # a configuration that names kinds which this version does not know
+        return ""
+
+
+def line(backbone: str, outcome: str, why: str, layers: str = "", without: str = "") -> Line:
+    return {"backbone": backbone, "outcome": outcome, "layers": layers, "without": without, "why": why}
 
 
 def contract(backbone_name: str, model_type: str) -> BackboneContract:
@@ -113,34 +140,30 @@ def _apart(model_type: str) -> Line:
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "line"
         fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=lambda: told.write_text("\t".join(survey(model_type)), encoding="utf-8"))
+        process = fork.Process(target=lambda: told.write_text(json.dumps(survey(model_type)), encoding="utf-8"))
         process.start()
         process.join(LIMIT)
         if process.is_alive():
             process.kill()
-            return "", "not built", f"nothing after {LIMIT} seconds"
-        backbone, outcome, why = (
-            told.read_text(encoding="utf-8").split("\t") if told.exists() else ("", "fails", "died")
-        )
-        return backbone, outcome, why
+            return line("", "not built", f"nothing after {LIMIT} seconds")
+        found: Line = json.loads(told.read_text(encoding="utf-8")) if told.exists() else line("", "fails", "died")
+        return found
 
 
 def table(lines: dict[str, Line]) -> str:
     """The document."""
-    counts = Counter(outcome for _, outcome, _ in lines.values())
+    counts = Counter(own["outcome"] for own in lines.values())
     told = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
     head = HEAD.format(version=transformers.__version__, counts=f"{len(lines)} types: {told}.")
-    return head + "".join(
-        f"| {name} | {' | '.join(part.replace('|', '/') for part in own)} |\n" for name, own in lines.items()
-    )
+    columns = ("backbone", "outcome", "layers", "without", "why")
+    rows = [(name, *(own[column].replace("|", "/") for column in columns)) for name, own in lines.items()]
+    return head + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def recorded() -> dict[str, Line]:
-    """What the document says."""
-    rows = [
-        row.strip("| ").split(" | ") for row in DOCUMENT.read_text(encoding="utf-8").splitlines() if row[:2] == "| "
-    ]
-    return {row[0]: (row[1].strip(), row[2], row[3]) for row in rows[1:]}
+    """What was found before."""
+    found: dict[str, Line] = json.loads(RECORD.read_text(encoding="utf-8"))["types"]
+    return found
 
 
 if __name__ == "__main__":
@@ -148,6 +171,7 @@ if __name__ == "__main__":
     lines = recorded() if sys.argv[1:] else {}
     for model_type in sys.argv[1:] or TYPES:
         lines[model_type] = _apart(model_type)
-        print(model_type, *lines[model_type], sep=" | ", flush=True)  # noqa: T201
-    DOCUMENT.parent.mkdir(exist_ok=True)
+        print(model_type, *lines[model_type].values(), sep=" | ", flush=True)  # noqa: T201
     DOCUMENT.write_text(table(lines), encoding="utf-8")
+    record = {"transformers": transformers.__version__, "types": lines}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -59,6 +59,11 @@ class Backbone(ABC):
         processor = AutoProcessor.from_pretrained(source, **shared)
         return AutoModelForImageTextToText.from_pretrained(source, **options).eval(), processor
 
+    @classmethod
+    def outlook(cls, config: Any) -> tuple[bool | None, str]:
+        """Whether memory would attach to a model of this configuration, None if only the model can tell; and why."""
+        return True, "its family has an adapter of its own"
+
     # Anatomy
 
     @property
@@ -75,6 +80,16 @@ class Backbone(ABC):
     def head(self) -> Any:
         """The output head, a module (.., d) -> (.., V) with ``weight`` (V, d)."""
         return self.model.get_output_embeddings()
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits (.., V) of last hidden states (.., d): the head's, scaled and capped where the model does so."""
+        config: Any = self.model.config.get_text_config(decoder=True)
+        logits: Tensor = self.head(states)
+        if (scale := getattr(config, "output_multiplier", None)) is not None:
+            logits = logits * scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
 
     @property
     def width(self) -> int:
@@ -95,6 +110,12 @@ class Backbone(ABC):
     @abstractmethod
     def placeholders(self) -> dict[str, int]:
         """Id of the token that stands for one visual token in a prompt, by medium (``image``, ``video``)."""
+
+    @property
+    def media(self) -> list[int]:
+        """The ids that stand for what is no text, as far as the head knows them."""
+        ids = [*self.placeholders.values(), *self.unseen.values()]
+        return [token for token in ids if token < len(self.head.weight)]
 
     @property
     @abstractmethod

@@ -44,7 +44,11 @@ def load_base(
     if dtype not in DTYPES:
         raise AttachError(f"dtype {dtype!r}: {nearest(dtype, DTYPES)} (one of {', '.join(DTYPES)})")
     source = model or str(embedded(backbone)[1].model)
-    name = backbone or _backbone_of(source, trust_remote_code, revision)
+    name, unknown = backbone or "", ""
+    if not name:
+        _, name, unknown = backbone_of(source, trust_remote_code, revision)
+    if not name:
+        raise AttachError(f"{source}: {unknown}")
     family = registry("backbones").get(name)
     plain = "cuda" if torch.cuda.is_available() else "cpu"
     place = ("shard" if shards.asked() else plain) if device == "auto" else device
@@ -87,7 +91,12 @@ def _share() -> dict[str, Any]:
     return {"max_memory": {gpu: free[gpu] for gpu in gpus[rank::processes]}}
 
 
-def _backbone_of(source: str, trust_remote_code: bool, revision: str | None) -> str:
+def backbone_of(source: str, trust_remote_code: bool = False, revision: str | None = None) -> tuple[Any, str, str]:
+    """The configuration of a hub id or a folder, and the backbone for it; or else an empty name, and why.
+
+    Raises:
+        AttachError: there is no configuration that can be read.
+    """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
     except Exception as error:  # as above
@@ -101,10 +110,8 @@ def _backbone_of(source: str, trust_remote_code: bool, revision: str | None) -> 
         for entry in backbones.entries():
             if entry.facts.get("fallback"):
                 known.setdefault(config.model_type, entry.name)
-    if config.model_type not in known:
-        hint = nearest(config.model_type, known)
-        raise AttachError(f"{source}: no backbone knows model type {config.model_type!r}; {hint}")
-    return known[config.model_type]
+    hint = "" if config.model_type in known else nearest(config.model_type, known)
+    return config, known.get(config.model_type, ""), f"no backbone knows model type {config.model_type!r}; {hint}"
 
 
 def _reason(source: str, error: Exception) -> str:

@@ -334,9 +334,12 @@ class Session:
         """
         config: Any = self.backbone.decoder.config
         kinds = set(getattr(config, "layer_types", None) or [""])
-        found = {}
+        found: dict[str, Tensor | None] = {}
         windows = {"full_attention": None, "": self.room.grown[0].window}
         for kind in kinds:
+            if kind in ("conv", "linear_attention"):  # their states know no columns
+                found[kind] = None
+                continue
             mask = self.room.seen(windows.get(kind, getattr(config, "sliding_window", None)))[:, None, None]
             if config._attn_implementation == "eager":
                 mask = torch.zeros_like(mask, dtype=self.backbone.dtype).masked_fill(

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from vismem_core.base import cache as kv
+from vismem_core.base import outlook
 from vismem_core.base.adapters import Adapter
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.compiled import Compiler
@@ -30,8 +29,6 @@ from .query import QueryBuilder
 from .trace import Trace
 from .trigger import Row, Trigger
 
-CHANGING = ("dynamic", "longrope")
-"""Ropes whose frequencies a model changes while it is called, by the lengths that it meets."""
 FORMATION = ("builder.", "short.", "long.")
 """How the names of what Stage I trains begin; all the rest belongs to the policy."""
 
@@ -305,22 +302,15 @@ def _rows(layer: nn.Module) -> int:
 
 def _fitting(backbone: Backbone, config: MemoryConfig) -> MemoryConfig:
     """The settings as this kind of model can follow them; what it cannot do is said before anything is asked of it."""
-    told = str(getattr(backbone.model.config.get_text_config(decoder=True), "rope_parameters", None))
-    if rope := next((kind for kind in CHANGING if f"'rope_type': '{kind}'" in told), None):
-        raise AttachError(
-            f"positions of rope_type {rope!r} hang on the lengths that the model met before, in other rows and calls: "
-            "use another in config.json, such as 'default' or 'yarn'"
-        )
+    if why := outlook.refused(backbone.model.config):
+        raise AttachError(why)
     if config.long.context == "recompute" and not backbone.rereads:
         raise AttachError(
             f"model type {backbone.model.config.model_type!r} reads images with more than embeddings, so prompts are "
             "not read again: use memory.long.context=cache"
         )
-    if config.drop_image_after_invocation and kv.states(DynamicCache(config=backbone.model.config)):
-        raise AttachError(
-            f"images cannot leave the states of {backbone.model.config.model_type!r}, whose convolutions or linear "
-            "attention hold all that was read: use memory.drop_image_after_invocation=false"
-        )
+    if config.drop_image_after_invocation and (why := outlook.keeps_images(backbone.model.config)):
+        raise AttachError(f"{why}: use memory.drop_image_after_invocation=false")
     if backbone.blind and config.short.name == "lora":
         warnings.warn(
             f"extra tokens have no way through this vision encoder ({backbone.blind}): short memory is formed of the "

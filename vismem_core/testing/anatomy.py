@@ -38,8 +38,8 @@ class Anatomy(Contract):
             assert found.name == base.named, f"registered as {base.named!r}, it calls itself {found.name!r}"
 
     @holds(
-        "the head over the decoder's last hidden states must be the model's logits, and width the embeddings' width",
-        "vismem_core.base.backbone.Backbone.decoder, .embeddings, .head and .width",
+        "logits() of the decoder's last hidden states must be the model's, and width the embeddings' width",
+        "vismem_core.base.backbone.Backbone.decoder, .embeddings, .logits and .width",
     )
     @torch.no_grad()
     def test_language_model(self) -> None:
@@ -47,7 +47,7 @@ class Anatomy(Contract):
         with listening(base.backbone) as heard:
             output = base.model(**base.inputs(*self.questions()))
         assert heard.hidden, "the decoder does not run in the model's forward pass"
-        close(base.backbone.head(heard.hidden[0]), output.logits)
+        close(base.backbone.logits(heard.hidden[0]), output.logits)
         assert heard.embeds[0].shape[-1] == heard.hidden[0].shape[-1] == base.backbone.width
         text = base.inputs(*self.questions())["input_ids"][:, -1:]
         with listening(base.backbone) as heard:

@@ -83,9 +83,11 @@ class Insertion(Contract):
         settings._compile_all_devices = compiled  # type: ignore[assignment]
         static: dict[str, Any] = {"cache_implementation": "static", "compile_config": settings}
         try:
-            base.generate(*questions, **static)
+            own = base.generate(*questions, **static)
         except Exception:
             pytest.skip("the model's own generate does not work with a static cache")
+        if not own.sequences.equal(base.generate(*questions).sequences):
+            pytest.skip("the model's own generate answers otherwise with a static cache")
         memory = base.attach(staggered())
         expected, formed = base.generate(*questions), memory.trace.invocations
         torch._dynamo.reset()
@@ -138,7 +140,10 @@ class Insertion(Contract):
     def test_copies_see_their_prompts_images(self) -> None:
         base, questions = self.base(), self.questions()
         copied: dict[str, Any] = {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
-        plain = base.generate(*questions, **copied).answers
+        try:
+            plain = base.generate(*questions, **copied).answers
+        except Exception:
+            pytest.skip("the model's own generate makes no copies")
         if any(not plain[2 * row].equal(base.generate(own).answers[0]) for row, own in enumerate(questions)):
             pytest.skip("the model's own generate does not give copies of a prompt its images")
         memory = base.attach("schedule:1=short")

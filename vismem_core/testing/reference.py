@@ -166,7 +166,7 @@ def logits(
         hidden = one_pass(base, question, torch.cat(pieces))
     prompt = len(hidden) - length
     before = [prompt - 1, *(prompt + place for place in places[:-1])]  # latents predict nothing
-    return base.backbone.head(hidden[before])  # type: ignore[no-any-return]
+    return base.backbone.logits(hidden[before])
 
 
 def _embedded(memory: Memory, token: int) -> Tensor:

@@ -90,7 +90,7 @@ class Choices:
     @torch.no_grad()
     def _plain(self, hidden: Tensor) -> Tensor:
         backbone = self.memory.backbone
-        weights: Tensor = backbone.head(hidden.to(backbone.dtype)).float().logsumexp(-1, keepdim=True)
+        weights: Tensor = backbone.logits(hidden.to(backbone.dtype)).float().logsumexp(-1, keepdim=True)
         return weights.to(hidden.device)
 
     def fit(self) -> None:

@@ -51,8 +51,8 @@ class TrajectoryReplay(Replay):
         before = torch.tensor([self.slots[row][index] for row, index in chosen], device=hidden.device)
         states = hidden[rows, before]
         tokens = self.memory.tokens
-        logits = self.backbone.head(states).float()
-        media = torch.tensor(list(self.backbone.placeholders.values()), device=logits.device)
+        logits = self.backbone.logits(states).float()
+        media = torch.tensor(self.backbone.media, dtype=torch.long, device=logits.device)
         logits = logits.index_fill(1, media, NEVER)  # as in the rollout
         asks = tokens.logits(states).to(logits.device)
         offered = torch.tensor([self.trajectories[row].offered[index] for row, index in chosen], device=logits.device)

@@ -112,7 +112,7 @@ class _Rollout(Decoder):
 
     def _begin(self, model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
         self.rows = [Row(seed=seed) for seed in self.seeds]
-        logits = self.session.backbone.head(self.session.hidden[:, -1:])
+        logits = self.session.backbone.logits(self.session.hidden[:, -1:])
         output = CausalLMOutputWithPast(logits=logits)
         output[kv.NAME] = self.session.cache
         return output
@@ -122,7 +122,7 @@ class _Rollout(Decoder):
 
     def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> tuple[Tensor, dict[int, int]]:
         # An image token that is no image would be taken for one when the trajectory is read again.
-        logits[:, list(self.session.backbone.placeholders.values())] = NEVER
+        logits[:, self.session.backbone.media] = NEVER
         extended, self._forced = super()._choices(logits, room, running)
         self._running = running
         columns = slice(self.tokens.first, self.tokens.first + len(KINDS))

@@ -88,7 +88,7 @@ def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Ten
         cache = kv.select(session.cache, rows)
         grown = backbone.continue_(embeds, mask, session.positions[..., index, :] + steps, cache)
         hidden = torch.cat([last, grown], dim=1)[:, -longest:]
-    logits = backbone.head(hidden).float()
+    logits = backbone.logits(hidden).float()
     targets = targets.to(logits.device)
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return -losses.to(backbone.device)

@@ -1,0 +1,70 @@
+"""``vismem backbones``: families, and what memory would do with a model whose weights are not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import CONFIG_MAPPING
+from typer.testing import CliRunner
+
+from vismem_cli.app import app
+
+
+def check(source: Path | str, *options: str) -> Any:
+    done = CliRunner().invoke(app, ["backbones", "--check", str(source), *options])
+    return done
+
+
+def told(folder: Path, model_type: str, **text: Any) -> dict[str, Any]:
+    config = CONFIG_MAPPING[model_type]().to_dict()
+    config["text_config"] |= text
+    CONFIG_MAPPING[model_type].from_dict(config).save_pretrained(folder)
+    done = check(folder, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def test_a_family_of_its_own(tmp_path: Path) -> None:
+    found = told(tmp_path, "qwen2_5_vl")
+    assert found["attaches"] is True and found["backbone"] == "qwen2_5_vl" and "video" in found["features"]
+    assert set(found["layers"]) == {"full"} and found["without"] == {}
+
+
+def test_states_hold_images(tmp_path: Path) -> None:
+    found = told(tmp_path, "qwen3_5")
+    assert found["attaches"] is True and found["backbone"] == "generic"
+    assert found["layers"]["state"] > found["layers"]["full"] > 0
+    assert "linear attention" in found["without"]["memory.drop_image_after_invocation"]
+
+
+def test_ropes_that_change(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    found = told(tmp_path, "llava", rope_parameters=rope)
+    assert found["attaches"] is False and "rope_type 'dynamic'" in found["why"]
+
+
+def test_what_breaks_a_promise(tmp_path: Path) -> None:
+    found = told(tmp_path, "janus")
+    assert found["attaches"] is False and "generate() of its own" in found["why"]
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_what_is_no_vision_language_model(model_type: str, tmp_path: Path) -> None:
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    done = check(tmp_path, "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["why"].startswith(f"no backbone knows model type '{model_type}'")
+
+
+def test_as_a_table(tmp_path: Path) -> None:
+    CONFIG_MAPPING["qwen2_5_vl"]().save_pretrained(tmp_path)
+    done = check(tmp_path)
+    assert done.exit_code == 0 and "memory attaches" in done.stdout and "qwen2_5_vl" in done.stdout
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    done = check(tmp_path / "nowhere")
+    assert done.exit_code != 0
