@@ -2,7 +2,7 @@
 
 Random weights of published shapes, answers of fixed length. Every line has plain ``generate`` beside it, under the same
 settings: eager with its default cache, and compiled on a static one. Times are of decoding, the prompt's pass taken
-off; peaks are over what was in use before. Lines that the time does not allow are named as left out.
+off; peaks are over the loaded base. Lines that the time does not allow are named as left out.
 """
 
 import gc
@@ -144,7 +144,7 @@ def _training(bench: Bench, stage: type[FormationGrpo] | type[InvocationGrpo]) -
             optimizer.step()
             one.stepped()
             steps.append(clock.now() - start)
-            peaks.append(room.peak())
+            peaks.append(room.peak() - bench.loaded)
     ratios = [own / other for own, other in zip(steps[1:], plain[1:], strict=True)]
     name = f"a step of {stage.__name__}, group of {GROUP}"
     told = {"what": name, "seconds": median(steps[1:]), "ratio": median(ratios), "least": min(ratios)}

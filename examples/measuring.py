@@ -36,6 +36,7 @@ SHAPES = {
 QUESTION = "what is in this picture ? list the cells "
 CHOICE = ((Decoder, "_choices"), (Processors, "__call__"), (Decoder, "_select"))
 """The methods in which the next tokens are chosen."""
+PROCESS = Path("/proc/self")
 Variant = Callable[["Bench"], AbstractContextManager[Memory]]
 
 
@@ -79,23 +80,23 @@ class Clock(StoppingCriteria):
 
 
 class Room:
-    """Bytes in use: of the GPU, or of this process (where the system tells: Linux)."""
+    """Bytes in use: of the GPU, or of this process (0 where the system does not tell: it is not Linux)."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here on
+        elif PROCESS.is_dir():
+            (PROCESS / "clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here on
         self.before = torch.cuda.memory_allocated() if self.cuda else self._told("VmRSS")
 
     def peak(self) -> float:
-        """The most since this object was made, over what was in use then."""
-        return float(torch.cuda.max_memory_allocated() if self.cuda else self._told("VmHWM")) - self.before
+        """The most since this object was made."""
+        return float(torch.cuda.max_memory_allocated() if self.cuda else self._told("VmHWM"))
 
     @staticmethod
     def _told(name: str) -> float:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        lines = (PROCESS / "status").read_text(encoding="ascii").splitlines() if PROCESS.is_dir() else [f"{name}: 0 kB"]
         return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
@@ -108,7 +109,7 @@ class Turn:
         steps: seconds of each step but the first.
         invoked: positions of the invocation tokens.
         inside: seconds in the model, the query builder, the formers and the choice of tokens.
-        peak: bytes over what was in use before.
+        peak: bytes over the loaded base.
     """
 
     seconds: float
@@ -135,6 +136,7 @@ class Bench:
         self.model, self.processor = model, processor
         self.device, self.tokens, self.repeats, self.visual = device, tokens, repeats, visual
         self.options: dict[str, Any] = {}
+        self.loaded = Room(device).before
 
     def pictures(self, count: int) -> list[Image.Image]:
         """Squares of noise: a visual token is made of 2 x 2 patches of 14 pixels."""
@@ -159,7 +161,7 @@ class Bench:
             seconds = clock.now() - start
         invoked = [invocation.position for invocation in memory.trace.invocations] if memory else []
         steps = [after - before for before, after in pairwise(clock.stamps)]
-        return Turn(seconds, steps, invoked, inside, room.peak())
+        return Turn(seconds, steps, invoked, inside, room.peak() - self.loaded)
 
     def turns(self, rows: int, variants: dict[str, Variant], **options: Any) -> dict[str, list[Turn]]:
         """Plain ``generate`` with nothing attached, then each variant, again and again; the first round warms up."""

@@ -42,6 +42,7 @@ GIVEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_
 """What memory knows to give to a language model."""
 REFUSED = {
     "cohere2_vision": "its features' last bits depend on whether its weights need gradients, so off is not the base",
+    "emu3": "transformers makes other tokens of images in a batch than of one alone",
     "hunyuan_vl": "transformers gives its images other positions in a batch than alone",
 }
 """Types that break a promise in ways that calling them once does not show."""

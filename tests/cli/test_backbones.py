@@ -14,8 +14,7 @@ from vismem_cli.app import app
 
 
 def check(source: Path | str, *options: str) -> Any:
-    done = CliRunner().invoke(app, ["backbones", "--check", str(source), *options])
-    return done
+    return CliRunner().invoke(app, ["backbones", "--check", str(source), *options])
 
 
 def told(folder: Path, model_type: str, **text: Any) -> dict[str, Any]:

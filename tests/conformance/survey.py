@@ -79,6 +79,10 @@ def survey(model_type: str) -> Line:
         "dropping": outlook.keeps_images(model.config),
     }
     about["without"] = ", ".join(name for name, own in lacks.items() if own)
+    try:
+        contract(family.name, model_type).test_the_model_looks_at_its_image()
+    except AssertionError as error:
+        return line(family.name, "not built", _short(error.__cause__ or error), **about)
     failed, count = [], 0
     for name, arguments in checks():
         count += 1

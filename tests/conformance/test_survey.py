@@ -14,7 +14,7 @@ SAMPLE = {
     "qwen3_5": "passes",
     "gemma3": "passes",
     "lfm2_vl": "passes",
-    "idefics2": "passes",
+    "fast_vlm": "passes",
     "florence2": "refused",
     "janus": "refused",
 }
@@ -37,5 +37,5 @@ def test_the_document_names_every_type() -> None:
     lines = recorded()
     assert tuple(lines) == TYPES
     outcomes = [own["outcome"] for own in lines.values()]
-    assert outcomes.count("passes") >= 30
+    assert outcomes.count("passes") >= 58
     assert "fails" not in outcomes, "what breaks a promise must be refused when memory is attached"
