@@ -260,8 +260,22 @@ def main(
 
     Example: python examples/benchmark.py --only b --repeats 3
     """
+    if odd := set(only) - set("abcdef"):
+        raise typer.BadParameter(f"there are figures a to f, and no {', '.join(sorted(odd))}", param_hint="--only")
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"one of {', '.join(SHAPES)}", param_hint="--shape")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter("one of float32, bfloat16, float16", param_hint="--dtype")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no GPU here", param_hint="--device")
     torch.set_num_threads(threads)
     if suite_ == "gpu":
+        try:
+            if output is not None:  # before anything is measured
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.touch()
+        except OSError as error:
+            raise typer.BadParameter(f"{output}: {error.strerror}", param_hint="--output") from error
         shapes = [shape] if shape != "80m" or set_ else ["3b", "7b"]
         suite(shapes, set_ or [], device, dtype, tokens, _numbers(batches), visual, minutes, output)
         return
@@ -281,7 +295,10 @@ def main(
 
 
 def _numbers(told: str) -> list[int]:
-    return [int(number) for number in told.split(",")]
+    try:
+        return [int(number) for number in told.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"numbers with commas between them, such as 81,324; not {told!r}") from error
 
 
 if __name__ == "__main__":

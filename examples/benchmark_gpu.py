@@ -66,10 +66,9 @@ def suite(
     setting = {"device": _device(device), "dtype": dtype, "new tokens": tokens, "visual tokens": visual}
     setting |= {"torch": torch.__version__, "transformers": transformers.__version__}
     report = json.dumps({"setting": setting, "lines": lines, "left_out": left}, indent=1)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(report + "\n", encoding="utf-8")
     print(report)
+    if output is not None:
+        output.write_text(report + "\n", encoding="utf-8")
 
 
 def _device(device: str) -> str:

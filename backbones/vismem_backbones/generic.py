@@ -85,13 +85,18 @@ class Generic(Backbone):
         return isinstance(model, PreTrainedModel) and model.config.model_type in known
 
     @classmethod
-    def outlook(cls, config: Any) -> tuple[bool | None, str]:
+    def outlook(cls, config: Any) -> tuple[bool | None, str, dict[str, str]]:
         record = json.loads((Path(__file__).parent / "model_types.json").read_text(encoding="utf-8"))
-        told = record["types"].get(config.model_type, {"outcome": "not built", "why": "not a type of transformers"})
+        told = record["types"].get(config.model_type, {"outcome": "not built", "why": "no such type", "without": ""})
+        without = {}
+        if "recompute" in told["without"]:
+            without["memory.long.context=recompute"] = "its prompts carry more than embeddings"
+        if "encoder" in told["without"]:
+            without["memory.short.name=lora"] = "extra tokens have no way through its vision encoder"
         by = f"tiny models of transformers {record['transformers']}"
         if told["outcome"] == "passes":
-            return True, f"{by} of this type pass the conformance suite"
-        return (None if told["outcome"] == "not built" else False), f"{by}: {told['outcome']}, {told['why']}"
+            return True, f"{by} of this type pass the conformance suite", without
+        return (None if told["outcome"] == "not built" else False), f"{by}: {told['outcome']}, {told['why']}", without
 
     def _name(self, module: nn.Module) -> str:
         if id(module) not in self._names:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vismem_core import plugins
-from vismem_core.base.outlook import Outlook, outlook
 
 from .console import print_json, print_table
 from .options import Json, Revision, TrustRemoteCode
@@ -27,6 +26,8 @@ def backbones(
 ) -> None:
     """List the families of models that memory can be attached to; --json names their model types too."""
     if check is not None:
+        from vismem_core.base.outlook import outlook  # torch comes with it
+
         _check(outlook(check, trust_remote_code=trust_remote_code, revision=revision), as_json)
         return
     entries = plugins.registry("backbones").entries()
@@ -50,7 +51,7 @@ def backbones(
     )
 
 
-def _check(told: Outlook, as_json: bool) -> None:
+def _check(told: Any, as_json: bool) -> None:
     if as_json:
         print_json(asdict(told))
         return

@@ -15,7 +15,7 @@ from transformers import LlavaConfig, Mistral3Config
 import vismem_core as vismem
 from vismem_backbones.generic import Generic
 from vismem_core.base.families import find_backbone
-from vismem_core.base.loading import _backbone_of
+from vismem_core.base.loading import backbone_of
 from vismem_core.base.vision import VisionStates
 from vismem_core.errors import AttachError
 from vismem_core.plugins import Registry, registry
@@ -42,7 +42,7 @@ def test_it_comes_last_wherever_it_was_registered(monkeypatch: pytest.MonkeyPatc
 def test_it_is_found_by_the_type_of_a_checkpoint(tmp_path: Path) -> None:
     for config, name in ((Mistral3Config(), "generic"), (LlavaConfig(), "llava")):
         config.save_pretrained(tmp_path)
-        assert _backbone_of(str(tmp_path), False, None) == name
+        assert backbone_of(str(tmp_path))[1] == name
 
 
 def test_it_says_what_it_found() -> None:

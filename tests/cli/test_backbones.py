@@ -39,6 +39,11 @@ def test_states_hold_images(tmp_path: Path) -> None:
     assert "linear attention" in found["without"]["memory.drop_image_after_invocation"]
 
 
+def test_prompts_that_carry_more_than_embeddings(tmp_path: Path) -> None:
+    found = told(tmp_path, "qwen3_vl")
+    assert found["attaches"] is True and list(found["without"]) == ["memory.long.context=recompute"]
+
+
 def test_ropes_that_change(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     found = told(tmp_path, "llava", rope_parameters=rope)

@@ -8,13 +8,9 @@ from model_types import TYPES
 from survey import DOCUMENT, recorded, survey, table
 
 SAMPLE = {
-    "qwen2_vl": "passes",
-    "aya_vision": "passes",
     "qwen3_vl": "passes",
     "qwen3_5": "passes",
     "gemma3": "passes",
-    "lfm2_vl": "passes",
-    "fast_vlm": "passes",
     "florence2": "refused",
     "janus": "refused",
 }

@@ -54,8 +54,8 @@ def test_hub_ids_without_a_network_are_told_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["1"] * 2 * len(PUBLISHED), done.stderr
     expected = [
-        f"error: {source}: no such folder, and the hub is switched off (HF_HUB_OFFLINE); pass --model a folder that "
-        "holds the checkpoint"
+        f"error: {source}: no such folder, and the hub is switched off (HF_HUB_OFFLINE); name a folder that holds "
+        "the checkpoint"
         for source in PUBLISHED.values()
         for _ in range(2)
     ]

@@ -15,7 +15,7 @@ TINY = ["text.num_hidden_layers=2", "text.hidden_size=32", "text.intermediate_si
 TINY += ["text.vocab_size=128", "vision.depth=2", "vision.hidden_size=32", "vision.intermediate_size=32"]
 
 
-def run(*options: str) -> str:
+def run(*options: str, code: int = 0) -> str:
     program, threads = typer.Typer(), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPT.parent)
@@ -23,8 +23,8 @@ def run(*options: str) -> str:
     sizes = [part for size in TINY for part in ("--set", size)]
     done = CliRunner().invoke(program, [*sizes, "--tokens", "24", *options])
     torch.set_num_threads(threads)
-    assert done.exit_code == 0, done.output
-    return done.stdout
+    assert done.exit_code == code, done.output
+    return done.output if code else done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,20 @@ def test_figures_by_context() -> None:
         assert min(shares) > 0 and sum(shares) == pytest.approx(1)
         assert never["parts"]["query"] == 0
         assert figures[f"{visual} visual tokens: images dropped"]["over"] == "plain step without images"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--only az", "no z"),
+        ("--only e --contexts abc", "not 'abc'"),
+        ("--shape 80x", "one of 80m"),
+        ("--dtype float31", "one of float32"),
+        ("--suite gpu --output /proc/nowhere/x.json", "/proc/nowhere/x.json"),
+    ],
+)
+def test_wrong_options_are_told_before_anything_is_measured(options: str, told: str) -> None:
+    assert told in run(*options.split(), code=2)
 
 
 def test_what_one_gpu_can_tell(tmp_path: Path) -> None:

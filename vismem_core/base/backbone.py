@@ -60,9 +60,12 @@ class Backbone(ABC):
         return AutoModelForImageTextToText.from_pretrained(source, **options).eval(), processor
 
     @classmethod
-    def outlook(cls, config: Any) -> tuple[bool | None, str]:
-        """Whether memory would attach to a model of this configuration, None if only the model can tell; and why."""
-        return True, "its family has an adapter of its own"
+    def outlook(cls, config: Any) -> tuple[bool | None, str, dict[str, str]]:
+        """Whether memory would attach to a model of this configuration, None if only the model can tell; and why.
+
+        With what it would be ``without``: settings that are refused, and why.
+        """
+        return True, "its family has an adapter of its own", {}
 
     # Anatomy
 

@@ -122,5 +122,5 @@ def _reason(source: str, error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     if isinstance(error, OSError) and not Path(source).exists():
         why = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "it could not be fetched from the hub"
-        return f"{source}: no such folder, and {why}; pass --model a folder that holds the checkpoint"
+        return f"{source}: no such folder, and {why}; name a folder that holds the checkpoint"
     return f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}"

@@ -58,9 +58,10 @@ def outlook(source: str, *, trust_remote_code: bool = False, revision: str | Non
     if not name:
         return Outlook(kind, attaches=False, why=unknown)
     entry = registry("backbones").entry(name)
-    attaches, why = registry("backbones").get(name).outlook(config)
+    attaches, why, without = registry("backbones").get(name).outlook(config)
     told = Outlook(kind, name, layers=layers(config), features=tuple(entry.facts.get("features", ())))
-    without = {"memory.drop_image_after_invocation": reason} if (reason := keeps_images(config)) else {}
+    if reason := keeps_images(config):
+        without["memory.drop_image_after_invocation"] = reason
     if reason := refused(config):
         attaches, why = False, reason
     return Outlook(**{**vars(told), "attaches": attaches, "why": why, "without": without})
