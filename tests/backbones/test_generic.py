@@ -17,6 +17,7 @@ from vismem_backbones.generic import Generic
 from vismem_core.base.families import find_backbone
 from vismem_core.base.loading import backbone_of
 from vismem_core.base.vision import VisionStates
+from vismem_core.config import FormerConfig, MemoryConfig
 from vismem_core.errors import AttachError
 from vismem_core.plugins import Registry, registry
 
@@ -90,26 +91,42 @@ def test_refusals_name_the_reason() -> None:
     refused("it is an encoder-decoder", model, processor)
 
     model, processor = tiny.llava()
-    model.config.text_config.layer_types = ["linear_attention", "full_attention"]
-    refused("cannot grow cache layers of type LinearAttention", model, processor)
-
-    model, processor = tiny.llava()
     processor.chat_template = None
     refused("its processor makes no inputs of a blank image", model, processor)
 
+
+def test_without_a_way_through_the_encoder_short_memory_stands_alone() -> None:
     model, processor = tiny.llava()
     model.model.multi_modal_projector = Mixing(model.model.multi_modal_projector)
-    refused(
-        r"its projector makes no language token of patches that are its own \(found: language model", model, processor
-    )
+    why = "its projector makes no language token of patches that are its own"
+    assert Generic(model, processor).blind == why
+    with pytest.warns(UserWarning, match=f"no way through this vision encoder .{why}.: short memory is formed of"):
+        memory = vismem.attach(model, processor, backbone="generic")
+    assert type(memory.short).__name__ == "TransformerFormer" and memory.config.short.name == "transformer"
+    assert type(memory.long).__name__ == "LanguageLora"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("qwen3_vl", {"long": FormerConfig(length=16, context="recompute")}, r"use memory\.long\.context=cache"),
+        ("gemma3", {"long": FormerConfig(length=16, context="recompute")}, r"use memory\.long\.context=cache"),
+        ("qwen3_5", {"drop_image_after_invocation": True}, r"images cannot leave the states of 'qwen3_5'"),
+    ],
+)
+def test_settings_that_layers_cannot_follow(model_type: str, settings: dict[str, Any], reason: str) -> None:
+    model, processor = build(model_type)
+    with pytest.raises(AttachError, match=reason):
+        vismem.attach(model, processor, config=MemoryConfig(**settings))
+    vismem.attach(model, processor).detach()  # nothing was left behind
 
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("qwen3_vl", "its language model takes more than embeddings: deepstack_visual_embeds, visual_pos_masks"),
-        ("paligemma", "its language model's mask says more than which tokens are padding"),
-        ("gemma3", "its language model's mask says more than which tokens are padding"),
+        ("gemma4", "its language model takes more than embeddings: per_layer_inputs"),
+        ("granite_docling", "its logits are not what its head makes of the last hidden states"),
+        ("glm5_next", "cannot grow cache layers of type DynamicIndexedLayer"),
         ("janus", r"its class has a generate\(\) of its own"),
         ("hunyuan_vl", "other positions in a batch than alone"),
     ],
