@@ -8,6 +8,10 @@ from model_types import TYPES
 from survey import DOCUMENT, recorded, survey, table
 
 SAMPLE = {
+    "qwen2_vl": "passes",
+    "aya_vision": "passes",
+    "ovis2": "passes",
+    "paligemma": "passes",
     "qwen3_vl": "passes",
     "qwen3_5": "passes",
     "gemma3": "passes",

@@ -109,10 +109,7 @@ SPREAD: list[Any] = [({}, spread), ({"context": "recompute"}, spread)]
 
 @pytest.mark.parametrize(
     ("make", "settings", "place"),
-    [
-        *((make, *case) for make in (tied, untied) for case in ANYWHERE + SPREAD),
-        *((make, *case) for make in FAMILIES for case in ANYWHERE),
-    ],
+    [(make, *case) for make in (tied, untied, *FAMILIES) for case in ANYWHERE + SPREAD],
 )
 def test_answers_are_the_same_elsewhere(
     make: Callable[[], Base], settings: dict[str, Any], place: Callable[[Base], None]
@@ -130,10 +127,8 @@ def test_answers_are_the_same_elsewhere(
     assert found.sequences.tolist() == expected.sequences.tolist()
 
 
-@pytest.mark.parametrize(
-    ("make", "settings"),
-    [(tied, {"name": "transformer", "builder": "cross"}), *((own, {}) for own in (tied, *FAMILIES[::2]))],
-)
+@pytest.mark.parametrize("make", [tied, *FAMILIES])
+@pytest.mark.parametrize("settings", [{}, {"name": "transformer", "builder": "cross"}], ids=["lora", "transformer"])
 def test_answers_follow_a_model_that_is_moved(make: Callable[[], Base], settings: dict[str, Any]) -> None:
     base = make()
     memory = base.attach(config(trigger="schedule:0=long,4=short", **settings))
@@ -180,16 +175,8 @@ PLAIN = (config(), whole)
 PARTED = (config("transformer", builder="cross", policy=PolicyConfig("lora", rank=4)), spread)
 
 
-@pytest.mark.parametrize(
-    ("start", "settings", "place"),
-    [
-        (STAGES["formation"], *PARTED),
-        (STAGES["invocation"], *PLAIN),
-        (STAGES["formation, GRPO"], *PLAIN),
-        (STAGES["invocation, GRPO"], *PARTED),
-    ],
-    ids=STAGES,
-)
+@pytest.mark.parametrize(("settings", "place"), [PLAIN, PARTED], ids=["plain", "parted"])
+@pytest.mark.parametrize("start", STAGES.values(), ids=STAGES)
 def test_steps_are_the_same_elsewhere(
     settings: MemoryConfig, place: Callable[[Base], None], start: Callable[[Memory], Stage]
 ) -> None:

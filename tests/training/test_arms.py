@@ -61,7 +61,7 @@ def test_the_right_arm_is_learnt(alpha: float) -> None:
         memory.tokens.head.zero_()
     before = asks(memory)
     assert before.max() < 0.1
-    learn(memory, 60, alpha=alpha)
+    learn(memory, 80, alpha=alpha)
     right = torch.tensor([KINDS.index(own.answer) for own in QUESTIONS])[:, None]  # type: ignore[arg-type]
     chosen = asks(memory)
     assert (chosen.gather(1, right) > 0.5).all() and (chosen.gather(1, 1 - right) < 0.1).all()
@@ -75,7 +75,7 @@ def test_what_is_never_sampled_is_never_learnt_without_exploration() -> None:
             state = mean_state(memory)
             memory.tokens.head.copy_((-16.0 * state / state.square().sum()).expand(2, -1))
         assert asks(memory).max() < 1e-6
-        learn(memory, 50, explore=explore, max_new_tokens=3)  # room to ask at the start alone
+        learn(memory, 80, explore=explore, max_new_tokens=3)  # room to ask at the start alone
         assert bool(asks(memory).max() > 0.1) is learnt
 
 

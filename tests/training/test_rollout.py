@@ -13,6 +13,7 @@ from vismem_core import Memory, Trace
 from vismem_core.decoding.replay import Prompts, read_prompts
 from vismem_core.decoding.room import RoomCache
 from vismem_core.memory.trace import Invocation
+from vismem_core.training import rollout
 from vismem_core.training.replay import TrajectoryReplay
 from vismem_core.training.rollout import Deal, Sampling, Trajectory, draw, rollouts
 
@@ -46,9 +47,13 @@ def test_quantiles() -> None:
     assert draw(shares, torch.tensor([0.99]), 1e-6).item() == 1
 
 
+@pytest.mark.parametrize("shared", [0, 256])
 @pytest.mark.parametrize("trigger", ["policy", "anywhere:0.3", "never"])
-def test_a_trajectory_can_be_sampled_alone(base: Base, trigger: str) -> None:
-    """Whatever its neighbours, and although finished rows leave the batch early."""
+def test_a_trajectory_can_be_sampled_alone(
+    base: Base, trigger: str, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its neighbours, although finished rows leave the batch early, and whether the prompt is held once."""
+    monkeypatch.setattr(rollout, "SHARED", shared)
     memory = eager(base, trigger)
     read = prompts(memory, base)
     seeds = list(range(12, 24))
@@ -63,6 +68,7 @@ def test_a_trajectory_can_be_sampled_alone(base: Base, trigger: str) -> None:
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_a_group_holds_its_prompt_once(base: Base, packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "SHARED", 0)
     memory = eager(base, "anywhere:0.3")
     memory.backbone.packs = packs
     caches: list[RoomCache] = []
@@ -107,7 +113,7 @@ def test_log_probabilities_are_those_of_one_plain_pass(base: Base, temperature: 
             if own.chosen[at]:
                 choice = token if token < first else plain.logits[at, :first].numel() + token - first
                 expected = everything.log_softmax(-1)
-                assert own.logprobs[at] == pytest.approx(expected[choice].item(), abs=1e-4, rel=1e-4)
+                assert own.logprobs[at] == pytest.approx(expected[choice].item(), abs=1e-4)
                 entropy = -(expected.exp() * expected).nan_to_num(0.0).sum().item()
                 assert own.entropy[at] == pytest.approx(entropy, abs=1e-3)
             else:

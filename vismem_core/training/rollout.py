@@ -1,7 +1,8 @@
 """Rollouts: a group of trajectories per prompt, sampled with memory by the loop that inference uses.
 
-Each prompt is encoded once, and its cache held once for its group. A trajectory's chances come from its own seed, so it
-can be sampled again alone, and with the other memory at its invocations the same chances meet it (``swapped``).
+Each prompt is encoded once; the cache of a long one is held once for its group. A trajectory's chances come from its
+own seed, so it can be sampled again alone, and with the other memory at its invocations the same chances meet it
+(``swapped``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from vismem_core.memory.trigger import Row
 from .dropout import drops_images
 
 Deal = Kind | Literal["none"]
+SHARED = 256
+"""Columns of a prompt from which it is faster to read it once for its group than a copy for each trajectory."""
 
 
 @dataclass
@@ -234,11 +237,10 @@ def rollouts(
 def _shares(session: Session, copies: Sequence[int]) -> bool:
     """Whether a prompt's columns are held once for its group.
 
-    That is faster than a copy for each trajectory (``examples/benchmark.py --only d``), but takes packed passes and
-    layers that hold all tokens.
+    It takes packed passes and layers that hold all tokens.
     """
     apart = len(set(copies)) == len(copies) or list(copies) != sorted(copies)
-    return not apart and session.packs({}) and kv.whole(session.cache)
+    return not apart and session.mask.shape[1] >= SHARED and session.packs({}) and kv.whole(session.cache)
 
 
 def draw(logprobs: Tensor, chances: Tensor, top_p: float = 1.0) -> Tensor:
