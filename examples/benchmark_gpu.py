@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from measuring import Bench, Clock, Room, Turn, attached, build, shares
+from measuring import Bench, Clock, Room, Turn, Variant, attached, build, shares
 from rich.console import Console
 from rich.progress import track
 
@@ -77,11 +77,16 @@ def _device(device: str) -> str:
 
 def _measures(bench: Bench, batches: Sequence[int]) -> Iterator[tuple[str, Any]]:
     """In the order of what one wants to know first."""
-    for rows in batches:
-        for mode in MODES:
-            yield f"batch {rows}, {mode}", lambda rows=rows, mode=mode: _decoding(bench, rows, mode)
-    for stage in (FormationGrpo, InvocationGrpo):
-        yield f"a step of {stage.__name__}", lambda stage=stage: _training(bench, stage)
+    decoding: list[tuple[str, Any]] = [
+        (f"batch {rows}, {mode}", lambda rows=rows, mode=mode: _decoding(bench, rows, mode))
+        for rows in batches
+        for mode in MODES
+    ]
+    training: list[tuple[str, Any]] = [
+        (f"a step of {stage.__name__}", lambda stage=stage: _training(bench, stage))
+        for stage in (FormationGrpo, InvocationGrpo)
+    ]
+    yield from [*decoding[:4], *training, *decoding[4:]]
 
 
 def _decoding(bench: Bench, rows: int, mode: str) -> list[Line]:
@@ -89,15 +94,27 @@ def _decoding(bench: Bench, rows: int, mode: str) -> list[Line]:
     variants = {"never invoking": attached("policy"), "mixed": attached(_twice(bench.tokens))}
     turns = bench.turns(rows, variants, **MODES[mode])
     plain = turns.pop("plain")
+    inside = _inside(bench, rows, variants, MODES[mode])
     step = median(own.decoding / len(own.steps) for own in plain)
     lines: list[Line] = [{"what": f"batch {rows}, {mode}: plain", **_told(plain, plain)}]
     for name, own in turns.items():
-        line = {"what": f"batch {rows}, {mode}: {name}", **_told(own, plain), "where": shares(own)}
+        line = {"what": f"batch {rows}, {mode}: {name}", **_told(own, plain), "where": inside[name]}
         if count := len(own[0].invoked):
             extra = median(turn.decoding for turn in own) - median(turn.decoding for turn in plain)
-            line |= {"invocations": count, "plain steps per invocation and row": extra / step / count * rows}
+            line |= {"invocations": count, "plain steps per invocation": extra / step / count}
         lines.append(line)
     return lines
+
+
+def _inside(bench: Bench, rows: int, variants: dict[str, Variant], options: dict[str, Any]) -> dict[str, Any]:
+    """Where the time goes, in turns of their own."""
+    inputs, found = bench.inputs(rows), {}
+    bench.watched, before = True, bench.watched
+    for name, variant in variants.items():
+        with variant(bench) as memory:
+            found[name] = shares([bench.turn(inputs, memory, **options)])
+    bench.watched = before
+    return found
 
 
 def _told(turns: list[Turn], plain: list[Turn]) -> Line:
@@ -108,6 +125,7 @@ def _told(turns: list[Turn], plain: list[Turn]) -> Line:
         "least": min(ratios),
         "most": max(ratios),
         "whole call (s)": median(own.seconds for own in turns),
+        "whole call ratio": median(own.seconds / other.seconds for own, other in zip(turns, plain, strict=True)),
         "peak (MB)": max(own.peak for own in turns) / 1e6,
     }
 

@@ -309,7 +309,7 @@ class Processor:
         if image.size not in self.counts:
             wanted = inspect.signature(self.owner.get_image_features).parameters
             pixels = {name: own for name, own in self._pixels([image]).items() if name in wanted}
-            result = self.owner.get_image_features(**pixels)
+            result = self.owner.get_image_features(**BatchFeature(pixels).to(self.owner.device))
             pooled = getattr(result, "pooler_output", result)
             if pooled is None:
                 pooled = result.deepstack_features[0][1] if "deepstack_features" in result else result.last_hidden_state

@@ -25,6 +25,11 @@ FOREIGN = re.compile(r"\.(lora|ia3)_")
 """Names of parameters that are somebody's adapter, and not the model's own."""
 
 
+def active() -> str:
+    """The names of the adapters that are on here."""
+    return " ".join(own.name for own in _ON.get())
+
+
 def foreign(name: str) -> bool:
     """Whether a parameter of a model, by its name, is part of an adapter that peft put into it."""
     return FOREIGN.search(name) is not None
@@ -68,13 +73,22 @@ class Adapter:
         finally:
             _ON.reset(before)
 
+    # A pass that is being compiled takes these two as they are now: see ``active``, by which compiled passes are kept.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _is_on(self) -> bool:
+        return self in _ON.get()
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _tokens(self) -> slice | None:
+        return _ON.get()[self]
+
     def added(self, path: str, states: Tensor, output: Tensor) -> Tensor:
         """What a layer's output becomes where the adapter is on.
 
         Args:
             states, output: of the layer, (.., d_in) and (.., d_out).
         """
-        layer, tokens = self.layers[path], _ON.get()[self]
+        layer, tokens = self.layers[path], self._tokens()
         down, up = layer.lora_A[self.name], layer.lora_B[self.name]
         if down.weight.device != states.device:  # the model was moved after it was given memory
             layer.to(states.device)
@@ -118,7 +132,7 @@ class _Hook:
         self.adapter, self.path = adapter, path
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return self.adapter.added(self.path, args[0], output) if self.adapter in _ON.get() else None
+        return self.adapter.added(self.path, args[0], output) if self.adapter._is_on() else None
 
     def __deepcopy__(self, memo: Any) -> _Hook:
         return self  # a copy of the model is no other model's memory

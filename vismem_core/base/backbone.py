@@ -86,13 +86,16 @@ class Backbone(ABC):
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits (.., V) of last hidden states (.., d): the head's, scaled and capped where the model does so."""
-        config: Any = self.model.config.get_text_config(decoder=True)
-        logits: Tensor = self.head(states)
+        config, logits = self._text_config, self.head(states)
         if (scale := getattr(config, "output_multiplier", None)) is not None:
             logits = logits * scale
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
-        return logits
+        return logits  # type: ignore[no-any-return]
+
+    @cached_property
+    def _text_config(self) -> Any:
+        return self.model.config.get_text_config(decoder=True)
 
     @property
     def width(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.generation import CompileConfig
 from vismem_core.errors import AttachError
 
 from . import cache as kv
+from .adapters import active
 from .backbone import Backbone
 
 FIXED = ("sdpa", "eager")
@@ -26,7 +28,7 @@ class Compiler:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self._settings: CompileConfig | None = None
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: Callable[..., Any] | None = None  # takes the place of the language model's forward
 
     def wanted(self, config: GenerationConfig, model_kwargs: dict[str, Any], asked: bool) -> CompileConfig | None:
         """The settings by which this call's steps are to be compiled, if at all.
@@ -55,7 +57,7 @@ class Compiler:
         decoder: nn.Module = self.backbone.decoder
         if self._compiled is None or settings != self._settings:
             self._settings = settings
-            self._compiled = torch.compile(decoder.forward, **settings.to_dict())
+            self._compiled = _compiled(decoder.forward, settings)
         before = vars(decoder).get("forward")
         decoder.forward = self._compiled
         try:
@@ -64,3 +66,18 @@ class Compiler:
             del decoder.forward
             if before is not None:
                 decoder.forward = before
+
+
+def _compiled(forward: Callable[..., Any], settings: CompileConfig) -> Callable[..., Any]:
+    """``forward``, compiled once for each set of adapters that are on; inside, nobody looks up which they are."""
+
+    def under(adapters: str, *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    compiled = torch.compile(under, **settings.to_dict())
+
+    @functools.wraps(forward)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return compiled(active(), *args, **kwargs)
+
+    return called

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import CompileConfig, GenerateDecoderOnlyOutput, GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vismem_core.base import cache as kv
 from vismem_core.config import KINDS, Kind
 from vismem_core.errors import AttachError
 from vismem_core.memory.former import MemoryFormer, RidingFormer
+from vismem_core.memory.tokens import text_alone
 from vismem_core.memory.trace import Invocation, Trace
 from vismem_core.memory.trigger import Row, Trigger
 
@@ -226,9 +229,10 @@ class Decoder:
         extended = F.pad(logits, (0, self.tokens.width - logits.shape[-1]), value=NEVER)
         if offered:
             own = self.tokens.logits(self.session.hidden[:, -1]).to(logits.device)
-            allowed = torch.tensor([[kind in offered.get(at, ()) for kind in KINDS] for at in range(len(logits))])
-            columns = slice(self.tokens.first, self.tokens.first + len(KINDS))
-            extended[:, columns] = own.masked_fill(~allowed.to(own.device), NEVER)
+            allowed = [[kind in offered.get(at, ()) for kind in KINDS] for at in range(len(logits))]
+            if not all(map(all, allowed)):
+                own = own.masked_fill(~torch.tensor(allowed, device=own.device), NEVER)
+            extended[:, self.tokens.first : self.tokens.first + len(KINDS)] = own
         return extended, forced
 
     @staticmethod
@@ -269,22 +273,38 @@ class Decoder:
             session.insert(latents)
             padded = True
         session.room.aim(1)
+        with text_alone() if max(fed) < self.tokens.first else nullcontext():
+            output = self._feed_one(model, input_ids, model_kwargs, padded)
+        session.room.landed()
+        return output, padded
+
+    def _feed_one(self, model: Any, input_ids: Tensor, model_kwargs: dict[str, Any], padded: bool) -> Any:
+        """Feed one token a row and nothing else."""
+        session = self.session
         model_kwargs["attention_mask"] = session.mask if padded else None
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
+        compiled, watched = self.compile is not None, session.watched(model_kwargs)
+        if compiled and not watched and not _hooked(model):
+            with self._compiled_pass():
+                last = session.backbone.embeddings(input_ids[:, -1:])
+                session.backbone.continue_(last, session.masks(), session.positions, session.cache)
+            output = CausalLMOutputWithPast(logits=session.backbone.logits(session.hidden))
+            setattr(output, kv.NAME, session.cache)
+            return output
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
         inputs["position_ids"] = session.positions  # which some models leave out there, or change
-        if self.compile is not None:
-            with session.room.held(), self.memory.compiler.on(self.compile):
+        with self._compiled_pass() if compiled else nullcontext():
+            if compiled or (session.room.ragged and session.room.windowed):
                 inputs["attention_mask"] = session.masks()
-                output = model(**inputs, return_dict=True)
-            session.hidden = session.hidden.clone()  # the next compiled pass writes its own in the same place
-        else:
-            if session.room.ragged and session.room.windowed:
-                inputs["attention_mask"] = session.masks()
-            output = model(**inputs, return_dict=True)
-        session.room.landed()
-        return output, padded
+            return model(**inputs, return_dict=True)
+
+    @contextmanager
+    def _compiled_pass(self) -> Iterator[None]:
+        assert self.compile is not None
+        with self.session.room.held(), self.memory.compiler.on(self.compile):
+            yield
+        self.session.hidden = self.session.hidden.clone()  # the next compiled pass writes its own in the same place
 
     def _riders(self, fed: list[int]) -> Latents:
         """For rows whose next token is an invocation: what their memory is formed of, where it may ride along."""
@@ -384,6 +404,16 @@ def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     past = model_kwargs.get(kv.NAME)
     if past is not None and past.get_seq_length():
         raise AttachError("memory cannot see what past_key_values already holds: pass the whole prompt without them")
+
+
+def _hooked(model: Any) -> bool:
+    """Whether others than memory listen to the model's own forward, outside of its language model."""
+    hooks = (
+        hook
+        for own in {model, model.base_model}
+        for hook in (*own._forward_pre_hooks.values(), *own._forward_hooks.values())
+    )
+    return any(not hook.__module__.startswith("vismem_core.") for hook in hooks)
 
 
 def _riding(former: MemoryFormer) -> RidingFormer:

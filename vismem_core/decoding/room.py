@@ -22,6 +22,8 @@ from vismem_core.base import cache as kv
 
 BLOCK = 256
 """Columns that are reserved at once."""
+STEP = 64
+"""Where it is known how many columns come, room is a multiple of this: all of it may be read in every pass."""
 
 
 class RoomCache(DynamicCache):
@@ -31,7 +33,7 @@ class RoomCache(DynamicCache):
         cache: what the rows have in common with others; it stays as it is.
         mask: (B, W) over ``cache``.
         rows: by default all of them.
-        ahead: columns that rows may come to write, where that is known; at least a block is reserved.
+        ahead: columns that rows may come to write, where that is known; a block or two by default.
         shared: rows of one prompt, which stand together, hold its columns once. Only a packed pass can read them then.
 
     Attributes:
@@ -58,7 +60,7 @@ class RoomCache(DynamicCache):
         rows = list(range(len(mask))) if rows is None else rows
         self.used, self.ragged, self.whole = mask.shape[1], False, kv.whole(cache)
         self.still, self.sources = False, list(rows) if shared else None
-        room = _blocks(self.used + max(ahead, BLOCK))
+        room = _blocks(self.used + ahead, STEP) if ahead else _blocks(self.used + BLOCK)
         self._seen = _roomy(mask.bool()[torch.as_tensor(rows, device=mask.device)], room, dim=1)
         self.ends = torch.full((len(rows),), self.used, device=mask.device)
         self._lengths = [self.used] * len(rows)
@@ -144,8 +146,7 @@ class RoomCache(DynamicCache):
         try:
             for layer in self.grown:
                 self.columns(layer.device)
-                for states in (layer.keys, layer.values):
-                    torch._dynamo.mark_static_address(states)  # else CUDA graphs would not write to them
+                layer.stay()
             yield
         finally:
             self.still = False
@@ -236,6 +237,7 @@ class _RoomLayer(DynamicLayer):
     def __init__(self, cache: RoomCache, layer: Any, rows: Sequence[int], room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache, self.is_initialized = cache, True
+        self._staying: Tensor | None = None
         self.window = int(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else None
         self.is_sliding = self.window is not None
         self.device, self.first = layer.keys.device, cache.used - layer.keys.shape[-2]
@@ -279,6 +281,13 @@ class _RoomLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.cache.get_seq_length()
+
+    def stay(self) -> None:
+        """Compiled passes may write to where the keys and values are; CUDA graphs would write to copies else."""
+        if self._staying is not self.keys:
+            self._staying = self.keys
+            for states in (self.keys, self.values):
+                torch._dynamo.mark_static_address(states)
 
     def reserve(self, columns: int) -> None:
         """Make room for so many columns."""
@@ -350,9 +359,10 @@ def rows_of(states: Tensor, rows: Sequence[int]) -> Tensor:
     return states.index_select(0, torch.as_tensor(rows, device=states.device))
 
 
-def _blocks(columns: int) -> int:
+def _blocks(columns: int, size: int = 0) -> int:
     """So many columns, filled up to whole blocks."""
-    return -(-columns // BLOCK) * BLOCK
+    size = size or BLOCK
+    return -(-columns // size) * size
 
 
 def _roomy(own: Tensor, size: int, dim: int) -> Tensor:

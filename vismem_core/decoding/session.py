@@ -353,8 +353,12 @@ class Session:
     def packs(self, model_kwargs: Mapping[str, Any]) -> bool:
         """Whether passes may be packed: the model's attention allows it, and nobody watches what is inside."""
         attention = self.backbone.decoder.config._attn_implementation  # type: ignore[union-attr]
-        watched = model_kwargs.get("output_attentions") or model_kwargs.get("output_hidden_states")
-        return self.backbone.packs and attention == "sdpa" and not watched
+        return self.backbone.packs and attention == "sdpa" and not self.watched(model_kwargs)
+
+    @staticmethod
+    def watched(model_kwargs: Mapping[str, Any]) -> bool:
+        """Whether the call returns what is inside of passes."""
+        return bool(model_kwargs.get("output_attentions") or model_kwargs.get("output_hidden_states"))
 
     def insert(self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]]) -> None:
         """Let some rows take in latents on their own, while their neighbours wait.

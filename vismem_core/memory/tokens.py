@@ -21,7 +21,9 @@ write them has :meth:`Memory.decode` and :meth:`Memory.encode`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -113,25 +115,38 @@ class _Overlay:
 
     def __init__(self, tokens: MemoryTokens | None) -> None:
         self.tokens = tokens
-        self._seen: list[Tensor] = []
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self.tokens is None:
+        if self.tokens is None or _TEXT_ALONE.get():
             return None
         ids = args[0]
-        self._seen[:] = [ids]
-        return (ids.where(~self.tokens.contains(ids), 0), *args[1:])
+        mine = self.tokens.contains(ids)
+        self._seen[:] = [(ids, mine)]
+        return (ids.masked_fill(mine, 0), *args[1:])
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if self.tokens is None:
+        if self.tokens is None or _TEXT_ALONE.get():
             return None
-        ids = self._seen.pop()
-        mine = self.tokens.contains(ids)
+        ids, mine = self._seen.pop()
         vectors = self.tokens.vectors(ids.where(mine, self.tokens.first), output)
         return torch.where(mine[..., None].to(output.device), vectors, output)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Overlay, (None,)
+
+
+_TEXT_ALONE: ContextVar[bool] = ContextVar("vismem_text_alone", default=False)
+
+
+@contextmanager
+def text_alone() -> Iterator[None]:
+    """For a caller who knows that no memory token enters inside the context: nothing looks for one."""
+    before = _TEXT_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _TEXT_ALONE.reset(before)
 
 
 def _perturbed(row: Tensor) -> Tensor:

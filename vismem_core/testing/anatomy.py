@@ -60,8 +60,8 @@ class Anatomy(Contract):
     )
     def test_devices_and_precisions(self) -> None:
         base = self.base()
-        backbone, cpu = base.backbone, torch.device("cpu")
-        assert (backbone.device, backbone.vision_device) == (cpu, cpu)
+        backbone, here = base.backbone, torch.empty(0, device=base.device).device
+        assert (backbone.device, backbone.vision_device) == (here, here)
         for dtype in (torch.float32, torch.bfloat16):
             base.model.to(dtype)
             assert (backbone.dtype, backbone.vision_dtype) == (dtype, dtype)
@@ -102,7 +102,9 @@ class Anatomy(Contract):
         text = (heard.embeds[0] == base.backbone.embeddings(inputs["input_ids"])).all(-1)
         assert not text[here].any(), "there are placeholders that no visual token replaces"
         absent = [token for medium, token in base.backbone.placeholders.items() if medium != "image"]
-        assert not torch.isin(inputs["input_ids"], torch.tensor(absent)).any(), "another medium's placeholder is there"
+        assert not torch.isin(inputs["input_ids"].cpu(), torch.tensor(absent)).any(), (
+            "another medium's placeholder is there"
+        )
 
     @holds("the prompt must hold the question and a mark for its image", "vismem_core.base.backbone.Backbone.prompt")
     def test_prompt(self) -> None:
@@ -173,14 +175,14 @@ class Anatomy(Contract):
         base, questions = self.base(), self.questions()
         backbone, inputs = base.backbone, base.inputs(*questions)
         torch.manual_seed(0)
-        extra = backbone.embedding_scale() * torch.randn(len(questions), 7, backbone.width)
+        extra = backbone.embedding_scale() * torch.randn(len(questions), 7, backbone.width).to(base.device)
         positions, cache = backbone.positions(inputs), DynamicCache(config=base.model.config)
         base.model(**inputs, position_ids=positions, **kv.given(base.model, cache), use_cache=True)
         prompt, mask = cache.get_seq_length(), inputs["attention_mask"]
         pieces = []
         for begin, end in ((0, 4), (4, 7)):
             mask = torch.cat([mask, mask.new_ones(len(mask), end - begin)], dim=1)
-            steps = positions[..., -1:] + 1 + torch.arange(begin, end)
+            steps = positions[..., -1:] + torch.arange(begin + 1, end + 1, device=positions.device)
             pieces.append(backbone.continue_(extra[:, begin:end], mask, steps, cache))
             assert cache.get_seq_length() == prompt + end, "the cache did not grow by what was fed"
         for row, question in enumerate(questions):

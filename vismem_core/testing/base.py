@@ -48,6 +48,7 @@ class Base:
 
     Attributes:
         named: the name by which ``family`` is registered, if that is how the author gave it.
+        device: where the model lies.
         backbone: the one instance of ``family`` around the model.
     """
 
@@ -55,9 +56,11 @@ class Base:
     processor: Any
     family: type[Backbone]
     named: str | None = None
+    device: str = "cpu"
     backbone: Backbone = field(init=False)
 
     def __post_init__(self) -> None:
+        self.model.to(self.device)
         self.backbone = self.family(self.model, self.processor)
 
     def attach(self, trigger: str | Trigger = "never", source: Path | None = None, **settings: Any) -> Memory:

@@ -71,7 +71,7 @@ class Company(Contract):
                 fill = own.new_full(output.answers.shape, int(name == "attention_mask"))
                 inputs[name] = torch.cat([own, fill], dim=1)
         inputs["input_ids"] = whole
-        labels = whole.masked_fill(torch.arange(whole.shape[1]) < begin, -100)
+        labels = whole.masked_fill(torch.arange(whole.shape[1], device=whole.device) < begin, -100)
         with torch.no_grad():
             told: Any = forward(memory, **inputs, labels=labels, finished=True)
         got = told.logits[:, begin - 1 : -1].log_softmax(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, ClassVar, ParamSpec
 
@@ -46,9 +47,11 @@ class Contract:
     """Whether a prompt may hold more than one image."""
     text_only: ClassVar[bool] = True
     """Whether a prompt may hold no image, beside others that do."""
+    device: ClassVar[str] = os.environ.get("VISMEM_TEST_DEVICE", "cpu")
+    """Where the checks run, such as ``cuda``; the environment variable says it for all."""
 
     def load(self) -> tuple[Any, Any]:
-        """A tiny random model in fp32 on the CPU, and its processor; called anew for every test.
+        """A tiny random model in fp32, made on the CPU, and its processor; called anew for every test.
 
         Give it two layers in each tower and :func:`vismem_core.testing.liven` it.
         """
@@ -70,8 +73,8 @@ class Contract:
         """The model and processor of this test, with memory not yet attached."""
         model, processor = self.load()
         if isinstance(self.backbone, str):
-            return Base(model, processor, registry("backbones").get(self.backbone), self.backbone)
-        return Base(model, processor, self.backbone)
+            return Base(model, processor, registry("backbones").get(self.backbone), self.backbone, self.device)
+        return Base(model, processor, self.backbone, device=self.device)
 
     def packing(self, base: Base, packs: bool) -> None:
         """Let latents enter in the neighbours' pass, or in one of their own; skip what the backbone never does."""

@@ -209,7 +209,7 @@ class Encoder(Contract):
 def _extra(base: Base, rows: list[int]) -> Tensor:
     """(R, N * merge, D)"""
     torch.manual_seed(0)
-    return torch.randn(len(rows), N * base.backbone.merge, base.backbone.vision_width)
+    return torch.randn(len(rows), N * base.backbone.merge, base.backbone.vision_width).to(base.device)
 
 
 def _other(question: Question) -> Question:

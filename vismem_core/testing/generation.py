@@ -88,7 +88,7 @@ class Generation(Contract):
         memory, streamer = base.attach(staggered()), _Recorder()
         output = base.generate(question, streamer=streamer)
         assert len(memory.trace), "memory was not invoked"
-        assert torch.cat(streamer.pieces, dim=1).equal(output.sequences), "it got other ids"
+        assert torch.cat(streamer.pieces, dim=1).equal(output.sequences.cpu()), "it got other ids"
         assert streamer.ended, "it was not told that the answer ended"
 
     @holds("promise 4: sampling must follow torch's seed", GENERATE)
@@ -116,7 +116,7 @@ class _StopAt(StoppingCriteria):
         self.tokens = torch.tensor(tokens)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return input_ids[:, -1] == self.tokens
+        return input_ids[:, -1] == self.tokens.to(input_ids.device)
 
 
 class _Recorder(BaseStreamer):

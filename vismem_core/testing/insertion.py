@@ -82,6 +82,7 @@ class Insertion(Contract):
         settings = CompileConfig(backend="eager", mode="default")  # traced as for any backend
         settings._compile_all_devices = compiled  # type: ignore[assignment]
         static: dict[str, Any] = {"cache_implementation": "static", "compile_config": settings}
+        static["disable_compile"] = not compiled  # where a GPU would compile by itself
         try:
             own = base.generate(*questions, **static)
         except Exception:

@@ -119,7 +119,7 @@ def one_pass(base: Base, question: Question, extra: Tensor) -> Tensor:
 def _with_masks(base: Base, heard: Heard, extra: Tensor) -> Tensor:
     embeds, mask = torch.cat([heard.embeds[0], extra[None]], dim=1), heard.masks[0]
     config: Any = base.backbone.decoder.config
-    places = torch.arange(embeds.shape[1])
+    places = torch.arange(embeds.shape[1], device=embeds.device)
     causal = (places <= places[:, None])[-len(extra) :]
 
     def continued(own: Tensor, kind: str) -> Tensor:
@@ -139,7 +139,7 @@ def _with_masks(base: Base, heard: Heard, extra: Tensor) -> Tensor:
     )
     positions = {}
     if heard.positions[0] is not None and heard.positions[1] is not None:
-        steps = torch.arange(len(extra))
+        steps = torch.arange(len(extra), device=extra.device)
         positions["position_ids"] = torch.cat([heard.positions[0], heard.positions[1] + steps], dim=-1)
     output = base.backbone.decoder(inputs_embeds=embeds, attention_mask=given, use_cache=False, **positions)
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
@@ -174,4 +174,5 @@ def _embedded(memory: Memory, token: int) -> Tensor:
     own = token - memory.tokens.first
     if own >= 0:
         return torch.cat([memory.tokens.invoke, memory.tokens.close])[own : own + 1]
-    return memory.backbone.embeddings(torch.tensor([token]))  # type: ignore[no-any-return]
+    table = memory.backbone.embeddings
+    return table(torch.tensor([token], device=table.weight.device))  # type: ignore[no-any-return]

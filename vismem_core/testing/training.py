@@ -51,7 +51,7 @@ class Training(Contract):
             with torch.no_grad():
                 replayed = TrajectoryReplay(memory, prompts, trajectories, sampling.temperature).logprobs(form=form)
             for row, own in enumerate(trajectories):
-                got, expected = replayed[row, : len(own.ids)], torch.tensor(own.logprobs)
+                got, expected = replayed[row, : len(own.ids)].cpu(), torch.tensor(own.logprobs)
                 torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
         for own in trajectories:  # the latents do matter
             own.latents = {index: torch.zeros_like(latents) for index, latents in own.latents.items()}
