@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "far"
@@ -62,7 +62,7 @@ class Far(Tensor):
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    tensors = list(_tensors((args, kwargs)))
     far = [value for value in tensors if isinstance(value, Far)]
     _check(func, args, tensors)
     if far and func.overloadpacket is torch.ops.aten._fused_sdp_choice:
@@ -74,11 +74,11 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     else:
         place = max(far, key=Tensor.dim).device if far else torch.device("cpu")
     outer = {id(value.near): value for value in far}
-    args, kwargs = tree_map_only(Far, _near, (args, kwargs))
+    args, kwargs = _mapped(_near, (args, kwargs))
     result = func(*args, **kwargs)
     if place.type != NAME:
         return result
-    return tree_map_only(Tensor, lambda own: outer[id(own)] if id(own) in outer else Far(own, place), result)
+    return _mapped(lambda own: outer[id(own)] if id(own) in outer else Far(own, place), result)
 
 
 def _check(func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
@@ -100,6 +100,26 @@ def _place(device: Any) -> torch.device:
     return torch.device(NAME, place.index or 0) if place.type == NAME else place
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for own in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(own)
+
+
+def _mapped(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """``value`` with its tensors changed; torch's own function for that takes longer than all that is computed here."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return change(value)
+    if kind is tuple or kind is list:
+        return kind([_mapped(change, own) for own in value])
+    if kind is dict:
+        return {name: _mapped(change, own) for name, own in value.items()}
+    return tree_map_only(Tensor, change, value) if isinstance(value, (tuple, list, dict)) else value
+
+
 def _near(value: Tensor) -> Tensor:
     return value.near if isinstance(value, Far) else value
 
@@ -116,7 +136,7 @@ class _Makers(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in MAKES and kwargs.get("device") is not None and _place(kwargs["device"]).type == NAME:
             device = kwargs.pop("device")
-            return func(*tree_map_only(Far, _near, args), **kwargs).to(device)
+            return func(*_mapped(_near, args), **kwargs).to(device)
         return func(*args, **kwargs)
 
 

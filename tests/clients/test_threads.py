@@ -96,6 +96,7 @@ def told(request: pytest.FixtureRequest) -> Iterator[tuple[Base, Memory, dict[tu
     memory.detach()
 
 
+@pytest.mark.long
 def test_threads(told: Any) -> None:
     base, memory, inputs, alone = told
     wanted = calls(400, 4, 0)
@@ -106,6 +107,7 @@ def test_threads(told: Any) -> None:
     assert memory.enabled and memory.trigger == "anywhere:0.3"
 
 
+@pytest.mark.long
 def test_tasks(told: Any) -> None:
     base, memory, inputs, alone = told
     wanted = calls(400, 4, 0)

@@ -20,6 +20,7 @@ SAMPLE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_the_document_agrees(model_type: str) -> None:
     line = survey(model_type)

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("part", ["mix or refused", "answers", "steps"])
+@pytest.mark.parametrize(
+    "part",
+    ["mix or refused", *(pytest.param(own, marks=pytest.mark.long) for own in ("answers", "steps"))],
+)
 def test_on_other_devices(part: str) -> None:
     cases = Path(__file__).with_name("devices.py")
     done = subprocess.run(

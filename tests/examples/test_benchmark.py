@@ -71,6 +71,7 @@ def test_wrong_options_are_told_before_anything_is_measured(options: str, told: 
     assert told in run(*options.split(), code=2)
 
 
+@pytest.mark.long
 def test_what_one_gpu_can_tell(tmp_path: Path) -> None:
     output = tmp_path / "measured" / "here.json"
     told = run("--suite", "gpu", "--batches", "1,2", "--visual", "36", "--output", str(output))

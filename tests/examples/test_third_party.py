@@ -53,6 +53,7 @@ def test_it_is_listed_with_its_distribution(python: Run) -> None:
     assert "vismem-smolvlm 0.1.0" in python("-m", "vismem_cli", "backbones")
 
 
+@pytest.mark.long
 def test_it_trains_and_answers_without_naming_a_model(python: Run, tmp_path: Path) -> None:
     settings = [part for one in f"{STEPS} {SMALL}".split() for part in ("--set", one)]
     place = tmp_path / "run"
@@ -64,6 +65,7 @@ def test_it_trains_and_answers_without_naming_a_model(python: Run, tmp_path: Pat
     assert [own["kind"] for own in json.loads(told)["invocations"]][:1] == ["long"]
 
 
+@pytest.mark.long
 def test_it_keeps_the_promises(python: Run) -> None:
     told = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", PACKAGE / "pyproject.toml", PACKAGE / "tests")
     assert "passed" in told and "failed" not in told

@@ -172,6 +172,7 @@ def test_a_language_model_is_inherited(name: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_an_encoder_learns_what_the_teachers_says() -> None:
     model, processor = build("internvl")
     before = {name: weight.clone() for name, weight in model.named_parameters()}

@@ -54,6 +54,7 @@ def asks(memory: Memory) -> torch.Tensor:
     return logits.softmax(-1)[:, -2:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("alpha", [0.3, 0.0], ids=["penalties", "plain"])
 def test_the_right_arm_is_learnt(alpha: float) -> None:
     memory = tied().attach(config(trigger="policy"))
@@ -67,6 +68,7 @@ def test_the_right_arm_is_learnt(alpha: float) -> None:
     assert (chosen.gather(1, right) > 0.5).all() and (chosen.gather(1, 1 - right) < 0.1).all()
 
 
+@pytest.mark.long
 def test_what_is_never_sampled_is_never_learnt_without_exploration() -> None:
     """The paper's own form, from a policy that is sure of its next token."""
     memory = tied().attach(config(trigger="policy"))

@@ -91,6 +91,7 @@ def test_work_is_dealt_evenly(count: int) -> None:
         assert sorted((max(part) for part in parts), reverse=True) == lengths[:count]
 
 
+@pytest.mark.long
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     launch([sys.executable, "-c", WORKER, str(tmp_path / "two")], 2)
     for objective in SETTINGS:

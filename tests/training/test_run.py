@@ -97,6 +97,7 @@ def test_a_directory_with_a_run_is_refused_and_a_finished_one_gives_its_report(
         run(tmp_path / "new", ["train.objective=best"])
 
 
+@pytest.mark.long
 def test_runs_that_are_ended_at_random_moments_come_to_the_same_end() -> None:
     """Ten of them here; more by hand."""
     script = Path(__file__).with_name("survive.py")

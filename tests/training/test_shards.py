@@ -14,6 +14,7 @@ from vismem_core.base.loading import load_base
 from vismem_core.errors import AttachError
 
 
+@pytest.mark.long
 def test_sharing_a_base_changes_nothing(tmp_path: Path) -> None:
     launch([sys.executable, str(Path(__file__).with_name("shards.py")), str(tmp_path)], 2)
 
