@@ -14,6 +14,22 @@ def register_backbones(register: Register) -> None:
         features=("several images", "images of any size", "video"),
     )
     register(
+        "qwen3_vl",
+        "vismem_backbones.qwen3_vl:Qwen3_VL",
+        description="Qwen3-VL, 2B to 235B, dense and of experts",
+        families=("Qwen3-VL",),
+        model_types=("qwen3_vl", "qwen3_vl_moe"),
+        features=("several images", "images of any size", "video"),
+    )
+    register(
+        "qwen3_5",
+        "vismem_backbones.qwen3_vl:Qwen3_5",
+        description="Qwen3.5 and later, dense and of experts",
+        families=("Qwen3.5",),
+        model_types=("qwen3_5", "qwen3_5_moe"),
+        features=("several images", "images of any size", "video"),
+    )
+    register(
         "internvl",
         "vismem_backbones.internvl:InternVL",
         description="InternVL3 and InternVL3.5 in their transformers format",

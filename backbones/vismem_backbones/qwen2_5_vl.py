@@ -45,12 +45,17 @@ class Qwen2_5_VL(Backbone):
         return {"image": self.model.config.image_token_id, "video": self.model.config.video_token_id}
 
     @property
+    def norm(self) -> nn.Module:
+        """What the merger begins with."""
+        return self.visual.merger.ln_q  # type: ignore[no-any-return]
+
+    @property
     def vision_device(self) -> torch.device:
-        return self.visual.merger.ln_q.weight.device  # type: ignore[no-any-return]
+        return self.norm.weight.device  # type: ignore[union-attr, return-value]
 
     @property
     def vision_dtype(self) -> torch.dtype:
-        return self.visual.merger.ln_q.weight.dtype  # type: ignore[no-any-return]
+        return self.norm.weight.dtype  # type: ignore[union-attr, return-value]
 
     @contextmanager
     def record(self, states: VisionStates, *, keep: bool, inputs: bool) -> Iterator[None]:

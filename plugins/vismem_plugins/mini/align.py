@@ -16,6 +16,9 @@ from .packing import Packer, pixels
 
 SIZES = (1, 2, 3)
 RATE = 3e-3
+NEW = ("embed_tokens.weight", "o_proj.bias", "q_norm.weight", "k_norm.weight")
+"""Parameters that a language model may have beside the teacher's: the teacher's queries and keys are about as long as
+those that come out of fresh norms."""
 
 
 def inherit(model: Any, processor: Any, teacher: Any, teacher_processor: Any) -> None:
@@ -27,7 +30,7 @@ def inherit(model: Any, processor: Any, teacher: Any, teacher_processor: Any) ->
     ours, theirs = model.get_decoder(), teacher.get_decoder()
     state = {name: value for name, value in theirs.state_dict().items() if not name.startswith("embed_tokens")}
     missing, unexpected = ours.load_state_dict(state, strict=False)
-    lost = [name for name in missing if not name.endswith(("embed_tokens.weight", "o_proj.bias"))]
+    lost = [name for name in missing if not name.endswith(NEW)]
     if lost or unexpected:
         raise ValueError(f"the language models differ in {', '.join([*lost, *unexpected])}")
     known = teacher_processor.tokenizer.get_vocab()

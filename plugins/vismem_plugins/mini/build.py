@@ -30,6 +30,10 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from vismem_plugins.mosaic import CELL
@@ -144,6 +148,44 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
+def qwen3_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Qwen3-VL; what the encoder's second block sees enters behind the language model's first layer too."""
+    words = tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    pixels = {"size": {"shortest_edge": CELL**2, "longest_edge": (9 * CELL) ** 2}}
+    look = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, **pixels}
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**look, **GRAY),
+        tokenizer=words,
+        video_processor=Qwen3VLVideoProcessor(**look, **GRAY),
+        chat_template=chat(
+            "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+        ),
+    )
+    vocabulary = words.get_vocab()
+    rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 4, 4], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={**TEXT, "head_dim": 24, "attention_bias": True, "rope_parameters": rope, **ends(words)},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 64,
+            "intermediate_size": 192,
+            "num_heads": 4,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 96,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [1],
+        },
+        image_token_id=vocabulary["<|image_pad|>"],
+        video_token_id=vocabulary["<|video_pad|>"],
+        vision_start_token_id=vocabulary["<|vision_start|>"],
+        vision_end_token_id=vocabulary["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    return Qwen3VLForConditionalGeneration(config), processor
+
+
 def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
     """LLaVA-1.5: CLIP, of whose four blocks three count, and Llama; an image is 3 x 3 tokens."""
     words = tokenizer("<image>")
@@ -250,6 +292,7 @@ class Family(NamedTuple):
 FAMILIES = {
     # Its shipped weights were trained by the clock, for 40 minutes; so many steps take about as long.
     "qwen2_5_vl": Family(qwen2_5_vl, 7000),
+    "qwen3_vl": Family(qwen3_vl, 3000, teacher="qwen2_5_vl", align=2000),
     "llava": Family(llava, 3000, teacher="qwen2_5_vl", align=2000),
     "internvl": Family(internvl, 3000, teacher="qwen2_5_vl", align=2000),
     "timm_lm": Family(timm_lm, 3000, teacher="qwen2_5_vl", align=2000),

@@ -77,9 +77,13 @@ def foreign(ids: Tensor, table: Any, seen: Tensor) -> Tensor:
 
 def loss_of(model: Any, batch: Batch, shown: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of the answers' tokens; `shown` are the mosaics as the model takes them."""
-    features = model.model.get_image_features(**shown).pooler_output
-    seen = torch.cat([image.flatten(0, -2) for image in features])  # (image tokens of the batch, d)
+    told = model.model.get_image_features(**shown)
+    seen = torch.cat([image.flatten(0, -2) for image in told.pooler_output])  # (image tokens of the batch, d)
     is_image = (batch.ids == model.config.image_token_id)[..., None]
+    deep: dict[str, Any] = {}
+    if "deepstack_features" in told:
+        layers = [torch.cat(list(layer)) for layer in told.deepstack_features]  # of all images
+        deep = {"visual_pos_masks": is_image[..., 0], "deepstack_visual_embeds": layers}
     table = model.get_input_embeddings()
     strange = (batch.ids == FOREIGN)[..., None]
     embeds = torch.where(strange, foreign(batch.ids, table, seen), table(batch.ids.clamp(min=0)))
@@ -88,6 +92,7 @@ def loss_of(model: Any, batch: Batch, shown: dict[str, Tensor]) -> Tensor:
         attention_mask=batch.mask,
         position_ids=batch.positions if len(batch.positions) > 1 else batch.positions[0],
         use_cache=False,
+        **deep,
     ).last_hidden_state
     wanted = batch.labels != IGNORED
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), batch.labels[wanted])
