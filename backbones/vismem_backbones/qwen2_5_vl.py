@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -20,7 +20,7 @@ class Qwen2_5_VL(Backbone):
     """Checkpoints of 3B to 72B in their transformers format, images of any size, several images, videos."""
 
     name = "qwen2_5_vl"
-    model_types = ("qwen2_5_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
     packs = True
     lora_targets = {
         "short": r"model\.visual\.blocks\.\d+\.attn\.qkv",
@@ -51,11 +51,11 @@ class Qwen2_5_VL(Backbone):
 
     @property
     def vision_device(self) -> torch.device:
-        return self.norm.weight.device  # type: ignore[union-attr, return-value]
+        return self.norm.weight.device  # type: ignore[return-value]
 
     @property
     def vision_dtype(self) -> torch.dtype:
-        return self.norm.weight.dtype  # type: ignore[union-attr, return-value]
+        return self.norm.weight.dtype  # type: ignore[return-value]
 
     @contextmanager
     def record(self, states: VisionStates, *, keep: bool, inputs: bool) -> Iterator[None]:
