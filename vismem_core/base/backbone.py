@@ -89,6 +89,8 @@ class Backbone(ABC):
         config, logits = self._text_config, self.head(states)
         if (scale := getattr(config, "output_multiplier", None)) is not None:
             logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits  # type: ignore[no-any-return]
