@@ -125,7 +125,7 @@ def test_settings_that_layers_cannot_follow(model_type: str, settings: dict[str,
     ("model_type", "reason"),
     [
         ("gemma4", "its language model takes more than embeddings: per_layer_inputs"),
-        ("granite_docling", "its logits are not what its head makes of the last hidden states"),
+        ("chameleon", "its logits are not what its head makes of the last hidden states"),
         ("glm5_next", "cannot grow cache layers of type DynamicIndexedLayer"),
         ("janus", r"its class has a generate\(\) of its own"),
         ("hunyuan_vl", "other positions in a batch than alone"),

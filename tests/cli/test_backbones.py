@@ -32,16 +32,19 @@ def test_a_family_of_its_own(tmp_path: Path) -> None:
     assert set(found["layers"]) == {"full"} and found["without"] == {}
 
 
-def test_states_hold_images(tmp_path: Path) -> None:
-    found = told(tmp_path, "qwen3_5")
-    assert found["attaches"] is True and found["backbone"] == "generic"
-    assert found["layers"]["state"] > found["layers"]["full"] > 0
+@pytest.mark.parametrize(("model_type", "backbone"), [("qwen3_5", "qwen3_5"), ("minicpmv4_6", "generic")])
+def test_states_hold_images(model_type: str, backbone: str, tmp_path: Path) -> None:
+    found = told(tmp_path, model_type)
+    assert found["attaches"] is True and found["backbone"] == backbone
+    assert found["layers"]["state"] > 0 and found["layers"]["full"] > 0
     assert "linear attention" in found["without"]["memory.drop_image_after_invocation"]
 
 
-def test_prompts_that_carry_more_than_embeddings(tmp_path: Path) -> None:
-    found = told(tmp_path, "qwen3_vl")
-    assert found["attaches"] is True and list(found["without"]) == ["memory.long.context=recompute"]
+@pytest.mark.parametrize(("model_type", "backbone"), [("qwen3_vl", "qwen3_vl"), ("ernie4_5_vl_moe", "generic")])
+def test_prompts_that_carry_more_than_embeddings(model_type: str, backbone: str, tmp_path: Path) -> None:
+    found = told(tmp_path, model_type)
+    assert found["attaches"] is True and found["backbone"] == backbone
+    assert list(found["without"]) == ["memory.long.context=recompute"]
 
 
 def test_ropes_that_change(tmp_path: Path) -> None:

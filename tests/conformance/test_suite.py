@@ -115,9 +115,9 @@ def test_dull_models_are_no_test() -> None:
 
 def test_names_that_nobody_registered() -> None:
     class Unknown(Fresh):
-        backbone = "qwen2_5"
+        backbone = "qwen2_5_v"
 
-    with pytest.raises(AssertionError, match="PluginError: unknown backbone 'qwen2_5'; did you mean 'qwen2_5_vl'"):
+    with pytest.raises(AssertionError, match="PluginError: unknown backbone 'qwen2_5_v'; did you mean 'qwen2_5_vl'"):
         Unknown().test_language_model()
     with pytest.raises(PluginError):
         Unknown().base()
