@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -65,6 +66,27 @@ def test_what_else_a_step_may_hold(settings: dict[str, Any]) -> None:
     assert answers(base, 24, **PLAIN) == expected
     assert answers(base, 24, **PLAIN) == expected
     assert graphs() == 1
+
+
+@torch.no_grad()
+def test_passes_under_an_adapter_are_other_ones() -> None:
+    base = untied()
+    memory = base.attach(config(policy=PolicyConfig("lora", rank=4)))
+    decoder, embeds = base.model.model.language_model, torch.randn(1, 3, 32)
+
+    def passes() -> list[torch.Tensor]:
+        found = []
+        for acts in (False, True, False, True):
+            with memory.acting() if acts else nullcontext():
+                found.append(decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state)
+        return found
+
+    expected = passes()
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    with memory.compiler.on(PLAIN["compile_config"]):
+        found = passes()
+    torch.testing.assert_close(found, expected)
+    assert graphs() == 2
 
 
 def test_prompts_of_other_lengths_are_no_reason_to_compile_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
