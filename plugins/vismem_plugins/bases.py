@@ -19,6 +19,11 @@ def mini_qwen2_5_vl() -> Base:
     return _mini("qwen2_5_vl")
 
 
+def mini_qwen3_vl() -> Base:
+    """`mini` of the Qwen3-VL family."""
+    return _mini("qwen3_vl")
+
+
 def mini_llava() -> Base:
     """`mini` of the LLaVA-1.5 family."""
     return _mini("llava")
