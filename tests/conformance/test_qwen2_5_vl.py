@@ -5,8 +5,6 @@ from typing import Any
 import tiny
 
 from vismem_core.testing import BackboneContract
-from vismem_core.testing.insertion import Insertion
-from vismem_core.testing.training import Training
 
 
 class TestTied(BackboneContract):
@@ -21,10 +19,8 @@ class TestUntied(TestTied):
         return tiny.qwen(tied=False)
 
 
-class TestWindow(Insertion, Training):
+class TestWindow(TestTied):
     """Half of the layers look back 12 tokens: prompts and answers cross that."""
-
-    backbone = "qwen2_5_vl"
 
     def load(self) -> tuple[Any, Any]:
         return tiny.qwen(tied=False, window=12)

@@ -128,6 +128,15 @@ def test_the_model_is_left_as_it_was() -> None:
     assert vars(base.model.model.language_model) == own
 
 
+def test_hooks_of_others_on_the_model_hear_every_step() -> None:
+    base, heard = untied(), list[int]()
+    base.attach(config(compile=True, trigger="schedule:99=short"))
+    handle = base.model.register_forward_hook(lambda *_: heard.append(1))
+    base.generate(QUESTIONS[0], max_new_tokens=6, min_new_tokens=6, **PLAIN)
+    handle.remove()
+    assert len(heard) == 6
+
+
 def test_what_cannot_be_compiled_says_so() -> None:
     base = untied()
     base.model.model.language_model._can_compile_fullgraph = False

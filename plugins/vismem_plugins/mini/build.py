@@ -83,6 +83,26 @@ def chat(image: str, video: str = "") -> str:
     )
 
 
+QWEN_IDS = {
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+}
+QWEN_CHAT = chat("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
+QWEN_LOOK: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_heads": 4,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 96,
+}
+
+
 def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
     """One token a word or punctuation mark, lower-cased; decoding joins them with spaces.
 
@@ -108,41 +128,19 @@ def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
 
 def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     """Qwen2.5-VL; the encoder's windows are one cell wide, and its last block sees the whole picture."""
-    words = tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    pixels = {"min_pixels": CELL**2, "max_pixels": (9 * CELL) ** 2}
-    look = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, **pixels}
+    look = QWEN_LOOK | {"min_pixels": CELL**2, "max_pixels": (9 * CELL) ** 2}
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**look, **GRAY),
-        tokenizer=words,
+        tokenizer=tokenizer(*QWEN_IDS.values()),
         video_processor=Qwen2VLVideoProcessor(**look, **GRAY),
-        chat_template=chat(
-            "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
-        ),
+        chat_template=QWEN_CHAT,
     )
-    vocabulary = words.get_vocab()
+    # The sections of height and width hold the slow frequencies, and here they tell 1 from 2.
+    rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 4, 6]}
     config = Qwen2_5_VLConfig(
-        text_config={
-            **TEXT,
-            # The sections of height and width hold the slow frequencies, and here they tell 1 from 2.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 4, 6]},
-            **ends(words),
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 64,
-            "intermediate_size": 192,
-            "num_heads": 4,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": CELL,
-            "fullatt_block_indexes": [2],
-            "out_hidden_size": 96,
-        },
-        image_token_id=vocabulary["<|image_pad|>"],
-        video_token_id=vocabulary["<|video_pad|>"],
-        vision_start_token_id=vocabulary["<|vision_start|>"],
-        vision_end_token_id=vocabulary["<|vision_end|>"],
+        text_config={**TEXT, "rope_parameters": rope, **ends(processor.tokenizer)},
+        vision_config=QWEN_VISION | {"window_size": CELL, "fullatt_block_indexes": [2]},
+        **_ids(processor),
         tie_word_embeddings=True,
     )
     return Qwen2_5_VLForConditionalGeneration(config), processor
@@ -150,40 +148,27 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def qwen3_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     """Qwen3-VL; what the encoder's second block sees enters behind the language model's first layer too."""
-    words = tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    pixels = {"size": {"shortest_edge": CELL**2, "longest_edge": (9 * CELL) ** 2}}
-    look = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, **pixels}
+    look = QWEN_LOOK | {"size": {"shortest_edge": CELL**2, "longest_edge": (9 * CELL) ** 2}}
     processor = Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(**look, **GRAY),
-        tokenizer=words,
+        tokenizer=tokenizer(*QWEN_IDS.values()),
         video_processor=Qwen3VLVideoProcessor(**look, **GRAY),
-        chat_template=chat(
-            "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
-        ),
+        chat_template=QWEN_CHAT,
     )
-    vocabulary = words.get_vocab()
     rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 4, 4], "mrope_interleaved": True}
+    text = {**TEXT, "head_dim": 24, "attention_bias": True, "rope_parameters": rope}
     config = Qwen3VLConfig(
-        text_config={**TEXT, "head_dim": 24, "attention_bias": True, "rope_parameters": rope, **ends(words)},
-        vision_config={
-            "depth": 3,
-            "hidden_size": 64,
-            "intermediate_size": 192,
-            "num_heads": 4,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 96,
-            "num_position_embeddings": 36,
-            "deepstack_visual_indexes": [1],
-        },
-        image_token_id=vocabulary["<|image_pad|>"],
-        video_token_id=vocabulary["<|video_pad|>"],
-        vision_start_token_id=vocabulary["<|vision_start|>"],
-        vision_end_token_id=vocabulary["<|vision_end|>"],
+        text_config=text | ends(processor.tokenizer),
+        vision_config=QWEN_VISION | {"num_position_embeddings": 36, "deepstack_visual_indexes": [1]},
+        **_ids(processor),
         tie_word_embeddings=True,
     )
     return Qwen3VLForConditionalGeneration(config), processor
+
+
+def _ids(processor: ProcessorMixin) -> dict[str, Any]:
+    words = processor.tokenizer.get_vocab()
+    return {name: words[word] for name, word in QWEN_IDS.items()}
 
 
 def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
