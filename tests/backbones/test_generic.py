@@ -138,6 +138,15 @@ def test_types_that_would_break_a_promise(model_type: str, reason: str) -> None:
     assert {name: id(module) for name, module in model.named_modules()} == before
 
 
+@torch.no_grad()
+def test_logits_that_the_model_scales_down() -> None:
+    model, processor = build("granite_docling")
+    backbone = Generic(model, processor)
+    told = model(**backbone.inputs(["a boot ?"]), output_hidden_states=True)
+    assert model.config.get_text_config().logits_scaling != 1
+    torch.testing.assert_close(backbone.logits(told.hidden_states[-1]), told.logits)
+
+
 class Mixing(nn.Module):
     """A projector in which all patches meet."""
 

@@ -178,3 +178,11 @@ def test_windows_count_from_a_rows_own_end() -> None:
         expected = [end - WINDOW <= column < end for column in range(first, 17)]
         assert cache.seen(WINDOW)[row].tolist() == expected
     cache.landed()
+
+
+@pytest.mark.parametrize("ahead", [1, room.STEP, 3 * room.STEP + 1])
+def test_where_it_is_known_what_comes_little_more_is_reserved(ahead: int) -> None:
+    cache = RoomCache(filled(11), torch.ones(3, 11), ahead=ahead)
+    (layer, *_) = [own for own in cache.grown if own.window is None]
+    reserved = layer.keys.shape[2]
+    assert 11 + ahead <= reserved < 11 + ahead + room.STEP and reserved % room.STEP == 0
