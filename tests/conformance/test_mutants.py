@@ -10,18 +10,22 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from model_types import build
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
+from vismem_backbones.qwen3_vl import Qwen3_5
 from vismem_core.base import adapters
+from vismem_core.base import cache as kv
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.vision import VisionStates
 from vismem_core.decoding import forward, loop
 from vismem_core.decoding.injection import InjectionHook
 from vismem_core.decoding.loop import Decoder
 from vismem_core.decoding.room import RoomCache
+from vismem_core.decoding.session import Session
 from vismem_core.files import checkpoint
 from vismem_core.memory.memory import Memory
 from vismem_core.memory.tokens import MemoryTokens
@@ -60,6 +64,29 @@ class OtherEnd(Qwen2_5_VL):
     """Answers end as the base's texts do, and not as its turns."""
 
     end_of_turn = 256  # type: ignore[assignment]
+
+
+class Wordless(Qwen2_5_VL):
+    """Prompts ask nothing."""
+
+    def prompt(self, text: str, images: int) -> str:
+        return super().prompt("", images)
+
+
+class Blind(Qwen2_5_VL):
+    """Every image is black."""
+
+    def inputs(self, prompts: Any, images: Any) -> Any:
+        told = super().inputs(prompts, images)
+        return told | {"pixel_values": torch.zeros_like(told["pixel_values"])}
+
+
+class Remembering(Qwen2_5_VL):
+    """Counts positions on from where an earlier call left them."""
+
+    def positions(self, inputs: dict[str, Any]) -> Tensor:
+        left = self.model.model.rope_deltas
+        return super().positions(inputs) + (0 if left is None else int(left[0]))
 
 
 class RightPadded(Qwen2_5_VL):
@@ -252,6 +279,9 @@ MUTANTS: list[tuple[type[Backbone], str, dict[str, Any], str]] = [
     (Unmasked, "rows_alone_and_together", {"context": "cache", "packs": False}, r"row \d forms other memory alone"),
     (Flat, "positions_are_generates", {}, "differ from generate's"),
     (RightPadded, "inputs_are_left_padded", {}, "the last column holds padding"),
+    (Wordless, "prompt", {}, "is not in"),
+    (Blind, "the_model_looks_at_its_image", {}, "another image hardly changes"),
+    (Remembering, "earlier_calls_leave_nothing", {}, "positions differ after another call"),
     (InFront, "images_stand_where_their_marks_are", {}, "not between the texts around its mark"),
     (OtherEnd, "answers_end_as_the_chat_template_says", {}, r"256 is none of \[\d+\]"),
     (Leaky, "carry_sees_its_rows_images", {}, "row 1 sees the image of row 0"),
@@ -337,6 +367,12 @@ def formless(memory: Memory, prompts: Any, answers: Any) -> None:
 
 
 FORM = forward.form
+CHOICES = Decoder._choices
+
+
+def blurred(self: Decoder, logits: Tensor, *args: Any) -> Any:
+    """Logits that the loop changes, by little."""
+    return CHOICES(self, logits * (1 + 1e-6), *args)
 
 
 @contextmanager
@@ -362,8 +398,19 @@ BROKEN: list[tuple[Any, str, Any, str, str]] = [
     (RoomCache, "seen", lambda self, window: torch.ones_like(self._seen), "static_caches", "not close|other answers"),
     (Memory, "_switched", for_all, "calls_at_once", "switched off in another"),
     (InjectionHook, "remove", lambda self: None, "detached_as_it_was", "does not restore"),
+    (Decoder, "_choices", blurred, "the_loop_itself_is_the_base", "its logits differ at step 0"),
+    (loop, "_check", lambda config, model_kwargs: None, "right_padding_is_refused", "they are answered"),
+    (Backbone, "media", property(lambda self: []), "rollouts_write_no_media", "they wrote"),
+    (Session, "took_in", lambda self, rows, *latents: None, "insertion_equals_one_pass", "differs"),
     (MemoryTokens, "vectors", lambda self, ids, like: like, "ragged_insertion_equals_one_pass", "differs"),
 ]
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "insertion_equals_one_pass": {"spec": "schedule:1=short", "packs": False},
+    "ragged_insertion_equals_one_pass": {"packs": False},
+    "replay_equals_rollout": {"context": "cache", "dropout": 0.0},
+    "static_caches": {"compiled": True},
+}
 
 
 @pytest.mark.parametrize(
@@ -373,25 +420,57 @@ def test_a_broken_core_fails(
     owner: Any, name: str, broken: Any, check: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owner, name, broken)
-    arguments = {"ragged_insertion_equals_one_pass": {"packs": False}, "static_caches": {"compiled": True}}
-    fails(Qwen2_5_VL, check, arguments.get(check, {}), reason)
+    fails(Qwen2_5_VL, check, ARGUMENTS.get(check, {}), reason)
 
 
-def contract(family: type[Backbone]) -> BackboneContract:
+def unmoved(self: kv.StateLayer, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+    """States that a pass does not bring forward."""
+    return recurrent_states
+
+
+STATES: list[tuple[Any, str, Any, str, str]] = [
+    (kv.StateLayer, "put", lambda self, other, rows: None, "ragged_insertion_equals_one_pass", "differs"),
+    (kv.StateLayer, "update_recurrent_state", unmoved, "insertion_equals_one_pass", "differs"),
+    (kv, "_once", lambda layers, rows: layers[0], "replay_equals_rollout", "not close|shape|size"),
+]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken", "check", "reason"), STATES, ids=[f"{own[1]}-{own[3]}" for own in STATES]
+)
+def test_broken_states_fail(
+    owner: Any, name: str, broken: Any, check: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What rows carry beside keys and values: states of convolutions and linear attention."""
+    monkeypatch.setattr(owner, name, broken)
+    fails(Qwen3_5, check, ARGUMENTS.get(check, {}), reason, lambda: build("qwen3_5"))
+
+
+def tiny_qwen() -> tuple[Any, Any]:
+    return tiny.qwen(tied=False)
+
+
+def contract(family: type[Backbone], made: Callable[[], tuple[Any, Any]] = tiny_qwen) -> BackboneContract:
     """The suite as the author of ``family`` would write it."""
 
     class Contract(BackboneContract):
         backbone = family
 
         def load(self) -> tuple[Any, Any]:
-            return tiny.qwen(tied=False)
+            return made()
 
     return Contract()
 
 
-def fails(family: type[Backbone], check: str, arguments: dict[str, Any], reason: str) -> None:
+def fails(
+    family: type[Backbone],
+    check: str,
+    arguments: dict[str, Any],
+    reason: str,
+    made: Callable[[], tuple[Any, Any]] = tiny_qwen,
+) -> None:
     """The check fails for that reason, and says which contract is broken."""
-    test = getattr(contract(family), f"test_{check}")
+    test = getattr(contract(family, made), f"test_{check}")
     with pytest.raises(AssertionError, match=reason) as failure:
         test(**arguments)
     assert str(failure.value).startswith(f"{test.sentence}; see vismem_core.")

@@ -112,8 +112,10 @@ def test_gradients_of_one_invocation_are_those_of_teacher_forcing() -> None:
 def test_parts_add_up_to_the_whole() -> None:
     memory = tied().attach(SETTINGS["cache"])
     read, trajectories = told(memory, "anywhere:0.2")
-    parts = list(micro_batches(trajectories, range(12), 60))
+    parts = list(micro_batches(trajectories, range(12), 20, 140))
     assert len(parts) > 2 and sorted(row for part in parts for row in part) == list(range(12))
+    for part in parts:  # prompts of 20 columns count for every row
+        assert len(part) * (20 + max(trajectories[row].slots[-1] for row in part)) <= 140
     whole = gradients(memory, TrajectoryReplay(memory, read, trajectories).logprobs(form=True).sum())
     sums: dict[str, Tensor] = {}
     for part in parts:

@@ -16,6 +16,7 @@ from vismem_core.memory.memory import Memory
 
 from .base import NO_END, Base, Question, staggered
 from .contract import Contract, holds
+from .liveliness import close
 
 ATTACH = "vismem_core.base.adapters.Adapter"
 
@@ -83,6 +84,24 @@ class Company(Contract):
         base.model(**inputs, labels=labels).loss.backward()
         parts = {name.split(".")[0] for name, own in memory.trained().items() if own.grad is not None}
         assert parts >= {"builder", "short", "long"}, f"gradients reach {parts or 'nothing'} alone"
+
+    @holds(
+        "promise 3: what a call leaves on the model must not reach the next one, whatever its batch",
+        "vismem_core.base.backbone.Backbone.positions",
+    )
+    @torch.no_grad()
+    def test_earlier_calls_leave_nothing(self) -> None:
+        base, questions = self.base(), self.questions()
+        memory, inputs = base.attach(staggered()), base.inputs(*questions)
+        positions, output = base.backbone.positions(inputs), base.generate(*questions)
+        latents = [own.latents for own in memory.trace.invocations]
+        for others in (questions[1:], questions[:1]):
+            base.generate(*others)
+            assert base.backbone.positions(inputs).equal(positions), "positions differ after another call"
+        again = base.generate(*questions)
+        assert again.sequences.equal(output.sequences), "it answers otherwise after another call"
+        for own, before in zip(memory.trace.invocations, latents, strict=True):
+            close(own.latents, before, f"row {own.row} forms other memory after another call")
 
     @holds(
         "calls of one model at the same time must each get the answer that they get alone, under switches of their own",

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from vismem_core.errors import AttachError
 from vismem_core.memory.memory import Memory
 
-from .base import staggered
+from .base import NO_END, staggered
 from .contract import Contract, holds
 
 GENERATE = "vismem_core.decoding.injection.InjectionHook.generate"
@@ -101,6 +102,22 @@ class Generation(Contract):
             assert {own.row for own in memory.trace.invocations} == set(range(len(questions))), "a row did not invoke"
         assert answers[0].equal(answers[1]), "one seed, two answers"
         assert not answers[0].equal(answers[2]), "two seeds, one answer"
+
+    @holds("promise 4: prompts that are padded on the right must be refused, for they would be read wrongly", GENERATE)
+    def test_right_padding_is_refused(self) -> None:
+        base, questions = self.base(), self.questions()
+        base.attach(staggered())
+        inputs = base.inputs(*questions)
+        shape, padding = inputs["attention_mask"].shape, inputs["attention_mask"].argmax(1).tolist()
+        for name, own in inputs.items():
+            if own.shape == shape:
+                inputs[name] = torch.stack([row.roll(-count) for row, count in zip(own, padding, strict=True)])
+        try:
+            base.model.generate(**inputs, max_new_tokens=4, **NO_END)
+        except AttachError as error:
+            assert "left" in str(error), f"it is said that {error}"
+        else:
+            raise AssertionError("they are answered")
 
 
 class _Forbid:

@@ -59,6 +59,27 @@ class Training(Contract):
             other = TrajectoryReplay(memory, prompts, trajectories, sampling.temperature).logprobs(form=False)
         assert (other - replayed).abs().max() > 1e-2, "latents make no difference"
 
+    @holds(
+        "promise 5: rollouts must write no ids that stand for images, which would be taken for some when read again",
+        "vismem_core.base.backbone.Backbone.media",
+    )
+    def test_rollouts_write_no_media(self) -> None:
+        base, questions = self.base(), self.questions()
+        known = range(len(base.backbone.head.weight))
+        media = [token for token in base.backbone.placeholders.values() if token in known]
+        if not media:
+            pytest.skip("the model cannot write such ids")
+        memory, index = base.attach(staggered("policy")), torch.tensor(media, device=base.device)
+        base.backbone.head.register_forward_hook(lambda module, args, output: output.index_fill(-1, index, 1e4))
+        with memory.off():
+            assert base.generate(questions[0], max_new_tokens=1).answers.item() in media, "they are not the likeliest"
+        rows = range(len(questions))
+        trajectories = rollouts(
+            memory, read_prompts(memory, base.inputs(*questions)), rows, rows, Sampling(1.0, 1.0, 6)
+        )
+        written = {token for own in trajectories for token in own.ids}
+        assert not written & set(media), f"they wrote {written & set(media)}"
+
     @pytest.mark.parametrize("context", ["cache", "recompute"])
     @holds(
         "promise 6: a training step must change every tensor that trains and nothing else",

@@ -111,7 +111,7 @@ class GroupStage(Stage):
         pulls = counted.any(1) & ((gain != 0) | (self.kl.beta > 0))  # what gives no gradient is not replayed
         active = pulls.nonzero().flatten().tolist()
         sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
-        for rows in micro_batches(told, active, settings.slots):
+        for rows in micro_batches(told, active, prompts.mask.shape[1], settings.slots):
             replay = TrajectoryReplay(
                 self.memory, prompts, [told[row] for row in rows], settings.temperature, settings.checkpointing
             )

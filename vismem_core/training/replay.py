@@ -64,13 +64,19 @@ class TrajectoryReplay(Replay):
         return result.index_put((rows, index), own.to(result))
 
 
-def micro_batches(trajectories: Sequence[Trajectory], rows: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Rows together, none shorter than half of another, as many as have ``budget`` slots with their padding."""
+def micro_batches(
+    trajectories: Sequence[Trajectory], rows: Sequence[int], prompt: int, budget: int
+) -> Iterator[list[int]]:
+    """Rows together, none shorter than half of another, as many as have ``budget`` positions.
+
+    Args:
+        prompt: columns of their prompts. Each row holds its own copy of them, and padding counts too.
+    """
     lengths = {row: trajectories[row].slots[-1] for row in rows}
     batch: list[int] = []
     for row in sorted(rows, key=lambda own: -lengths[own]):
         longest = lengths[batch[0]] if batch else 0
-        if batch and ((len(batch) + 1) * longest > budget or 2 * lengths[row] < longest):
+        if batch and ((len(batch) + 1) * (prompt + longest) > budget or 2 * lengths[row] < longest):
             yield batch
             batch = []
         batch.append(row)
