@@ -149,7 +149,7 @@ class GrpoConfig(Section):
     explore: Share = 0.75
     """Stage II: share of each group that is dealt its choice, in threes: none, short and long in the same state. 0 is
     the paper's form, in which an invocation that the policy never samples is never learnt."""
-    slots: Positive = 16384
+    slots: Positive = 8192
     """Positions, prompts and padding included, in one replay pass: a larger batch is replayed in parts."""
     checkpointing: bool = False
     """Replay computes the layers again in the backward pass instead of keeping their insides."""

@@ -3,11 +3,12 @@
 Every row writes one id per step, so the ids stay rectangular without filler: an invocation token, then its end token,
 then text. Between the two the row's latents enter the cache; they have no ids.
 
-An invocation token is fed like any other. The query is built from the states that chose it and the tokens before it,
-so memory that is formed by the language model can ride behind the invocation token in the same forward pass. If all
-rows take in latents of the same kind together (always so for one row), these and the end token enter in one pass. In a
-ragged batch the latents enter in the pass of the neighbours' next tokens (:mod:`vismem_core.decoding.packing`), or
-alone where that cannot be.
+The query is built from the states that chose an invocation token and the tokens before it. So memory that is formed by
+the language model can ride behind the invocation token in the same forward pass, and memory that needs nothing of the
+language model is there before. If all rows take in latents of the same kind together (always so for one row), these and
+the end token enter in one pass, and in the invocation token's own where they are there before. In a ragged batch the
+latents enter in the pass of the neighbours' next tokens (:mod:`vismem_core.decoding.packing`), or alone where that
+cannot be.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +63,8 @@ class Decoder:
         self.tokens, self.streamer = memory.tokens, streamer
         self.rows: list[Row] = []
         self.due: dict[int, Kind] = {}
-        self.formed: dict[int, Tensor] = {}  # latents that rode in the last pass, by row
+        self.formed: dict[int, Tensor] = {}  # latents that are there when their invocation token has been fed, by row
+        self.fed: Fed | None = None  # the step of end tokens that were fed with their invocation tokens
         self.order: list[int] = []  # number in the result of each row that is being decoded
         self.compile: CompileConfig | None = None  # how steps without memory are compiled
         self.ahead = 0  # columns to reserve, where that is known and pays
@@ -122,10 +125,13 @@ class Decoder:
                 input_ids, running, ended = input_ids[kept], running[kept], ended[kept]
                 fed, alive = [fed[row] for row in kept], [alive[row] for row in kept]
                 latents = self._retire(kept, latents, model_kwargs)
+            self._form_early(fed, model_kwargs)
             with self.memory.acting() if self.trigger.active else nullcontext():
                 output, padded = self._feed(model, input_ids, fed, latents, model_kwargs, padded)
             self.session.observe([row for row, token in enumerate(fed) if token >= self.tokens.first + len(KINDS)])
             self.session.advance()
+        if self.fed is not None:  # nobody asked for it
+            self.session.room.back(self.fed.columns)
         if forbidden := int(process.forbidden):
             self.trace.blocked["forbidden"] += forbidden
         if self.streamer is not None:
@@ -194,14 +200,26 @@ class Decoder:
             if own[0] in self.formed:
                 vectors = torch.stack([self.formed.pop(row) for row in own])
             else:
-                vectors = self.session.form(own, self.memory.builder, self.memory.former(kind))
-            if self.memory.replacement is not None:
-                vectors = self.memory.replacement(vectors)
+                vectors = self._replaced(self.session.form(own, self.memory.builder, self.memory.former(kind)))
             latents[kind] = (own, vectors)
             self.trace.invocations += [
                 Invocation(self.order[row], kind, position, vectors[at]) for at, row in enumerate(own)
             ]
         return latents
+
+    def _form_early(self, fed: list[int], model_kwargs: dict[str, Any]) -> None:
+        """Form memory for rows that are about to be fed an invocation token, all of one kind, where it can be."""
+        session, kind = self.session, self.tokens.kind(fed[0])
+        if kind is None or set(fed) != {fed[0]} or not self.memory.former(kind).early:
+            return
+        rows = list(range(len(fed)))
+        alike = not (session.room.ragged or session.room.sources or kv.states(session.room))
+        if alike and not session.watched(model_kwargs) and not any(map(self._drops_images, rows)):
+            vectors = session.form(rows, self.memory.builder, self.memory.former(kind), fed=False)
+            self.formed = dict(zip(rows, self._replaced(vectors), strict=True))
+
+    def _replaced(self, vectors: Tensor) -> Tensor:
+        return vectors if self.memory.replacement is None else self.memory.replacement(vectors)
 
     def _forget(self, latents: Latents) -> bool:
         """Let rows that have formed memory lose sight of their images; whether there are such rows."""
@@ -260,6 +278,11 @@ class Decoder:
     ) -> tuple[Any, bool]:
         """Feed every row's last id, after the latents of the rows that formed some."""
         session, together = self.session, next(iter(latents.values()), None)
+        if self.fed is not None:
+            return self._feed_nothing(latents), padded
+        if self.formed:
+            ends = [self.tokens.end(kind) for kind in map(self.tokens.kind, fed) if kind]
+            return self._feed_at_once(model, input_ids, ends, model_kwargs, padded), padded
         shared = session.room.sources is not None
         same = not session.room.ragged and not shared
         if together is not None and len(together[0]) == len(self.rows) and same:
@@ -347,31 +370,60 @@ class Decoder:
                 packing=packing,
             )
         for former, (rows, _), hidden in zip(formers, riders.values(), packing.ridden(session.hidden[0]), strict=True):
-            self.formed |= dict(zip(rows, former.read(hidden), strict=True))
+            self.formed |= dict(zip(rows, self._replaced(former.read(hidden)), strict=True))
         session.unpack()
         output.logits = output.logits.transpose(0, 1)
         setattr(output, kv.NAME, session.cache)
         return output
 
+    def _feed_at_once(
+        self, model: Any, input_ids: Tensor, ends: list[int], model_kwargs: dict[str, Any], padded: bool
+    ) -> Any:
+        """Feed every row its invocation token, the latents that are there already, and its end token."""
+        session, latents = self.session, torch.stack(list(self.formed.values()))
+        begin, columns = session.backbone.embeddings(input_ids[:, -1:]), latents.shape[1] + 1
+        end = self.tokens.vectors(torch.tensor(ends, device=input_ids.device)[:, None], latents)
+        embeds = torch.cat([begin.to(latents), latents, end], dim=1)
+        logits = self._feed_embeds(model, embeds, model_kwargs, padded).logits
+        self.fed = Fed(columns, logits, *session.part())
+        output = CausalLMOutputWithPast(logits=session.backbone.logits(session.hidden))
+        setattr(output, kv.NAME, session.cache)
+        return output
+
+    def _feed_nothing(self, latents: Latents) -> Any:
+        """The step of end tokens that were fed before."""
+        assert self.fed is not None
+        session, ((rows, vectors),) = self.session, latents.values()
+        session.took_in(rows, vectors, session.places_of(rows, vectors.shape[1]))
+        session.hidden, session.embeds = self.fed.hidden, self.fed.embeds
+        output = CausalLMOutputWithPast(logits=self.fed.logits)
+        setattr(output, kv.NAME, session.cache)
+        self.fed = None
+        return output
+
     def _feed_together(
         self, model: Any, input_ids: Tensor, latents: Tensor, model_kwargs: dict[str, Any], padded: bool
     ) -> Any:
-        session, length = self.session, latents.shape[1]
+        """Feed every row its latents and its end token."""
+        rows, session = range(len(latents)), self.session
         end = self.tokens.vectors(input_ids[:, -1:], latents)
-        steps = torch.arange(length + 1, device=session.positions.device)
-        positions = session.positions + steps
-        session.took_in(range(len(latents)), latents, positions[..., :length])
-        session.room.aim(length + 1)
+        places = session.places_of(rows, latents.shape[1])
+        output = self._feed_embeds(model, torch.cat([latents, end], dim=1), model_kwargs, padded)
+        session.took_in(rows, latents, places)
+        return output
+
+    def _feed_embeds(self, model: Any, embeds: Tensor, model_kwargs: dict[str, Any], padded: bool) -> Any:
+        """Feed every row several vectors (B, T, d); the logits are the last ones'."""
+        session, length = self.session, embeds.shape[1]
+        session.room.aim(length)
         model_kwargs["attention_mask"] = session.mask if padded else None
-        if "position_ids" in model_kwargs:
-            model_kwargs["position_ids"] = session.positions
         wanted = {
             name: model_kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in model_kwargs
         }
         output = model(
-            inputs_embeds=torch.cat([latents, end], dim=1),
+            inputs_embeds=embeds,
             attention_mask=model_kwargs["attention_mask"],
-            position_ids=positions,
+            position_ids=session.positions + torch.arange(length, device=session.positions.device),
             **kv.given(model, session.cache),
             use_cache=True,
             logits_to_keep=1,
@@ -383,6 +435,22 @@ class Decoder:
             if layers := getattr(output, name, None):
                 setattr(output, name, tuple(layer[..., -1:, :] for layer in layers))
         return output
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What is known of the coming step, whose end tokens have been fed.
+
+    Attributes:
+        columns: that each row took in for it, latents and end token.
+        logits: (B, 1, V) after the end tokens.
+        hidden, embeds: (B, 1, d), the end tokens' last states and embeddings.
+    """
+
+    columns: int
+    logits: Tensor
+    hidden: Tensor
+    embeds: Tensor
 
 
 def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

@@ -151,6 +151,13 @@ class RoomCache(DynamicCache):
         finally:
             self.still = False
 
+    def back(self, columns: int) -> None:
+        """Give up what the last pass wrote, so many columns of every row."""
+        self.used, self.ends = self.used - columns, self.ends - columns
+        self._lengths = [own - columns for own in self._lengths]
+        self._seen[:, self.used :] = False
+        self._coming, self._reach = 0, self.used
+
     def hide(self, columns: Tensor) -> bool:
         """Let rows not look at ``columns`` (B, W) any more; whether columns were given up, and rows stand anew.
 

@@ -33,7 +33,7 @@ class Session:
         cache: the language model's KV cache: of the prompts as transformers keep it, right-aligned, and from
             :meth:`make_room` on one in which rows grow apart (:mod:`vismem_core.decoding.room`).
         positions: (.., B, 1), the position id of each row's next token.
-        hidden: (B, L, d), last hidden states of the latest forward pass through :meth:`listen`.
+        hidden, embeds: (B, L, d), what left and entered the language model in the latest pass through :meth:`listen`.
         vision: the vision encoder's states.
     """
 
@@ -44,7 +44,7 @@ class Session:
         self._mask: Tensor
         self.positions: Tensor
         self.hidden: Tensor
-        self._embeds: Tensor
+        self.embeds: Tensor
         self._given: Tensor | None = None  # position ids of the latest pass, where the language model got any
         self._visual: Tensor
         self._visual_mask: Tensor
@@ -82,7 +82,7 @@ class Session:
                 return
             embeds = kwargs.get("inputs_embeds")
             ids = kwargs.get("input_ids", args[0] if args else None)
-            self._embeds = embeds if embeds is not None else self.backbone.embeddings(ids)
+            self.embeds = embeds if embeds is not None else self.backbone.embeddings(ids)
             self._given = kwargs.get("position_ids")
 
         def leave(module: Any, args: Any, output: Any) -> None:
@@ -146,7 +146,7 @@ class Session:
         if self.needs.history:
             own = positions.expand(*positions.shape[:-2], batch, length)
             self._history = [
-                [(self._embeds[b, self._padding[b] :], own[..., b, self._padding[b] :])] for b in range(batch)
+                [(self.embeds[b, self._padding[b] :], own[..., b, self._padding[b] :])] for b in range(batch)
             ]
 
     def _see(self, input_ids: Tensor) -> None:
@@ -155,8 +155,8 @@ class Session:
             if bool((input_ids == token).any()):
                 warnings.warn(f"short memory does not see {medium}s of this model, long memory does", stacklevel=2)
         seen = torch.stack(media).any(0)
-        tokens = [self._embeds[row, seen[row].to(self._embeds.device)] for row in range(len(input_ids))]
-        counts = torch.tensor([len(own) for own in tokens], device=self._embeds.device)
+        tokens = [self.embeds[row, seen[row].to(self.embeds.device)] for row in range(len(input_ids))]
+        counts = torch.tensor([len(own) for own in tokens], device=self.embeds.device)
         self._images = [own.nonzero().flatten() - start for own, start in zip(seen, self._padding, strict=True)]
         self._visual = pad_sequence(tokens, batch_first=True).float()
         self._source = list(range(len(input_ids)))
@@ -170,7 +170,13 @@ class Session:
         self._written.append(self.hidden[:, -1])
         if self.needs.history:
             for row, pieces in enumerate(self._history):
-                pieces.append((self._embeds[row, -1:], self.positions[..., row, :]))
+                pieces.append((self.embeds[row, -1:], self.positions[..., row, :]))
+
+    def part(self) -> tuple[Tensor, Tensor]:
+        """As if only the first of the tokens of the latest pass had entered; states and embeddings of the last one."""
+        later = self.hidden[:, -1:], self.embeds[:, -1:]
+        self.hidden, self.embeds = self.hidden[:, :1], self.embeds[:, :1]
+        return later
 
     def advance(self, tokens: int = 1) -> None:
         """Every row took in ``tokens`` tokens."""
@@ -215,9 +221,13 @@ class Session:
 
     # Forming
 
-    def form(self, rows: Sequence[int], builder: QueryBuilder, former: MemoryFormer) -> Tensor:
-        """The latents (R, N, d) of ``rows`` that have just been fed their invocation tokens."""
-        context = self.context(rows)
+    def form(self, rows: Sequence[int], builder: QueryBuilder, former: MemoryFormer, fed: bool = True) -> Tensor:
+        """The latents (R, N, d) of ``rows`` that invoke it.
+
+        Args:
+            fed: whether they have been fed their invocation tokens, which an early former need not wait for.
+        """
+        context = self.context(rows, fed, cached=not former.early)
         with self._apart():
             context.query = self._query(rows, builder, context.states, context.mask)
             latents: Tensor = former(context)
@@ -248,11 +258,16 @@ class Session:
         finally:
             self._forming = False
 
-    def context(self, rows: Sequence[int]) -> MemoryContext:
-        """What memory may look at for ``rows``, with an empty query."""
+    def context(self, rows: Sequence[int], fed: bool = True, cached: bool = True) -> MemoryContext:
+        """What memory may look at for ``rows``, with an empty query.
+
+        Args:
+            fed: whether the last token that was fed is their invocation token.
+            cached: with the language model's cache.
+        """
         index = torch.as_tensor(rows, device=self.positions.device)
-        states, mask = self._states(rows, len(self._written) - 1)  # the last one is the invocation token's own
-        cache, seen = self._together(rows)
+        states, mask = self._states(rows, len(self._written) - fed)
+        cache, seen = self._together(rows) if cached else (DynamicCache(), self.mask[index, :0])
         return MemoryContext(
             states=states,
             mask=mask,
@@ -367,7 +382,7 @@ class Session:
             latents: kind -> (rows, (R, N, d)).
         """
         for rows, vectors in latents.values():
-            length, positions = vectors.shape[1], self._places(rows, vectors.shape[1])
+            length, positions = vectors.shape[1], self.places_of(rows, vectors.shape[1])
             grown, mask = self.room.together(rows)
             mask = torch.cat([mask, mask.new_ones(len(rows), length)], dim=-1)
             with self._apart():
@@ -387,7 +402,7 @@ class Session:
         """
         places, counts = [], [1] * len(self._segment)
         for rows, vectors in latents.values():
-            places.append(self._places(rows, vectors.shape[1]))
+            places.append(self.places_of(rows, vectors.shape[1]))
             self.took_in(rows, vectors, places[-1])
             for row in rows:
                 counts[row] += vectors.shape[1]
@@ -396,12 +411,13 @@ class Session:
             for row in rows:
                 beyond[row] = vectors.shape[1]
         self.room.aim(counts, beyond)
-        places += [self._places(rows, vectors.shape[1]) + 1 for rows, vectors in riders.values()]
+        places += [self.places_of(rows, vectors.shape[1]) + 1 for rows, vectors in riders.values()]
         packed = torch.cat([self.positions.squeeze(-1), *(own.flatten(-2) for own in places)], dim=-1)
         groups, behind = ([(rows, vectors.shape[1]) for rows, vectors in own.values()] for own in (latents, riders))
         return Packing(self.room, groups, behind), packed[..., None, :]
 
-    def _places(self, rows: Sequence[int], length: int) -> Tensor:
+    def places_of(self, rows: Sequence[int], length: int) -> Tensor:
+        """Position ids (.., R, L) of the next L tokens of some rows."""
         index = torch.as_tensor(rows, device=self.positions.device)
         return self.positions[..., index, :] + torch.arange(length, device=self.positions.device)
 
@@ -410,7 +426,7 @@ class Session:
         rows = len(self._segment)
         self.room.landed()
         self.hidden = self.hidden[:, :rows].transpose(0, 1)
-        self._embeds = self._embeds[:, :rows].transpose(0, 1)
+        self.embeds = self.embeds[:, :rows].transpose(0, 1)
 
     def took_in(self, rows: Sequence[int], vectors: Tensor, positions: Tensor) -> None:
         """Latents enter the cache at positions (.., R, N)."""

@@ -54,7 +54,7 @@ class MemoryContext:
         visual: y, how many of the states are visual tokens (they come first).
         query: Q (R, K, d) in fp32.
         cache: the language model's cache of these rows, up to the invocation token. Appending to it is allowed: it
-            is a fork.
+            is a fork. While decoding it is empty for formers that are early.
         attention_mask: (R, W) over the cache.
         next_position: (.., R, 1), the position id of the next token.
         vision: the vision encoder's states of the whole batch.
@@ -96,6 +96,11 @@ class MemoryFormer(nn.Module, ABC):
     @abstractmethod
     def forward(self, context: MemoryContext) -> Tensor:
         """(R, N, d), in the precision of the language model's embeddings."""
+
+    @property
+    def early(self) -> bool:
+        """Whether it reads neither cache nor history, and so need not wait for the invocation token's pass."""
+        return False
 
     @property
     def rides(self) -> bool:

@@ -72,6 +72,10 @@ class VisionLora(_LoraFormer):
         again = self.config.context == "recompute"
         return Needs(vision_cache=not again, vision_inputs=again)
 
+    @property
+    def early(self) -> bool:
+        return True
+
     def forward(self, context: MemoryContext) -> Tensor:
         backbone: Backbone = vars(self)["backbone"]
         query = self.enter(context.query.to(self.initial.device))

@@ -31,6 +31,10 @@ class TransformerFormer(MemoryFormer):
         self.gain = nn.Parameter(torch.full((width,), backbone.embedding_scale()))
         self.to(backbone.device)
 
+    @property
+    def early(self) -> bool:
+        return True
+
     def forward(self, context: MemoryContext) -> Tensor:
         states, mask = context.states, context.mask
         if self.kind == "short":
