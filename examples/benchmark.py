@@ -4,8 +4,8 @@ The model has random weights and the shape of a published one, so nothing is dow
 (A B C A B C ...) and a figure is the median over the turns. On one CPU thread the clock counts the process's own time.
 
 A plain decode step is the median time between two tokens of plain ``generate`` in the same turn. One invocation costs
-what comes on top of the step of its token: the query, the formation, the insertion (the pass over the latents and the
-end token, in full) and the loop around them. ``--suite gpu`` is benchmark_gpu.py.
+what comes on top of the step of its token: the query, the formation, and the insertion (the passes over the latents and
+the end token, with the loop around them). ``--suite gpu`` is benchmark_gpu.py.
 """
 
 import json
@@ -79,14 +79,14 @@ def cost_of_an_invocation(bench: Bench) -> Figures:
 
 
 def split(turn: Turn, step: float) -> dict[str, float]:
-    """One invocation in steps: query and latents are formed after the pass of its token, inserted in the next one."""
+    """One invocation in steps: query, latents, and what the passes take in which these and the end token enter."""
     count = len(turn.invoked) * step
-    forming = sum(turn.steps[place] - step for place in turn.invoked) / count
+    own, following = (sum(turn.steps[place + later] for place in turn.invoked) / count for later in (0, 1))
     parts = {name: turn.inside.get(name, 0.0) / count for name in ("query", "formation")}
     if not parts["formation"]:  # it rode in the token's own pass
-        parts["formation"] = forming - parts["query"]
-    parts["insertion"] = sum(turn.steps[place + 1] for place in turn.invoked) / count
-    return {"all": forming + parts["insertion"], **parts, "loop": forming - parts["query"] - parts["formation"]}
+        parts["formation"] = own - 1 - parts["query"]
+    cost = own - 1 + following
+    return {"all": cost, **parts, "insertion": cost - sum(parts.values())}
 
 
 def cost_in_a_batch(bench: Bench, batch: int) -> Figures:

@@ -100,5 +100,5 @@ def test_an_invocation_is_the_sum_of_its_parts(report: dict[str, Any]) -> None:
     split = [figure for figure in report["figures"] if figure["over"] == "plain decode step"]
     assert len(split) == 8
     for figure in split:
-        assert set(figure["parts"]) == {"query", "formation", "insertion", "loop"}
+        assert set(figure["parts"]) == {"query", "formation", "insertion"}
         assert sum(figure["parts"].values()) == pytest.approx(figure["ratio"])
