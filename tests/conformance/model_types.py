@@ -91,7 +91,8 @@ DEEP = vision(deepstack_visual_indexes=[0])
 MLA = {"num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
        "kv_lora_rank": 16, "q_lora_rank": 16, "rope_parameters": ROPE}  # fmt: skip
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-INDEX = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 8}
+INDEX = {"index_n_heads": 32, "index_head_dim": 8, "index_topk": 8}
+"""As many heads as published: each scores no less than 0, and with a few of them many tokens tie there."""
 SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
           "hidden_size_per_layer_input": 8}  # fmt: skip
 """Of the small gemmas: the last layers read keys and values of earlier ones, and tokens enter each layer by id."""
@@ -178,6 +179,8 @@ OWN: dict[str, dict[str, Any]] = {
         ("sliding_attention", "indexed_attention"), ROPE)}, per_layer_config={2: {"num_attention_heads": 2,
         "num_key_value_heads": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 8}}),
     "mistral_large4": text(**MLA, **INDEX, kv_source_layers=[0, 1, 2]),
+    "hy_v4_vl": text(**MLA | INDEX | {"qk_rope_head_dim": 8, "index_head_dim": 16,
+        "rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}}),
     "fast_vlm": vision(hidden_size=64, image_size=128, model_args={"inference_mode": True, "layers": [1] * 5,
         "embed_dims": [WIDTH] * 5}),
     "paligemma": vision(num_image_tokens=16),
@@ -219,7 +222,7 @@ def shrunk(settings: dict[str, Any], ids: dict[str, int], words: int) -> dict[st
 def _kinds(settings: dict[str, Any], depth: int) -> list[int]:
     """The first layer of each kind, of the published layout; two at least."""
     lists = {name: own for name, own in settings.items() if isinstance(own, list | tuple) and len(own) == depth}
-    told = [own for name, own in lists.items() if name.endswith("layer_types") or name == "no_rope_layers"]
+    told = [own for name, own in lists.items() if name.endswith("layer_types") or name in ("no_rope_layers", "indexer_types")]
     kinds: dict[Any, int] = {}
     for layer, kind in enumerate(zip(*told, strict=True)):
         kinds.setdefault(kind, layer)

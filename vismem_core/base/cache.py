@@ -1,8 +1,9 @@
 """Caches as transformers keep them: what memory can work on, rows of them, and what they once held.
 
 Rows are aligned to the right and padded on the left, as in a left-padded prompt. Layers hold keys and values of all
-tokens or of a window, or else, where attention is linear or a convolution stands for it, one state per row
-(:class:`StateLayer`). Some hold nothing, since they read another layer's.
+tokens or of a window, some of them besides what an indexer reads to choose among the tokens (:data:`COLUMNS`). Where
+attention is linear or a convolution stands for it, they hold one state per row (:class:`StateLayer`), and some hold
+both. Some hold nothing, since they read another layer's.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import (
     CacheLayerMixin,
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
     LinearAttentionLayer,
+    StaticIndexedLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -30,7 +37,39 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from vismem_core.errors import AttachError
 
-KINDS = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
+KINDS = {
+    DynamicLayer: "full",
+    DynamicSlidingWindowLayer: "window",
+    LinearAttentionLayer: "state",
+    DynamicIndexedLayer: "indexed",
+    LinearAttentionAndFullAttentionLayer: "state and full",
+    LinearAttentionAndSlidingWindowAttentionLayer: "state and window",
+    DummyLayer: "shared or none",
+}
+"""The layers that memory can work on, and what they are called."""
+COUNTED = (
+    DynamicIndexedLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+"""Layers whose models tell by the columns of tokens how far these are apart, or which stand together."""
+STATIC = (
+    StaticLayer,
+    StaticSlidingWindowLayer,
+    StaticIndexedLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
+)
+"""The same in static caches, where they hold tokens."""
+STATES = tuple(name for name, own in vars(LinearAttentionLayer()).items() if isinstance(own, dict))
+"""What layers say of their states, each by the state's number."""
+Form = Callable[[Tensor], Tensor]
+COLUMNS: dict[str, tuple[Form, Form]] = {
+    **dict.fromkeys(("keys", "values"), (lambda own: own, lambda own: own)),
+    "indexer_keys": (lambda own: own[:, None], lambda own: own[:, 0]),  # (B, W, w)
+    "indexer_position_ids": (lambda own: own.movedim(0, -1)[:, None], lambda own: own[:, 0].movedim(-1, 0)),  # (w, B, W)
+}
+"""What layers hold of each token, by the names of their attributes: ways to and from the form (B, heads, W, w)."""
 NAME: str = ALL_CACHE_NAMES[0]
 """What ``generate`` and the outputs of models call their cache: ``past_key_values`` before transformers 5.24."""
 
@@ -74,15 +113,42 @@ def _filled(static: StaticCache, config: Any) -> DynamicCache:
     """What a static cache holds after a prompt; nothing is copied."""
     cache = DynamicCache(config=config)
     for layer, own in zip(layers(cache), layers(static), strict=True):
-        if type(own) not in (StaticLayer, StaticSlidingWindowLayer):
+        if type(own) not in STATIC:
             raise AttachError(f"memory cannot grow cache layers of type {type(own).__name__} row by row")
         length = int(own.get_seq_length())
-        layer.update(*(states[:, :, :length] for states in (own.keys, own.values)))
+        tokens = {name: filled[:, :, :length] for name, filled in held(own).items()}
+        if "keys" in tokens:
+            layer.update(tokens.pop("keys"), tokens.pop("values"))
+        if isinstance(layer, DynamicIndexedLayer):
+            hold(layer, tokens)
+            layer.is_indexer_initialized = "indexer_keys" in tokens
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = length
-    queue = iter(states(static))
-    cache.layers = [next(queue) if stateful(own) else own for own in cache.layers]
+    for layer, own in zip(states(cache), states(static), strict=True):
+        vars(layer).update({name: getattr(own, name) for name in STATES})
     return cache
+
+
+def held(layer: Any) -> dict[str, Tensor]:
+    """What a layer holds of each token, (B, heads, W, w), by name."""
+    found = {name: (getattr(layer, name, None), to) for name, (to, _) in COLUMNS.items()}
+    return {name: to(own) for name, (own, to) in found.items() if own is not None}
+
+
+def hold(layer: Any, tokens: Mapping[str, Tensor]) -> None:
+    """Let a layer hold other tokens, as :func:`held` gives them."""
+    for name, own in tokens.items():
+        setattr(layer, name, COLUMNS[name][1](own))
+
+
+def taken(name: str, own: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(B, heads, W, w) -> (R, heads, W', w) with other rows (R, 1) and columns (R, W'), in front of 0 of none.
+
+    Attention has a mask over those. An indexer may have none, and finds zeros.
+    """
+    rows, columns = rows.to(own.device), columns.to(own.device)
+    found = own.transpose(1, 2)[rows, columns.clamp(min=0)].transpose(1, 2)
+    return found if name in ("keys", "values") else found.masked_fill((columns < 0)[:, None, :, None], 0)
 
 
 class StateLayer(LinearAttentionLayer):
@@ -93,13 +159,20 @@ class StateLayer(LinearAttentionLayer):
 
     @classmethod
     def of(cls, layer: Any, rows: Sequence[int] | None = None) -> StateLayer:
-        """Copies of the states of some rows, in that order; all of them by default."""
+        """Copies of the states of some rows, in that order; all of them by default.
+
+        A layer that holds tokens too does so still, those of all rows.
+        """
+        cls = next(own for kind, own in _STATES.items() if isinstance(layer, kind))
         other = cls.__new__(cls)
         vars(other).update(vars(layer))
-        for name, own in vars(layer).items():
-            if isinstance(own, dict):
-                setattr(other, name, {at: _copied(state, rows) for at, state in own.items()})
+        other.follow(layer, rows)
         return other
+
+    def follow(self, layer: Any, rows: Sequence[int] | None = None) -> None:
+        """Have copies of a layer's states of some rows, in that order."""
+        for name in STATES:
+            setattr(self, name, {at: _copied(state, rows) for at, state in getattr(layer, name).items()})
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
@@ -121,13 +194,28 @@ class StateLayer(LinearAttentionLayer):
         assert kept is not None
         return torch.cat([kept, conv_states], dim=-1)
 
-    def put(self, other: StateLayer, rows: Sequence[int]) -> None:
+    def take_over(self, other: StateLayer, rows: Sequence[int]) -> None:
         """Take over the states of ``rows`` from a layer that has these alone."""
         for name in ("conv_states", "recurrent_states"):
             mine, theirs = getattr(self, name), getattr(other, name)
             for at, state in mine.items():
                 if state is not None:
                     mine[at] = state.index_copy(0, torch.as_tensor(rows, device=state.device), theirs[at].to(state))
+
+
+class _StateAndFullLayer(StateLayer, LinearAttentionAndFullAttentionLayer):
+    pass
+
+
+class _StateAndWindowLayer(StateLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+    pass
+
+
+_STATES = {
+    LinearAttentionAndFullAttentionLayer: _StateAndFullLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: _StateAndWindowLayer,
+    LinearAttentionLayer: StateLayer,
+}
 
 
 def _copied(state: Any, rows: Sequence[int] | None) -> Any:
@@ -139,18 +227,23 @@ def _copied(state: Any, rows: Sequence[int] | None) -> Any:
 def fork(cache: DynamicCache) -> DynamicCache:
     """A cache that can be appended to while ``cache`` stays as it is; of tensors only states are copied."""
     branch = copy.copy(cache)
-    branch.layers = [StateLayer.of(own) if stateful(own) else copy.copy(own) for own in cache.layers]
+    branch.layers = [forked(own) for own in cache.layers]
     return branch
+
+
+def forked(layer: Any, rows: Sequence[int] | None = None) -> Any:
+    """The same for one layer, with the states of some rows."""
+    return StateLayer.of(layer, rows) if stateful(layer) else copy.copy(layer)
 
 
 def select(cache: DynamicCache, rows: Sequence[int]) -> DynamicCache:
     """The given rows alone, copied; a plain fork where they are all rows in order."""
-    branch = fork(cache)
-    if list(rows) != list(range(layers(branch)[0].keys.shape[0])):
-        for layer in layers(branch):
-            index = torch.as_tensor(rows, device=layer.keys.device)
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
-        branch.layers = [StateLayer.of(own, rows) if stateful(own) else own for own in branch.layers]
+    if list(rows) == list(range(layers(cache)[0].keys.shape[0])):
+        return fork(cache)
+    branch = copy.copy(cache)
+    branch.layers = [forked(own, rows) for own in cache.layers]
+    for layer in layers(branch):
+        hold(layer, {name: own[torch.as_tensor(rows, device=own.device)] for name, own in held(layer).items()})
     return branch
 
 
@@ -173,21 +266,19 @@ def upto(
     shift = torch.as_tensor([width - stop for stop in stops], device=mask.device)[:, None]
     columns = torch.arange(width, device=mask.device) - shift  # (R, width), negative left of a shorter row
     branch, at = fork(cache), 0
-    held: list[Any] = branch.layers
-    for number, layer in enumerate(held):
+    for number, layer in enumerate(branch.layers):
+        once: list[Any] = []
         if then is not None and forgets(layer):
             once = [then[stop][at] for stop in stops]
             at += 1
-            if stateful(layer):
-                held[number] = _once(once, rows)
-                continue
-            layer.keys, layer.values = (
-                _aligned([getattr(own, name)[row] for own, row in zip(once, rows, strict=True)])
-                for name in ("keys", "values")
-            )
-        elif not isinstance(layer, DummyLayer):
-            own, places = index.to(layer.keys.device)[:, None], columns.clamp(min=0).to(layer.keys.device)
-            layer.keys, layer.values = (_columns(whole, own, places) for whole in (layer.keys, layer.values))
+        if once and stateful(layer):
+            layer = branch.layers[number] = _once(layer, once, rows)
+        if once and isinstance(layer, DynamicSlidingWindowLayer):
+            told = [held(own) for own in once]
+            parts = {name: [own[name][row] for own, row in zip(told, rows, strict=True)] for name in told[0]}
+            hold(layer, {name: _aligned(own) for name, own in parts.items()})
+        else:
+            hold(layer, {name: taken(name, own, index[:, None], columns) for name, own in held(layer).items()})
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = width
     return branch, mask.gather(1, columns.clamp(min=0)) * (columns >= 0)
@@ -199,9 +290,9 @@ def _aligned(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.pad(own, (0, 0, width - own.shape[1], 0)) for own in rows])
 
 
-def _once(layers: Sequence[StateLayer], rows: Sequence[int]) -> StateLayer:
-    """The states that each row had in its own one of the layers."""
-    result = StateLayer.of(layers[0], rows)
+def _once(layer: StateLayer, layers: Sequence[StateLayer], rows: Sequence[int]) -> StateLayer:
+    """``layer`` with the states that each row had in its own one of the layers."""
+    result = StateLayer.of(layer, rows)
     for name in ("conv_states", "recurrent_states"):
         for at, state in getattr(result, name).items():
             if state is not None:
@@ -216,13 +307,27 @@ def forgets(layer: Any) -> bool:
 
 
 def forgetful(cache: DynamicCache) -> list[Any]:
-    """The layers that forget, as they are now and stay."""
-    return [layer for layer in fork(cache).layers if forgets(layer)]
+    """The layers that forget, as they are now and stay, with what they will have forgotten."""
+    found = [forked(layer) for layer in cache.layers if forgets(layer)]
+    for layer in found:
+        if type(layer) is _StateAndFullLayer:
+            layer.keys = layer.values = None
+    return found
 
 
 def whole(cache: DynamicCache) -> bool:
-    """Whether every layer holds all tokens: none has a sliding window, or a state instead."""
-    return all(type(layer) in (DynamicLayer, DummyLayer) for layer in cache.layers)
+    """Whether every layer holds all tokens: none has a sliding window, or a state."""
+    return all(type(layer) in (DynamicLayer, DynamicIndexedLayer, DummyLayer) for layer in cache.layers)
+
+
+def counted(cache: Cache) -> bool:
+    """Whether a model looks at where the columns of its tokens stand (:data:`COUNTED`)."""
+    return any(isinstance(layer, COUNTED) for layer in cache.layers)
+
+
+def plain(cache: Cache) -> bool:
+    """Whether layers hold keys and values alone, of all tokens or of a window."""
+    return not states(cache) and not counted(cache)
 
 
 def stateful(layer: Any) -> bool:
@@ -235,11 +340,6 @@ def states(cache: Cache) -> list[Any]:
     return [layer for layer in cache.layers if stateful(layer)]
 
 
-def _columns(states: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Keys or values (B, heads, W, w) -> (R, heads, W', w) with other rows (R, 1) and columns (R, W')."""
-    return states.transpose(1, 2)[rows, columns].transpose(1, 2)
-
-
 def layers(cache: Cache) -> list[Any]:
-    """The layers that hold keys and values."""
+    """The layers that hold tokens."""
     return [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]

@@ -43,7 +43,7 @@ class Compiler:
             return None
         settings: CompileConfig = config.compile_config or model._default_compile_config()
         attention = decoder.config._attn_implementation  # type: ignore[union-attr]
-        plain = not kv.states(DynamicCache(config=model.config))
+        plain = kv.plain(DynamicCache(config=model.config))
         if getattr(decoder, "_can_compile_fullgraph", False) and attention in FIXED and plain:
             return settings
         if not asked:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from vismem_core.errors import AttachError
 from vismem_core.plugins import registry
@@ -17,12 +16,6 @@ from .loading import backbone_of
 
 CHANGING = ("dynamic", "longrope")
 """Ropes whose frequencies a model changes while it is called, by the lengths that it meets."""
-LAYERS = {
-    DynamicLayer: "full",
-    DynamicSlidingWindowLayer: "window",
-    LinearAttentionLayer: "state",
-    DummyLayer: "shared or none",
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ def outlook(source: str, *, trust_remote_code: bool = False, revision: str | Non
 
 def layers(config: Any) -> dict[str, int]:
     """The kinds of layers in a model's cache: all tokens, those in a window, or a state."""
-    kinds = (LAYERS.get(type(own), type(own).__name__) for own in DynamicCache(config=config).layers)
+    kinds = (kv.KINDS.get(type(own), type(own).__name__) for own in DynamicCache(config=config).layers)
     return dict(Counter(kinds))
 
 

@@ -304,7 +304,7 @@ class Decoder:
     def _feed_one(self, model: Any, input_ids: Tensor, model_kwargs: dict[str, Any], padded: bool) -> Any:
         """Feed one token a row and nothing else."""
         session = self.session
-        model_kwargs["attention_mask"] = session.mask if padded else None
+        model_kwargs["attention_mask"] = session.shown if padded else None
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
         compiled, watched = self.compile is not None, session.watched(model_kwargs)
@@ -318,7 +318,7 @@ class Decoder:
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
         inputs["position_ids"] = session.positions  # which some models leave out there, or change
         with self._compiled_pass() if compiled else nullcontext():
-            if compiled or (session.room.ragged and session.room.windowed):
+            if compiled or (session.room.ragged and session.room.windowed and not session.room.aligned):
                 inputs["attention_mask"] = session.masks()
             return model(**inputs, return_dict=True)
 
@@ -351,7 +351,7 @@ class Decoder:
         session, formers = self.session, [_riding(self.memory.former(kind)) for kind in riders]
         last = session.backbone.embeddings(input_ids[:, -1])
         packing, positions = session.pack(latents, riders)
-        model_kwargs["attention_mask"] = session.mask if padded else None
+        model_kwargs["attention_mask"] = session.shown if padded else None
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
         behind = [vectors.flatten(0, 1) for own in (latents, riders) for _, vectors in own.values()]
@@ -416,7 +416,7 @@ class Decoder:
         """Feed every row several vectors (B, T, d); the logits are the last ones'."""
         session, length = self.session, embeds.shape[1]
         session.room.aim(length)
-        model_kwargs["attention_mask"] = session.mask if padded else None
+        model_kwargs["attention_mask"] = session.shown if padded else None
         wanted = {
             name: model_kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in model_kwargs
         }

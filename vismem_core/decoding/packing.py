@@ -20,7 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
-from .room import RoomCache, rows_of
+from .columns import rows_of
+from .room import RoomCache
 
 NAME = "vismem_packed"
 Group = tuple[Sequence[int], int]

@@ -64,6 +64,11 @@ class Session:
         return self.cache.mask.long() if isinstance(self.cache, RoomCache) else self._mask
 
     @property
+    def shown(self) -> Tensor:
+        """The same as the model is shown it."""
+        return self.room.shown.long()
+
+    @property
     def room(self) -> RoomCache:
         """The cache once rows may grow apart."""
         assert isinstance(self.cache, RoomCache)
@@ -350,7 +355,7 @@ class Session:
         config: Any = self.backbone.decoder.config
         kinds = set(getattr(config, "layer_types", None) or [""])
         found: dict[str, Tensor | None] = {}
-        windows = {"full_attention": None, "": self.room.grown[0].window}
+        windows = {"full_attention": None, "indexed_attention": None, "": self.room.grown[0].window}
         for kind in kinds:
             if kind in ("conv", "linear_attention"):  # their states know no columns
                 found[kind] = None
