@@ -366,11 +366,13 @@ def build(model_type: str) -> tuple[Any, Any]:
     head = model.get_output_embeddings()
     if head is None or settings.is_encoder_decoder:
         return model, Processor(model, tokenizer)
-    tables = {model.get_input_embeddings().weight}
+    table = model.get_input_embeddings().weight
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1 and parameter not in tables:
+            if parameter.ndim > 1 and parameter is not table:
                 parameter.normal_(std=0.02)
+        blank = ~table.any(-1)  # the padding's vector; an indexer that is asked for zeros finds all tokens alike
+        table[blank] = table.std() * torch.randn(int(blank.sum()), table.shape[1]).to(table)
     liven(model)
     media = [getattr(settings, f"{medium}_token_id", None) for medium in ("image", "video", "audio")]
     with torch.no_grad():  # a random model would write them, which many take for media again
