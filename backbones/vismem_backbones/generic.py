@@ -43,6 +43,8 @@ GIVEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_
 REFUSED = {
     "cohere2_vision": "its features' last bits depend on whether its weights need gradients, so off is not the base",
     "emu3": "transformers makes other tokens of images in a batch than of one alone",
+    "minimax_m3_vl": "transformers cuts its sparse attention into blocks by columns, so padded prompts have others than alone",
+    "unlimited_ocr": "transformers shows padded prompts their padding once as many tokens are written as its window has",
     "hunyuan_vl": "transformers gives its images other positions in a batch than alone",
 }
 """Types that break a promise in ways that calling them once does not show."""

@@ -54,6 +54,11 @@ PROCESSED: dict[str, Any] = {
     "high_res_size": dict.fromkeys(("height", "width"), SIDE), "tile_size": SIDE, "min_size": 4,
 }  # fmt: skip
 """Settings of image processors, where they have them."""
+ALONE: dict[str, dict[str, Any]] = {
+    "dots3_note": {"temporal_patch_size": 1},
+    **dict.fromkeys(("inkling2", "inkling2_loop"), {"size": dict.fromkeys(("height", "width"), 2 * PATCH)}),
+}
+"""Settings of a type's image processor as its checkpoints have them, which no configuration tells."""
 TYPED = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
 LIKE = {"diffusion_gemma": "gemma4"}
 """Types whose checkpoints come with another's image processor, which transformers does not map."""
@@ -96,6 +101,8 @@ INDEX = {"index_n_heads": 32, "index_head_dim": 8, "index_topk": 8}
 SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
           "hidden_size_per_layer_input": 8}  # fmt: skip
 """Of the small gemmas: the last layers read keys and values of earlier ones, and tokens enter each layer by id."""
+INKLING = text(n_layers_per_attn_res_block=1, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
+    d_rel=4, rel_extent=16) | vision(projection_hidden_dim=WIDTH)  # fmt: skip
 MUSE = {"out_hidden_size": 4 * WIDTH} | vision(pos_emb_height=2, pos_emb_width=2)
 """Windows of 2 x 2 patches, and four patches to a token."""
 
@@ -150,13 +157,16 @@ OWN: dict[str, dict[str, Any]] = {
         layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"],
         rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE}),
     "glm5_next": text(**INDEX, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, v_head_dim=8, head_dim=0,
-        qk_nope_head_dim=8, linear_head_dim=8, linear_num_heads=4, index_kpool=4),
+        qk_nope_head_dim=8, linear_head_dim=32, linear_num_heads=4, index_kpool=4),  # norms over few numbers near 0 shake
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0], "high_res_vision_config.window_size": 3,
         "high_res_vision_config.output_channels": 16},
     "deepseek_ocr2": text(num_experts_per_tok=4, mlp_layer_types=["dense", "sparse"], n_group=1, topk_group=1,
         num_key_value_heads=4) | {f"vision_config.sam_config.{name}": own for name, own in {"image_size": 2 * SIDE,
         "window_size": 3, "output_channels": 16, "global_attn_indexes": [1], "downsample_channels": [16, WIDTH]
         }.items()},
+    "unlimited_ocr": text(num_experts_per_tok=4, num_key_value_heads=4) | {f"vision_config.sam_config.{name}": own
+        for name, own in {"image_size": 2 * SIDE, "window_size": 3, "output_channels": 16, "global_attn_indexes": [1],
+        "downsample_channels": [16, WIDTH]}.items()},
     "molmo2": text(vocab_size=IMAGE, additional_vocab_size=36) | {"image_patch_id": IMAGE,
         "adapter_config.vision_feature_layer": [1, 0]},
     "muse_glimmer": MUSE,
@@ -177,7 +187,11 @@ OWN: dict[str, dict[str, Any]] = {
         {IMAGE: IMAGE, "<|extra_200|>": "<8>"} | {f"<|visual token {at:06}|>": f"<{at}>" for at in range(8)}},
     "dots3_note": text(**MLA | INDEX | {"head_dim": 12, "rope_parameters": dict.fromkeys(
         ("sliding_attention", "indexed_attention"), ROPE)}, per_layer_config={2: {"num_attention_heads": 2,
-        "num_key_value_heads": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 8}}),
+        "num_key_value_heads": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 8}})
+        | vision(per_layer_config={1: {"num_local_experts": 4, "num_experts_per_tok": 2}}),
+    "inkling2": INKLING,
+    "inkling2_loop": INKLING | text(loop_layer_index_start=1, loop_layer_index_end=3, loop_num_passes=2,
+        num_hidden_layers=4, layer_types=["hybrid_sliding", "hybrid_sliding", "hybrid", "hybrid_sliding"]),
     "mistral_large4": text(**MLA, **INDEX, kv_source_layers=[0, 1, 2]),
     "hy_v4_vl": text(**MLA | INDEX | {"qk_rope_head_dim": 8, "index_head_dim": 16,
         "rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}}),
@@ -210,6 +224,8 @@ def shrunk(settings: dict[str, Any], ids: dict[str, int], words: int) -> dict[st
             small[name] = [SIZES[name]] * len(own)
         elif name.startswith("vocab_size") and isinstance(own, int):
             small[name] = words
+        elif name == "unpadded_vocab_size":  # heads know fewer
+            small[name] = words - 4
         elif isinstance(own, list | tuple) and len(own) == depth > 2:
             small[name] = [_size(name, own[layer]) for layer in kept]
         elif name.endswith(("token_id", "token_index")):
@@ -352,7 +368,7 @@ def image_processor(model: Any, owner: Any) -> Any:
         settings["size"] = {"shortest_edge": 256, "longest_edge": 4096} if counted else dict.fromkeys(own, SIDE)
         if "max_pixels" in own:
             settings["size"] = {"min_pixels": 256, "max_pixels": 4096}
-    return kind(**settings)
+    return kind(**settings | ALONE.get(model.config.model_type, {}))
 
 
 def build(model_type: str) -> tuple[Any, Any]:

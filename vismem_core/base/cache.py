@@ -112,6 +112,9 @@ def check(cache: object, config: Any = None) -> DynamicCache:
 def _filled(static: StaticCache, config: Any) -> DynamicCache:
     """What a static cache holds after a prompt; nothing is copied."""
     cache = DynamicCache(config=config)
+    kinds = {type(own): layer for layer, own in zip(cache.layers, static.layers, strict=False)}
+    for own in static.layers[len(cache.layers) :]:  # of layers that are passed several times
+        cache.layers.append(copy.copy(kinds[type(own)]))
     for layer, own in zip(layers(cache), layers(static), strict=True):
         if type(own) not in STATIC:
             raise AttachError(f"memory cannot grow cache layers of type {type(own).__name__} row by row")
