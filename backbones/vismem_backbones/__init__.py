@@ -30,6 +30,38 @@ def register_backbones(register: Register) -> None:
         features=("several images", "images of any size", "video"),
     )
     register(
+        "gemma3",
+        "vismem_backbones.gemma:Gemma3",
+        description="Gemma 3, 4B to 27B, and ShieldGemma 2",
+        families=("Gemma 3",),
+        model_types=("gemma3", "shieldgemma2"),
+        features=("several images",),
+    )
+    register(
+        "gemma4",
+        "vismem_backbones.gemma:Gemma4",
+        description="Gemma 4, dense, of experts, and those with per-layer inputs",
+        families=("Gemma 4",),
+        model_types=("gemma4", "gemma4_unified"),
+        features=("several images", "images of any size"),
+    )
+    register(
+        "gemma3n",
+        "vismem_backbones.gemma:Gemma3n",
+        description="Gemma 3n (short memory without its vision encoder)",
+        families=("Gemma 3n",),
+        model_types=("gemma3n",),
+        features=("several images",),
+    )
+    register(
+        "paligemma",
+        "vismem_backbones.gemma:PaliGemma",
+        description="PaliGemma and PaliGemma 2",
+        families=("PaliGemma",),
+        model_types=("paligemma",),
+        features=("several images",),
+    )
+    register(
         "internvl",
         "vismem_backbones.internvl:InternVL",
         description="InternVL3 and InternVL3.5 in their transformers format",

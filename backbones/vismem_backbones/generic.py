@@ -83,6 +83,8 @@ class Generic(Backbone):
 
     @classmethod
     def matches(cls, model: Any) -> bool:
+        if cls.model_types:
+            return super().matches(model)
         known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         return isinstance(model, PreTrainedModel) and model.config.model_type in known
 
@@ -208,8 +210,8 @@ class Generic(Backbone):
         # Image tokens that see those after them are in the cache when memory comes.
         both_ways = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
         taken = {name for name, own in given.items() if isinstance(own, Tensor | list | tuple)} - GIVEN
-        self.rereads = not both_ways and not taken & PROMPT_ONLY
-        if further := sorted(taken - PROMPT_ONLY):
+        self.rereads = not both_ways and not taken
+        if further := sorted(taken - PROMPT_ONLY - set(self.companions(batch["input_ids"]))):
             self._refuse(f"its language model takes more than embeddings: {', '.join(further)}")
         embeds, ids = given.get("inputs_embeds"), batch["input_ids"]
         here = torch.isin(ids, torch.tensor(list(self.placeholders.values()), device=ids.device))

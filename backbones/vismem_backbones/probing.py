@@ -74,7 +74,10 @@ def setting(name: str, own: Any, count: int) -> Any:
     if own is None or "mask" in name:
         return None
     if isinstance(own, tuple) and len(own) == 2 and all(isinstance(part, Tensor) for part in own):
-        return own[0].new_ones(1, 1), own[1].new_zeros(1, 1)
+        shapes = [[1] * (part.ndim - 1) + [part.shape[-1]] for part in own]
+        return own[0].new_ones(shapes[0]), own[1].new_zeros(shapes[1])
+    if name.endswith("position_ids") and isinstance(own, Tensor) and own.ndim > 1:
+        return own.new_zeros(1, count, *own.shape[2:])  # the first place turns nothing
     if isinstance(own, Tensor) and own.is_complex():
         return own.new_ones(1, 1)
     if isinstance(own, Tensor):
@@ -120,10 +123,14 @@ def blocks_in(tower: nn.Module) -> nn.ModuleList | None:
 
 
 def targets_in(path: str, blocks: Sequence[nn.Module]) -> str:
-    """A regular expression for the linear layers in ``blocks`` that make queries and values; empty without any."""
+    """A regular expression for the linear layers in ``blocks`` that make queries and values; empty without any.
+
+    What only clips around a linear layer counts as the layer.
+    """
     modules = ((name, innermost(own)) for block in blocks for name, own in block.named_modules())
     linear = {name for name, own in modules if isinstance(own, nn.Linear)}
-    names = sorted(re.escape(name) for name in linear if TARGETS.fullmatch(name.rpartition(".")[2]))
+    own = {name: name.removesuffix(".linear").rpartition(".")[2] for name in linear}
+    names = sorted(re.escape(name) for name, last in own.items() if TARGETS.fullmatch(last))
     numbers = "|".join(map(str, range(len(blocks))))
     return rf"{re.escape(path)}\.({numbers})\.({'|'.join(names)})" if names else ""
 

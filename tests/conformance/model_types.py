@@ -254,8 +254,8 @@ def _scaled(own: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
     return {name: _size(name, whole[name]) * value // whole[name] for name, value in own.items()}
 
 
-def config(model_type: str, tokenizer: Any) -> Any:
-    """The type's default configuration, shrunk."""
+def config(model_type: str, tokenizer: Any, more: dict[str, Any]) -> Any:
+    """The type's default configuration, shrunk, with ``more`` settings by their paths."""
     kind = CONFIG_MAPPING[model_type]
     spare = iter(tokenizer.convert_tokens_to_ids(f"<{at}>") for at in range(32))
     told = kind().to_dict()
@@ -269,7 +269,7 @@ def config(model_type: str, tokenizer: Any) -> Any:
     )
     ids |= {name: next(spare) for name in others}
     small = shrunk(told, ids, len(tokenizer))
-    for path, own in OWN.get(model_type, {}).items():
+    for path, own in (OWN.get(model_type, {}) | more).items():
         *parents, name = path.split(".")
         place = small
         for parent in parents:
@@ -371,12 +371,16 @@ def image_processor(model: Any, owner: Any) -> Any:
     return kind(**settings | ALONE.get(model.config.model_type, {}))
 
 
-def build(model_type: str) -> tuple[Any, Any]:
-    """A tiny random model and its processor, or one that stands in for it."""
+def build(model_type: str, **more: Any) -> tuple[Any, Any]:
+    """A tiny random model and its processor, or one that stands in for it.
+
+    Args:
+        more: settings by their paths, such as ``text_config.tie_word_embeddings``.
+    """
     if model_type in MADE:
         return MADE[model_type]()
     tokenizer = tiny._tokenizer(IMAGE, VIDEO, START, END, *(f"<{at}>" for at in range(32)))
-    settings = config(model_type, tokenizer)
+    settings = config(model_type, tokenizer, more)
     torch.manual_seed(0)
     model = MODELS[type(settings)](settings).eval()
     head = model.get_output_embeddings()

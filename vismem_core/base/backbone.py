@@ -20,6 +20,9 @@ from . import cache as kv
 from .images import PLACEHOLDER, Picture, decode
 from .vision import VisionStates
 
+NO_TOKEN = -1
+"""In place of an id: a vector that is no token's."""
+
 
 class Backbone(ABC):
     """One instance around one loaded model. It holds data and small methods, no decoding and no training.
@@ -151,8 +154,10 @@ class Backbone(ABC):
         """Precision of the tokens inside the vision encoder."""
 
     def embedding_scale(self) -> float:
-        """Root mean square of the embedding table's entries, from its first rows."""
-        return float(self.embeddings.weight[:4096].detach().float().pow(2).mean().sqrt())
+        """Root mean square of what tokens enter as, from the first rows of the embedding table."""
+        first = torch.arange(min(4096, len(self.embeddings.weight)), device=self.device)
+        with torch.no_grad():  # the module is asked, since some multiply what their tables hold
+            return float(self.embeddings(first).float().pow(2).mean().sqrt())
 
     # Inputs
 
@@ -272,6 +277,29 @@ class Backbone(ABC):
 
     # Memory's ways in
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings (.., d) of text, as they enter the language model."""
+        return self.embeddings(ids)  # type: ignore[no-any-return]
+
+    @property
+    def embedders(self) -> dict[nn.Module, int]:
+        """The modules that the model embeds tokens with, and for each an id that it knows."""
+        return {self.embeddings: 0}
+
+    @property
+    def further_tables(self) -> dict[nn.Module, int]:
+        """Where else the language model looks tokens up by their ids, and the id to look up for what is no token."""
+        return {}
+
+    def companions(self, ids: Tensor) -> dict[str, Tensor]:
+        """What the language model takes beside the embeddings of such tokens, as named arguments.
+
+        Args:
+            ids: (R, E); ``NO_TOKEN`` where a vector stands that has none, such as a latent. Memory tokens are none of
+                the model's either.
+        """
+        return {}
+
     @abstractmethod
     def record(self, states: VisionStates, *, keep: bool, inputs: bool) -> AbstractContextManager[None]:
         """Fill ``states`` while the vision encoder runs inside the context.
@@ -304,7 +332,12 @@ class Backbone(ABC):
         """The model's own projector: (R, N * merge, D) -> (R, N, d)."""
 
     def continue_(
-        self, embeds: Tensor, attention_mask: Tensor, positions: Tensor, cache: DynamicCache | None
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        cache: DynamicCache | None,
+        **companions: Tensor,
     ) -> Tensor:
         """Last hidden states of the language model over ``embeds`` that follow a cache, which grows.
 
@@ -312,16 +345,19 @@ class Backbone(ABC):
             embeds: (R, E, d)
             attention_mask: (R, past + E); or additive, what each token may look at, (R, 1, E, past + E).
             positions: (.., R, E)
+            companions: what comes with ``embeds`` (:meth:`companions`); by default they are no tokens'.
 
         Returns:
             (R, E, d), after the final norm, on :attr:`device` wherever the last layer is.
         """
+        alone = torch.full(embeds.shape[:2], NO_TOKEN, device=embeds.device)
         output = self.decoder(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=positions,
             **kv.given(self.decoder, cache),
             use_cache=cache is not None,
+            **(companions or self.companions(alone)),
         )
         return output.last_hidden_state.to(self.device)  # type: ignore[no-any-return]
 

@@ -43,7 +43,8 @@ class InjectionHook:
         self.memory, self.model = memory, memory.model
         model, gate = self.model, _Gate(True)
         self._handles = [
-            *memory.tokens.lay_over(memory.backbone.embeddings),
+            *(handle for own in memory.backbone.embedders.items() for handle in memory.tokens.lay_over(*own)),
+            *(memory.tokens.leave_out(*own) for own in memory.backbone.further_tables.items()),
             model.register_forward_pre_hook(gate.enter, prepend=True),
             model.register_forward_hook(gate.leave, always_call=True),
         ]

@@ -310,8 +310,8 @@ class Decoder:
         compiled, watched = self.compile is not None, session.watched(model_kwargs)
         if compiled and not watched and not _hooked(model):
             with self._compiled_pass():
-                last = session.backbone.embeddings(input_ids[:, -1:])
-                session.backbone.continue_(last, session.masks(), session.positions, session.cache)
+                last, beside = session.backbone.embed(input_ids[:, -1:]), session.beside(input_ids[:, -1:])
+                session.backbone.continue_(last, session.masks(), session.positions, session.cache, **beside)
             output = CausalLMOutputWithPast(logits=session.backbone.logits(session.hidden))
             setattr(output, kv.NAME, session.cache)
             return output
@@ -349,7 +349,7 @@ class Decoder:
         padded: bool,
     ) -> Any:
         session, formers = self.session, [_riding(self.memory.former(kind)) for kind in riders]
-        last = session.backbone.embeddings(input_ids[:, -1])
+        last = session.backbone.embed(input_ids[:, -1])
         packing, positions = session.pack(latents, riders)
         model_kwargs["attention_mask"] = session.shown if padded else None
         if "position_ids" in model_kwargs:
@@ -368,6 +368,7 @@ class Decoder:
                 logits_to_keep=slice(len(last)),  # not a tensor: the states may be on another device than these ids
                 return_dict=True,
                 packing=packing,
+                **session.beside(input_ids[:, -1][None], behind=sum(map(len, behind))),
             )
         for former, (rows, _), hidden in zip(formers, riders.values(), packing.ridden(session.hidden[0]), strict=True):
             self.formed |= dict(zip(rows, self._replaced(former.read(hidden)), strict=True))
@@ -428,6 +429,7 @@ class Decoder:
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
+            **session.beside(input_ids[:, -1:], before=length),
             **wanted,
         )
         session.room.landed()

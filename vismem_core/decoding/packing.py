@@ -39,7 +39,7 @@ class Packing:
 
     def __init__(self, cache: RoomCache, groups: Sequence[Group], riders: Sequence[Group] = ()) -> None:
         self.cache, self.groups, self.riders = cache, groups, riders
-        self.layer: Any = None  # the one that is being computed
+        self._written: dict[int, tuple[Tensor, Any]] = {}  # the keys that a layer gave, and the layer
         self._last = cache.ends - 1
         every = range(len(self._last))
         self._parts: list[tuple[Sequence[int], Tensor]] = [(every, self._last[:, None])]  # rows (R), columns (R, T)
@@ -70,33 +70,42 @@ class Packing:
 
     def write(self, layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put what is packed (1, heads, M, w) where it belongs; what the pass may look at in all."""
-        self.layer = layer
         packed = (own[0].transpose(0, 1)[:, :, None] for own in (keys, values))
         layer.write(self._rows[:, None], self._columns[:, None], *packed)
         seen: tuple[Tensor, Tensor] = layer.view()
+        self._written[id(seen[0])] = seen[0], layer
         return seen
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None = None) -> Tensor:
         """Packed queries (1, heads, M, w) over the cache -> (1, M, heads, w)."""
+        layer = self._holder(keys, window)
         shared, out = query.shape[1] // keys.shape[1], []
-        dealt = self.deal(query[0].transpose(0, 1))
-        for (rows, _), own, mask in zip(self._parts, dealt, self._seen(query, keys.shape[2], shared), strict=True):
+        dealt, masks = self.deal(query[0].transpose(0, 1)), self._seen(layer, query, keys.shape[2], shared)
+        for (rows, _), own, mask in zip(self._parts, dealt, masks, strict=True):
             # Queries that share a key are tokens of one sequence to torch.
             packed = rearrange(own, "r t (h g) w -> r h (g t) w", g=shared)
             own_keys, own_values = rows_of(keys, rows), rows_of(values, rows)
-            if self.layer.prompts is None:
+            if layer.prompts is None:
                 mixed = F.scaled_dot_product_attention(packed, own_keys, own_values, attn_mask=mask, scale=scaling)
             else:
-                mixed = self._over_prompts(rows, packed * scaling, own_keys, own_values, mask)
+                mixed = self._over_prompts(layer, rows, packed * scaling, own_keys, own_values, mask)
             out.append(rearrange(mixed, "r h (g t) w -> (r t) (h g) w", g=shared))
         return torch.cat(out)[None]
 
-    def _over_prompts(self, rows: Sequence[int], queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def _holder(self, keys: Tensor, window: int | None) -> Any:
+        """The layer that keys come from: some layers read what an earlier one gave, perhaps on another device."""
+        if id(keys) in self._written:
+            return self._written[id(keys)][1]
+        return next(own for _, own in reversed(self._written.values()) if own.window == window)
+
+    def _over_prompts(
+        self, layer: Any, rows: Sequence[int], queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+    ) -> Tensor:
         """Scaled queries (R, heads, T, w) over keys that all rows of a prompt share, and over their own.
 
         To torch the rows of a prompt are tokens of one sequence, so the prompt is read once for all of them.
         """
-        prompt_keys, prompt_values = self.layer.prompts
+        prompt_keys, prompt_values = layer.prompts
         assert self.cache.sources is not None
         sources = [self.cache.sources[row] for row in rows]
         runs = [(source, len(list(own))) for source, own in groupby(sources)]
@@ -115,10 +124,10 @@ class Packing:
         mixed: Tensor = together(first, prompt_values) + second @ values
         return mixed
 
-    def _seen(self, query: Tensor, width: int, shared: int) -> list[Tensor]:
+    def _seen(self, layer: Any, query: Tensor, width: int, shared: int) -> list[Tensor]:
         """What each part may look at of the last K columns, (R, 1, shared * T, K), to be added to the scores."""
-        offset = 0 if self.layer.prompts is not None else self.cache.reach - width
-        window = self.layer.window
+        offset = 0 if layer.prompts is not None else self.cache.reach - width
+        window = layer.window
         if (told := (offset, window, query.device)) not in self._masks:
             places = torch.arange(offset, self.cache.reach, device=self._last.device)
             held = F.pad(self.cache.mask[:, offset:], (0, self.cache.reach - self.cache.used))
@@ -157,7 +166,7 @@ class _PackedCache(DynamicCache):
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, packing: Packing, **rest: Any
 ) -> tuple[Tensor, None]:
-    return packing.attend(query, key, value, rest["scaling"]), None
+    return packing.attend(query, key, value, rest["scaling"], rest.get("sliding_window")), None
 
 
 AttentionInterface.register(NAME, _attend)

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicIndexedLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vismem_core.base import cache as kv
+from vismem_core.base.backbone import NO_TOKEN
 from vismem_core.config import KINDS, Kind
 from vismem_core.errors import AttachError
 from vismem_core.memory.former import MemoryContext
@@ -87,7 +88,9 @@ def read_prompts(
     backbone, session = memory.backbone, Session(memory.backbone, memory.needs(kinds))
     with torch.set_grad_enabled(gradients), TURN.call(), session.listen():
         positions = backbone.positions(inputs)
-        output = backbone.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True)
+        # All states of the prompts are wanted: no number, by which some language models compute few to the end.
+        kept = {"logits_to_keep": slice(-1, None), "use_cache": True, "return_dict": True}
+        output = backbone.model(**inputs, position_ids=positions, **kept)
         session.start(inputs["input_ids"], inputs["attention_mask"], positions, getattr(output, kv.NAME))
     return Prompts(session, inputs["input_ids"], inputs["attention_mask"], positions)
 
@@ -175,14 +178,19 @@ class Replay:
                 "image_dropout=0"
             )
 
-    def _embeds(self, latents: Sequence[tuple[Kind, list[tuple[int, int]], Tensor]]) -> Tensor:
-        """What is fed, (R, S, d); latents are given as kind, places (row, index of the token), vectors (n, N, d)."""
-        pad = int(self.backbone.processor.tokenizer.pad_token_id)
-        ids = torch.full((len(self.slots), self.length), pad)
+    @cached_property
+    def _ids(self) -> Tensor:
+        """The id of each slot (R, S); latents and padding have none."""
+        ids = torch.full((len(self.slots), self.length), NO_TOKEN)
         for row, (own, slots) in enumerate(zip(self.answers, self.slots, strict=True)):
             for token, slot in zip(own.ids[:-1], slots, strict=False):
                 ids[row, slot] = token
-        embeds: Tensor = self.backbone.embeddings(ids.to(self.backbone.device))
+        return ids.to(self.backbone.device)
+
+    def _embeds(self, latents: Sequence[tuple[Kind, list[tuple[int, int]], Tensor]]) -> Tensor:
+        """What is fed, (R, S, d); latents are given as kind, places (row, index of the token), vectors (n, N, d)."""
+        pad = int(self.backbone.processor.tokenizer.pad_token_id)
+        embeds: Tensor = self.backbone.embed(self._ids.masked_fill(self._ids == NO_TOKEN, pad))
         for _, places, vectors in latents:
             rows = torch.tensor([row for row, _ in places], device=embeds.device)[:, None]
             first = torch.tensor([self.slots[row][index] + 1 for row, index in places], device=embeds.device)
@@ -218,7 +226,8 @@ class Replay:
             grouped(self.backbone.decoder) if self.backbone.packs else nullcontext(),
             _checkpointed(self.backbone.decoder, self.memory) if self.checkpointing else nullcontext(),
         ):
-            after = self.backbone.continue_(embeds, mask, self.positions, cache)
+            beside = self.backbone.companions(self._ids)
+            after = self.backbone.continue_(embeds, mask, self.positions, cache, **beside)
         return torch.cat([before.to(after), after], dim=1)
 
     def _formed(self) -> list[tuple[Kind, list[tuple[int, int]], Tensor]]:
@@ -245,7 +254,8 @@ class Replay:
             for start, stop in pairwise(self._pauses(grown)):
                 mask = self._mask if self._mask.ndim == 4 else self._mask[:, : width + stop]
                 piece = slice(start, stop)
-                after.append(self.backbone.continue_(embeds[:, piece], mask, self.positions[..., piece], grown))
+                places, beside = self.positions[..., piece], self.backbone.companions(self._ids[:, piece])
+                after.append(self.backbone.continue_(embeds[:, piece], mask, places, grown, **beside))
                 self._then[width + stop] = kv.forgetful(grown)
             return embeds, torch.cat([own.to(after[-1]) for own in after], dim=1), grown
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from vismem_core.base import cache as kv
-from vismem_core.base.backbone import Backbone
+from vismem_core.base.backbone import NO_TOKEN, Backbone
 from vismem_core.base.vision import VisionStates
 from vismem_core.config import Kind
 from vismem_core.errors import AttachError
@@ -137,7 +137,7 @@ class Session:
         self._recording.close()
         self._started = True
         batch, length = input_ids.shape
-        if self.hidden.shape[1] != length:
+        if self._embeds.shape[1] != length:
             raise AttachError("memory needs the prompt's input_ids: it cannot tell images from text in inputs_embeds")
         self.cache = kv.check(cache, self.backbone.decoder.config)
         width = self.cache.get_seq_length()
@@ -379,6 +379,10 @@ class Session:
     def watched(model_kwargs: Mapping[str, Any]) -> bool:
         """Whether the call returns what is inside of passes."""
         return bool(model_kwargs.get("output_attentions") or model_kwargs.get("output_hidden_states"))
+
+    def beside(self, ids: Tensor, before: int = 0, behind: int = 0) -> dict[str, Tensor]:
+        """What comes with tokens (R, E) and so many vectors before and behind them (:meth:`Backbone.companions`)."""
+        return self.backbone.companions(torch.nn.functional.pad(ids, (before, behind), value=NO_TOKEN))
 
     def insert(self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]]) -> None:
         """Let some rows take in latents on their own, while their neighbours wait.

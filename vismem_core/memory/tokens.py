@@ -57,7 +57,8 @@ class MemoryTokens(nn.Module):
 
         Copies compete wherever a delimiter would stand, which is where a thought ends and memory is worth asking.
         """
-        source = embeddings.weight[delimiter].detach().float()  # type: ignore[index]
+        with torch.no_grad():  # the module is asked, since some multiply what their tables hold
+            source = embeddings(torch.tensor(delimiter, device=embeddings.weight.device)).float()  # type: ignore[arg-type]
         target = head.weight[delimiter].detach().float()  # type: ignore[index]
         return cls(first, _perturbed(source), _perturbed(source), _perturbed(target).to(source.device))
 
@@ -104,33 +105,58 @@ class MemoryTokens(nn.Module):
         """Input vectors of memory token ids, (..) -> (.., d), on the device and in the precision of ``like``."""
         return torch.cat([self.invoke, self.close]).to(like)[(ids - self.first).to(like.device)]
 
-    def lay_over(self, embeddings: nn.Module) -> list[Any]:
-        """Hooks that give the four ids their vectors; remove the handles to take them off."""
-        over = _Overlay(self)
-        return [embeddings.register_forward_pre_hook(over.before), embeddings.register_forward_hook(over.after)]
+    def lay_over(self, embeddings: nn.Module, filler: int = 0) -> list[Any]:
+        """Hooks that give the four ids their vectors; remove the handles to take them off.
+
+        Args:
+            filler: an id that the module knows.
+        """
+        over = _Overlay(self, filler)
+        return [
+            embeddings.register_forward_pre_hook(over.before, with_kwargs=True),
+            embeddings.register_forward_hook(over.after),
+        ]
+
+    def leave_out(self, table: nn.Module, filler: int) -> Any:
+        """A hook on another table in which ids are looked up: it has no rows for the four, ``filler`` stands for them.
+
+        Returns:
+            its handle.
+        """
+        return table.register_forward_pre_hook(_Overlay(self, filler).instead)
 
 
 class _Overlay:
-    """The hooks on an embedding. Copied or stored with a model, they do nothing: the copy has no memory."""
+    """The hooks on an embedding, or on another table of the same ids. Copied or stored with a model, they do nothing:
+    the copy has no memory."""
 
-    def __init__(self, tokens: MemoryTokens | None) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: MemoryTokens | None, filler: int = 0) -> None:
+        self.tokens, self.filler = tokens, filler
         self._seen: list[tuple[Tensor, Tensor]] = []
 
-    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def before(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
         if self.tokens is None or _TEXT_ALONE.get():
             return None
-        ids = args[0]
+        self._seen.clear()
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:  # vectors, of which none is a memory token's
+            return None
         mine = self.tokens.contains(ids)
-        self._seen[:] = [(ids, mine)]
-        return (ids.masked_fill(mine, 0), *args[1:])
+        self._seen.append((ids, mine))
+        ids = ids.masked_fill(mine, self.filler)
+        return ((ids, *args[1:]), kwargs) if args else (args, kwargs | {"input_ids": ids})
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if self.tokens is None or _TEXT_ALONE.get():
+        if self.tokens is None or _TEXT_ALONE.get() or not self._seen:
             return None
         ids, mine = self._seen.pop()
         vectors = self.tokens.vectors(ids.where(mine, self.tokens.first), output)
         return torch.where(mine[..., None].to(output.device), vectors, output)
+
+    def instead(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.tokens is None or _TEXT_ALONE.get():
+            return None
+        return (args[0].masked_fill(self.tokens.contains(args[0]), self.filler), *args[1:])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Overlay, (None,)

@@ -16,6 +16,9 @@ from vismem_core.base.vision import VisionStates
 from vismem_core.memory.memory import Memory
 
 from .base import NO_END, Base, Question
+from .liveliness import picture
+
+KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
 
 @dataclass
@@ -27,12 +30,14 @@ class Heard:
         positions: (.., B, L), its position ids, or None where the language model makes them up.
         masks: its attention masks as they were given.
         hidden: (B, L, d), its last hidden states.
+        beside: what else came with each token, (B, L, ..) by name.
     """
 
     embeds: list[Tensor] = field(default_factory=list)
     positions: list[Tensor | None] = field(default_factory=list)
     masks: list[Any] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
+    beside: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 @contextmanager
@@ -46,6 +51,9 @@ def listening(backbone: Backbone) -> Iterator[Heard]:
         heard.embeds.append(embeds if embeds is not None else backbone.embeddings(ids))
         heard.positions.append(kwargs.get("position_ids"))
         heard.masks.append(kwargs.get("attention_mask"))
+        others = {name: own for name, own in kwargs.items() if isinstance(own, Tensor) and name not in KNOWN}
+        here = heard.embeds[-1].shape[:2]
+        heard.beside.append({name: own for name, own in others.items() if own.shape[:2] == here})
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         heard.hidden.append(output[0])
@@ -83,16 +91,20 @@ def states(base: Base, *questions: Question) -> VisionStates:
 
 
 @torch.no_grad()
-def one_pass(base: Base, question: Question, extra: Tensor) -> Tensor:
+def one_pass(base: Base, question: Question, extra: Tensor, ids: Sequence[int | None] = ()) -> Tensor:
     """Last hidden states (L + E, d) of a prompt alone and E vectors after it (E, d), without a cache.
 
     The whole model reads them, as a prompt with E more tokens like its last one, which are replaced where embeddings
     leave their table. So whatever the model gives its language model beside embeddings is there too. Where prompts have
     masks of their own, in which some tokens see those after them, the language model reads with these masks continued.
+
+    Args:
+        ids: of the vectors, None for those that are no token's, as all are by default.
     """
     heard, inputs = generated(base, question), base.inputs(question)
+    beside = _beside(base, ids or [None] * len(extra))
     if (mask := heard.masks[0]) is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        return _with_masks(base, heard, extra)
+        return _with_masks(base, heard, extra, beside)
     told = dict(inputs)
     for name, own in inputs.items():
         if isinstance(own, Tensor) and own.shape == inputs["input_ids"].shape:
@@ -107,22 +119,49 @@ def one_pass(base: Base, question: Question, extra: Tensor) -> Tensor:
             return output
         return torch.cat([output[:, : length - len(extra)], extra[None].to(output)], dim=1)
 
-    handle = base.backbone.embeddings.register_forward_hook(replace)
+    def accompany(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        own = {name: torch.cat([kwargs[name][:, : -len(extra)], rows], dim=1) for name, rows in beside.items()}
+        return args, kwargs | own
+
+    handles = [
+        base.backbone.embeddings.register_forward_hook(replace),
+        base.backbone.decoder.register_forward_pre_hook(accompany, with_kwargs=True),
+    ]
     try:
         with listening(base.backbone) as whole:
             base.model(**told, use_cache=False)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return whole.hidden[0][0]
 
 
-def _with_masks(base: Base, heard: Heard, extra: Tensor) -> Tensor:
+def _beside(base: Base, ids: Sequence[int | None]) -> dict[str, Tensor]:
+    """What the model itself gives its language model beside the embeddings of such tokens, (1, E, ..); where there is
+    none, what it gives with a token of an image."""
+    image = base.inputs(("?", [picture(32, 32, 0)]))
+    told = torch.tensor([[token or 0 for token in ids]], device=image["input_ids"].device)
+    with listening(base.backbone) as heard:
+        base.model(input_ids=told)
+        if not heard.beside[0]:
+            return {}
+        base.model(**image)
+    place = int((image["input_ids"][0] == base.backbone.placeholders["image"]).nonzero()[0])
+    found = {name: own.clone() for name, own in heard.beside[0].items()}
+    for name, own in found.items():
+        own[0, [at for at, token in enumerate(ids) if token is None]] = heard.beside[1][name][0, place]
+    return found
+
+
+def _with_masks(base: Base, heard: Heard, extra: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
     embeds, mask = torch.cat([heard.embeds[0], extra[None]], dim=1), heard.masks[0]
     config: Any = base.backbone.decoder.config
     places = torch.arange(embeds.shape[1], device=embeds.device)
     causal = (places <= places[:, None])[-len(extra) :]
 
-    def continued(own: Tensor, kind: str) -> Tensor:
+    def continued(own: Tensor | None, kind: str) -> Tensor:
+        if own is None:  # nothing but the order of tokens matters
+            return (places <= places[:, None])[None, None]
         seen = own if own.dtype == torch.bool else own >= 0  # (1, 1, L, L)
         window = config.sliding_window if "sliding" in kind else len(places)
         rows = causal & (places > places[-len(extra) :, None] - window)
@@ -141,7 +180,8 @@ def _with_masks(base: Base, heard: Heard, extra: Tensor) -> Tensor:
     if heard.positions[0] is not None and heard.positions[1] is not None:
         steps = torch.arange(len(extra), device=extra.device)
         positions["position_ids"] = torch.cat([heard.positions[0], heard.positions[1] + steps], dim=-1)
-    output = base.backbone.decoder(inputs_embeds=embeds, attention_mask=given, use_cache=False, **positions)
+    whole = {name: torch.cat([heard.beside[0][name], rows], dim=1) for name, rows in beside.items()}
+    output = base.backbone.decoder(inputs_embeds=embeds, attention_mask=given, use_cache=False, **positions, **whole)
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
@@ -155,15 +195,18 @@ def logits(
         latents: (N, d), by the index of the invocation token that they follow.
     """
     pieces, places, length = [], [], 0
+    ids: list[int | None] = []
     for index, token in enumerate(answer):
         pieces.append(_embedded(memory, token))
         places.append(length)
+        ids.append(token if token < memory.tokens.first else None)
         length += 1
         if index in latents:
             pieces.append(latents[index])
+            ids += [None] * len(latents[index])
             length += len(latents[index])
     with memory.off():
-        hidden = one_pass(base, question, torch.cat(pieces))
+        hidden = one_pass(base, question, torch.cat(pieces), ids)
     prompt = len(hidden) - length
     before = [prompt - 1, *(prompt + place for place in places[:-1])]  # latents predict nothing
     return base.backbone.logits(hidden[before])
@@ -174,5 +217,4 @@ def _embedded(memory: Memory, token: int) -> Tensor:
     own = token - memory.tokens.first
     if own >= 0:
         return torch.cat([memory.tokens.invoke, memory.tokens.close])[own : own + 1]
-    table = memory.backbone.embeddings
-    return table(torch.tensor([token], device=table.weight.device))  # type: ignore[no-any-return]
+    return memory.backbone.embed(torch.tensor([token], device=memory.backbone.device))

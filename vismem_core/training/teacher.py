@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismem_core.base import cache as kv
+from vismem_core.base.backbone import NO_TOKEN
 from vismem_core.config import Kind
 from vismem_core.decoding.session import Session
 from vismem_core.decoding.turn import TURN
@@ -52,7 +53,9 @@ def bring_up(memory: Memory, batch: Batch, kinds: Sequence[Kind | None], points:
     with torch.no_grad(), TURN.call(), session.listen():
         inputs = extended(batch.inputs, written, int(backbone.processor.tokenizer.pad_token_id))
         positions = backbone.positions(inputs)
-        output = backbone.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True)
+        # No number, as in :func:`vismem_core.decoding.replay.read_prompts`.
+        kept = {"logits_to_keep": slice(-1, None), "use_cache": True, "return_dict": True}
+        output = backbone.model(**inputs, position_ids=positions, **kept)
         session.start(
             inputs["input_ids"],
             inputs["attention_mask"],
@@ -77,8 +80,10 @@ def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Ten
     longest = max(map(len, rests))
     index = torch.as_tensor(rows, device=session.mask.device)
     targets = torch.tensor([rest + [IGNORED] * (longest - len(rest)) for rest in rests], device=backbone.device)
-    embeds = backbone.embeddings(targets[:, :-1].clamp(min=0))
+    ids = targets[:, :-1].clamp(min=0)
+    embeds = backbone.embed(ids)
     if opening is not None:
+        ids = F.pad(ids, (opening.shape[1], 0), value=NO_TOKEN)
         embeds = torch.cat([opening.to(embeds), embeds], dim=1)
     last = session.hidden[index, -1:]
     hidden = last
@@ -86,7 +91,8 @@ def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Ten
         steps = torch.arange(embeds.shape[1], device=session.positions.device)
         mask = torch.cat([session.mask[index], session.mask.new_ones(embeds.shape[:2])], dim=1)
         cache = kv.select(session.cache, rows)
-        grown = backbone.continue_(embeds, mask, session.positions[..., index, :] + steps, cache)
+        places, beside = session.positions[..., index, :] + steps, backbone.companions(ids)
+        grown = backbone.continue_(embeds, mask, places, cache, **beside)
         hidden = torch.cat([last, grown], dim=1)[:, -longest:]
     logits = backbone.logits(hidden).float()
     targets = targets.to(logits.device)
