@@ -60,9 +60,9 @@ class Gemma4(Gemma3):
         return int(self._text_config.pad_token_id)
 
     def companions(self, ids: Tensor) -> dict[str, Tensor]:
-        if not (tables := self.further_tables):
+        table: Any = next(iter(self.further_tables), None)
+        if table is None:
             return {}
-        (table,) = tables
         known = (ids >= 0) & (ids < min(len(table.weight), len(self.embeddings.weight)))  # memory's are beyond
         known &= ~torch.isin(ids, ids.new_tensor(self.media))
         config = self._text_config

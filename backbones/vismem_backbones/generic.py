@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from einops import rearrange
@@ -63,7 +63,7 @@ class Generic(Backbone):
     """
 
     name = "generic"
-    model_types = ()
+    model_types: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)

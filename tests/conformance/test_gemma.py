@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from model_types import ROPE, build, text
 
 from vismem_core.testing import BackboneContract
@@ -39,6 +40,7 @@ class TestGemma4(BackboneContract):
         return build("gemma4", **text(use_double_wide_mlp=True))
 
 
+@pytest.mark.long
 class TestGemma4Untied(TestGemma4):
     """The same, untied; one key for all heads, windows of 5 tokens, images that see themselves both ways."""
 
@@ -57,6 +59,7 @@ class TestGemma4Dense(TestGemma4):
             use_bidirectional_attention="vision"))  # fmt: skip
 
 
+@pytest.mark.long
 class TestGemma4Experts(TestGemma4):
     """As 26B-A4B: two of four experts beside each layer's own network."""
 

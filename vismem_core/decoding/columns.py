@@ -90,10 +90,13 @@ class RoomLayer(DynamicLayer):
         self.put(rows, columns, {"keys": keys, "values": values})
 
     def put(self, rows: Tensor, columns: Tensor, tokens: dict[str, Tensor]) -> None:
-        """Write whatever there is of tokens."""
+        """Write whatever there is of tokens.
+
+        A window may hold fewer than the columns (R, T): what it has passed is not seen again.
+        """
         held = self._held()
         for name, new in tokens.items():
-            self._write(held[name], rows, columns, new)
+            self._write(held[name], rows, columns[:, -new.shape[2] :], new)
 
     def _write(self, own: Tensor, rows: Tensor, columns: Tensor, new: Tensor) -> None:
         own.transpose(1, 2)[rows.to(own.device), columns.to(own.device) - self.first] = new.transpose(1, 2)
