@@ -33,7 +33,6 @@ SIDE = 224
 GIVEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "cache", "past_key_values"}
 """What memory knows to give to a language model."""
 REFUSED = {
-    "cohere2_vision": "its features' last bits depend on whether its weights need gradients, so off is not the base",
     "emu3": "transformers makes other tokens of images in a batch than of one alone",
     "minimax_m3_vl": "transformers cuts its sparse attention into blocks by columns, so padded prompts have others than alone",
     "unlimited_ocr": "transformers shows padded prompts their padding once as many tokens are written as its window has",
@@ -113,7 +112,7 @@ class Generic(Backbone):
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             self._refuse("its forward() takes no position_ids, so rows cannot grow apart")
         if self.head is None or not hasattr(self.head, "weight"):
-            self._refuse("get_output_embeddings() gives no head")
+            self._refuse("none of its modules names an output head")
         if not self.placeholders:
             self._refuse("its config names no token that stands for an image")
         if getattr(type(self.model), "generate", None) is not GenerationMixin.generate:
@@ -196,8 +195,9 @@ class Generic(Backbone):
 
     @property
     def decoder(self) -> nn.Module:
-        decoder: Any = super().decoder  # of some models it has a head of its own, or is the whole
-        return decoder.get_decoder()  # type: ignore[no-any-return]
+        told: Any = super().decoder  # of some models it has a head of its own, or is the whole
+        parts = [told.get_decoder(), *(own for own in told.modules() if isinstance(own, PreTrainedModel))]
+        return next(own for own in parts if self.head not in own.modules())  # type: ignore[no-any-return]
 
     @property
     def vision_width(self) -> int:

@@ -57,8 +57,8 @@ class Call:
     def instead(self, block: Any, output: Tensor | None) -> Iterator[None]:
         """Inside the context the block gives ``output``, or its input."""
 
-        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            given = hidden if output is None else output
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = next(iter((*args, *kwargs.values()))) if output is None else output
             return (given, None) if self.wraps else given
 
         with entry(vars(block), "forward", forward):
@@ -88,6 +88,8 @@ def setting(name: str, own: Any, count: int) -> Any:
 def features(result: Any) -> list[Tensor]:
     """Language tokens of each image, (T_i, d)."""
     pooled = getattr(result, "pooler_output", result)
+    if pooled is None:
+        raise AttachError("its get_image_features() gives no tokens of the language model")
     if isinstance(pooled, Tensor) and pooled.ndim == 2:
         return [pooled]
     return [own.flatten(0, -2) for own in pooled]
@@ -118,8 +120,12 @@ def heads(own: Tensor, heads: int) -> Tensor:
 def blocks_in(tower: nn.Module) -> nn.ModuleList | None:
     """Its longest list of modules with attention."""
     lists = [own for own in tower.modules() if isinstance(own, nn.ModuleList) and len(own)]
-    attentive = [own for own in lists if any("att" in name for block in own for name, _ in block.named_modules())]
+    attentive = [own for own in lists if any(map(_attends, *zip(*own.named_modules(), strict=True)))]
     return max(attentive, key=len, default=None)
+
+
+def _attends(name: str, module: nn.Module) -> bool:
+    return "att" in name or "Attention" in type(module).__name__
 
 
 def targets_in(path: str, blocks: Sequence[nn.Module]) -> str:

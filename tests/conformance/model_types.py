@@ -20,6 +20,7 @@ from transformers.models.auto.image_processing_auto import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as MODELS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from vismem_core.base.backbone import head_of
 from vismem_core.testing import liven
 
 TYPES = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
@@ -145,6 +146,8 @@ OWN: dict[str, dict[str, Any]] = {
         final_logit_softcapping=30.0) | {"canvas_length": 16},
     "llama4": text(moe_layers=[0, 1]) | vision(intermediate_size=4 * WIDTH, vision_output_dim=64,
         projector_input_dim=64, projector_output_dim=64),
+    "nemotron_h_omni": text(mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=8, chunk_size=8,
+        moe_shared_expert_intermediate_size=16),
     "lfm2_vl": text(layer_types=["conv", "full_attention"]),
     "cohere2_vision": {"alignment_intermediate_size": 2 * WIDTH},
     "janus": vq(num_embeddings=64),
@@ -383,7 +386,7 @@ def build(model_type: str, **more: Any) -> tuple[Any, Any]:
     settings = config(model_type, tokenizer, more)
     torch.manual_seed(0)
     model = MODELS[type(settings)](settings).eval()
-    head = model.get_output_embeddings()
+    head = head_of(model)
     if head is None or settings.is_encoder_decoder:
         return model, Processor(model, tokenizer)
     table = model.get_input_embeddings().weight

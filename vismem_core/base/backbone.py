@@ -85,7 +85,7 @@ class Backbone(ABC):
     @property
     def head(self) -> Any:
         """The output head, a module (.., d) -> (.., V) with ``weight`` (V, d)."""
-        return self.model.get_output_embeddings()
+        return head_of(self.model)
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits (.., V) of last hidden states (.., d): the head's, scaled and capped where the model does so."""
@@ -360,6 +360,12 @@ class Backbone(ABC):
             **(companions or self.companions(alone)),
         )
         return output.last_hidden_state.to(self.device)  # type: ignore[no-any-return]
+
+
+def head_of(model: Any) -> Any:
+    """The output head of a model, which in some only their language model knows; None without any."""
+    parts = (own for own in model.modules() if hasattr(own, "get_output_embeddings"))
+    return next((head for own in parts if (head := own.get_output_embeddings()) is not None), None)
 
 
 def _decoded(image: Picture, row: int, at: int) -> Image:

@@ -107,16 +107,19 @@ class RoomCache(DynamicCache):
         """The last so many columns of every row, (B, count), negative where it has fewer."""
         return self.ends[:, None] + torch.arange(-count, 0, device=self.ends.device)
 
-    def seen(self, window: int | None) -> Tensor:
+    def seen(self, window: int | None, chunked: bool = False) -> Tensor:
         """What the last tokens of the rows may look at, (B, K), in layers with a window or none.
 
-        A window counts from the rows' own places.
+        A window counts from the rows' own places, and chunks of that length from the first that a row may see.
         """
         first = max(layer.first for layer in self.grown if layer.window == window)
         stop = self._seen.shape[1] if self.still else self.used
         places = torch.arange(first, stop, device=self.ends.device)
-        seen = self._seen[:, first:stop]
-        return seen if window is None else seen & (places > self.ends[:, None] - 1 - window)
+        seen, last = self._seen[:, first:stop], self.ends[:, None] - 1
+        if window is None:
+            return seen
+        begin = last - (last - self._seen.int().argmax(1)[:, None]) % window if chunked else last + 1 - window
+        return seen & (places >= begin)
 
     def aim(self, counts: int | Sequence[int], beyond: Sequence[int] = ()) -> None:
         """The coming pass writes so many tokens to every row, and so many ``beyond`` that are gone after it."""

@@ -25,6 +25,9 @@ from vismem_core.memory.query import Ahead, QueryBuilder
 from .packing import Packing
 from .room import RoomCache
 
+CHUNKED = "chunked_attention"
+"""Of layers in which a token sees those before it in its own chunk."""
+
 
 class Session:
     """Follows one batch from its prefill on.
@@ -355,12 +358,14 @@ class Session:
         config: Any = self.backbone.decoder.config
         kinds = set(getattr(config, "layer_types", None) or [""])
         found: dict[str, Tensor | None] = {}
-        windows = {"full_attention": None, "indexed_attention": None, "": self.room.grown[0].window}
+        chunk = getattr(config, "attention_chunk_size", None)
+        windows = {"full_attention": None, "indexed_attention": None, "": self.room.grown[0].window, CHUNKED: chunk}
         for kind in kinds:
             if kind in ("conv", "linear_attention"):  # their states know no columns
                 found[kind] = None
                 continue
-            mask = self.room.seen(windows.get(kind, getattr(config, "sliding_window", None)))[:, None, None]
+            window = windows.get(kind, getattr(config, "sliding_window", None))
+            mask = self.room.seen(window, kind == CHUNKED)[:, None, None]
             if config._attn_implementation == "eager":
                 mask = torch.zeros_like(mask, dtype=self.backbone.dtype).masked_fill(
                     ~mask, torch.finfo(self.backbone.dtype).min

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vismem_core.base.backbone import head_of
 from vismem_core.memory.memory import Memory
 
 
@@ -18,7 +19,7 @@ def liven(model: Any) -> None:
     As initialised, networks of this size hardly look at their input, and then no wrong answer shows. So what the
     layers write outweighs the embeddings, and the final norm spreads the logits.
     """
-    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    tables = {model.get_input_embeddings().weight, head_of(model).weight}
     norms = [own for name, own in model.get_decoder().named_parameters() if own.ndim == 1 and name.endswith("weight")]
     with torch.no_grad():
         for parameter in model.parameters():
