@@ -37,6 +37,8 @@ REFUSED = {
     "minimax_m3_vl": "transformers cuts its sparse attention into blocks by columns, so padded prompts have others than alone",
     "unlimited_ocr": "transformers shows padded prompts their padding once as many tokens are written as its window has",
     "hunyuan_vl": "transformers gives its images other positions in a batch than alone",
+    "nemotron_h_omni": "transformers feeds single tokens to its states without the least time step that longer "
+    "passes have, so what it says hangs on how it was read",
 }
 """Types that break a promise in ways that calling them once does not show."""
 PROMPT_ONLY = {"deepstack_visual_embeds", "visual_pos_masks", "moe_mm_token_type_ids"}

@@ -146,6 +146,8 @@ OWN: dict[str, dict[str, Any]] = {
         final_logit_softcapping=30.0) | {"canvas_length": 16},
     "llama4": text(moe_layers=[0, 1]) | vision(intermediate_size=4 * WIDTH, vision_output_dim=64,
         projector_input_dim=64, projector_output_dim=64),
+    "idefics2": text(sliding_window=16) | {f"perceiver_config.{name}": own for name, own in {"resampler_n_latents": 8,
+        "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 8}.items()},
     "nemotron_h_omni": text(mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=8, chunk_size=8,
         moe_shared_expert_intermediate_size=16),
     "lfm2_vl": text(layer_types=["conv", "full_attention"]),
