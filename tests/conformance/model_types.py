@@ -12,7 +12,7 @@ import tiny
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CONFIG_MAPPING, BatchFeature, Qwen2VLImageProcessor
+from transformers import CONFIG_MAPPING, BatchFeature, FuyuImageProcessor, Qwen2VLImageProcessor
 from transformers.models.auto.image_processing_auto import (
     IMAGE_PROCESSOR_MAPPING_NAMES,
     get_image_processor_class_from_name,
@@ -349,8 +349,20 @@ def squares(images: Any, return_tensors: str, side: Any = SIDE) -> dict[str, Ten
     return {"pixel_values": torch.from_numpy(np.stack(whole)).permute(0, 3, 1, 2) / 127.5 - 1}
 
 
+def patches(images: Any, return_tensors: str) -> dict[str, Tensor]:
+    """All images' patches in one row, (P, 3 * PATCH ** 2), of images that keep their shape."""
+    cut, made = FuyuImageProcessor(patch_size=dict.fromkeys(SQUARE, PATCH)), []
+    for image in images:
+        sides = [max(PATCH, side * SIDE // max(image.size) // PATCH * PATCH) for side in image.size]
+        whole = torch.from_numpy(np.array(image.convert("RGB").resize(sides))).permute(2, 0, 1) / 127.5 - 1
+        made.append(cut.patchify_image(whole[None])[0])
+    return {"pixel_values": torch.cat(made)}
+
+
 def image_processor(model: Any, owner: Any) -> Any:
     """The type's own image processor for small images where images differ in shape, or squares."""
+    if model.config.model_type == "fuyu":  # whose processor cuts images once it has the text
+        return patches
     asked = inspect.signature(owner.get_image_features).parameters if owner else {"aspect_ratio_ids"}
     if not {name for name in asked if not name.startswith("vision_feature")} - PLAIN:
         return partial(squares, side=getattr(getattr(model.config, "vision_config", None), "image_size", SIDE))
