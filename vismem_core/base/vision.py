@@ -122,6 +122,9 @@ def attend(
         (R, E, heads * head width)
     """
     mask = None
+    if states.keys and where.span and queries.dtype == torch.float32 and not torch.is_grad_enabled():
+        seen = (kept.to(queries)[None, where.span].transpose(1, 2) for kept in (states.keys[block], states.values[block]))
+        return _beside(queries, keys, values, *seen)
     if states.keys:
         index = where.index.to(queries.device)
         seen_keys, seen_values = (
@@ -133,3 +136,11 @@ def attend(
             mask = torch.cat([where.mask, extras], dim=1)[:, None, None, :].to(queries.device)
         keys, values = torch.cat([seen_keys, keys], dim=2), torch.cat([seen_values, values], dim=2)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def _beside(queries: Tensor, keys: Tensor, values: Tensor, seen_keys: Tensor, seen_values: Tensor) -> Tensor:
+    """The same over patches (1, heads, P, head width) that are not copied to stand beside the extra tokens' own."""
+    queries = queries * queries.shape[-1] ** -0.5
+    shares = torch.cat([queries @ seen_keys.mT, queries @ keys.mT], dim=-1).softmax(-1)
+    first, second = shares.split([seen_keys.shape[2], keys.shape[2]], dim=-1)
+    return (first @ seen_values + second @ values).transpose(1, 2).flatten(2)

@@ -28,6 +28,7 @@ from transformers.generation import CompileConfig, GenerateDecoderOnlyOutput, Ge
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vismem_core.base import cache as kv
+from vismem_core.base.backbone import NO_TOKEN
 from vismem_core.config import KINDS, Kind
 from vismem_core.errors import AttachError
 from vismem_core.memory.former import MemoryFormer, RidingFormer
@@ -429,7 +430,7 @@ class Decoder:
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
-            **session.beside(input_ids[:, -1:], before=length),
+            **session.beside(torch.full(embeds.shape[:2], NO_TOKEN)),
             **wanted,
         )
         session.room.landed()

@@ -140,7 +140,7 @@ class Session:
         self._recording.close()
         self._started = True
         batch, length = input_ids.shape
-        if self._embeds.shape[1] != length:
+        if self.embeds.shape[1] != length:
             raise AttachError("memory needs the prompt's input_ids: it cannot tell images from text in inputs_embeds")
         self.cache = kv.check(cache, self.backbone.decoder.config)
         width = self.cache.get_seq_length()
