@@ -243,7 +243,11 @@ def shrunk(settings: dict[str, Any], ids: dict[str, int], words: int) -> dict[st
 def _kinds(settings: dict[str, Any], depth: int) -> list[int]:
     """The first layer of each kind, of the published layout; two at least."""
     lists = {name: own for name, own in settings.items() if isinstance(own, list | tuple) and len(own) == depth}
-    told = [own for name, own in lists.items() if name.endswith("layer_types") or name in ("no_rope_layers", "indexer_types")]
+    told = [
+        own
+        for name, own in lists.items()
+        if name.endswith("layer_types") or name in ("no_rope_layers", "indexer_types")
+    ]
     kinds: dict[Any, int] = {}
     for layer, kind in enumerate(zip(*told, strict=True)):
         kinds.setdefault(kind, layer)

@@ -428,7 +428,7 @@ class Decoder:
             position_ids=session.positions + torch.arange(length, device=session.positions.device),
             **kv.given(model, session.cache),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=slice(-1, None),  # no number, by which some language models compute few to the end
             return_dict=True,
             **session.beside(torch.full(embeds.shape[:2], NO_TOKEN)),
             **wanted,
