@@ -1,4 +1,4 @@
-"""The public suite on Gemma 3, 3n and 4: shorter windows than prompts, heads that share keys, tied and untied."""
+"""The public suite on Gemma 3, 3n and 4 and PaliGemma: shorter windows than prompts, heads that share keys, tied and untied."""
 
 from typing import Any
 
@@ -74,3 +74,20 @@ class TestGemma3n(BackboneContract):
 
     def load(self) -> tuple[Any, Any]:
         return build("gemma3n")
+
+
+class TestPaliGemma(BackboneContract):
+    backbone = "paligemma"
+
+    def load(self) -> tuple[Any, Any]:
+        return build("paligemma")
+
+
+@pytest.mark.long
+class TestPaliGemma2(TestPaliGemma):
+    """A language model with windows, which its outer forward does not know how to hand masks for."""
+
+    def load(self) -> tuple[Any, Any]:
+        return build("paligemma", **text(model_type="gemma2", sliding_window=8, query_pre_attn_scalar=8, head_dim=8,
+            layer_types=["sliding_attention", "full_attention"], attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0))  # fmt: skip

@@ -309,8 +309,9 @@ class Decoder:
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
         compiled, watched = self.compile is not None, session.watched(model_kwargs)
-        if compiled and not watched and not _hooked(model):
-            with self._compiled_pass():
+        masked = compiled or (session.room.ragged and session.room.windowed and not session.room.aligned)
+        if masked and not watched and not _hooked(model):  # not all models hand such masks on to their language model
+            with self._compiled_pass() if compiled else nullcontext():
                 last, beside = session.backbone.embed(input_ids[:, -1:]), session.beside(input_ids[:, -1:])
                 session.backbone.continue_(last, session.masks(), session.positions, session.cache, **beside)
             output = CausalLMOutputWithPast(logits=session.backbone.logits(session.hidden))
@@ -319,7 +320,7 @@ class Decoder:
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
         inputs["position_ids"] = session.positions  # which some models leave out there, or change
         with self._compiled_pass() if compiled else nullcontext():
-            if compiled or (session.room.ragged and session.room.windowed and not session.room.aligned):
+            if masked:
                 inputs["attention_mask"] = session.masks()
             return model(**inputs, return_dict=True)
 
