@@ -7,7 +7,7 @@ last layers read keys and values of earlier ones and keep none.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class Gemma3(Generic):
     """Checkpoints of 4B to 27B in their transformers format, and ShieldGemma 2, which is made of them."""
 
     name = "gemma3"
-    model_types = ("gemma3", "shieldgemma2")
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3", "shieldgemma2")
     packs = True
 
     @classmethod
@@ -41,7 +41,7 @@ class Gemma4(Gemma3):
     """Checkpoints of Gemma 4 in their transformers format, dense, of experts, and with per-layer inputs."""
 
     name = "gemma4"
-    model_types = ("gemma4", "gemma4_unified")
+    model_types: ClassVar[tuple[str, ...]] = ("gemma4", "gemma4_unified")
 
     @classmethod
     def outlook(cls, config: Any) -> tuple[bool | None, str, dict[str, str]]:

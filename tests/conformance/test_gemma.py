@@ -1,4 +1,4 @@
-"""The public suite on Gemma 3, 3n and 4 and PaliGemma: shorter windows than prompts, heads that share keys, tied and untied."""
+"""The public suite on Gemma 3, 3n, 4 and PaliGemma: windows shorter than prompts, shared keys, tied and untied."""
 
 from typing import Any
 

@@ -6,16 +6,15 @@ import pytest
 import torch
 from bases import QUESTIONS, Base, config, internvl, llava, llava_next, llava_onevision, tied, untied
 
-from vismem_core.decoding.loop import Decoder
 from vismem_core.decoding.packing import Packing
-from vismem_core.decoding.session import Session
+from vismem_core.decoding.passes import Passes
 
 
 @pytest.fixture
 def routes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which way latents went, insertion by insertion."""
     taken: list[str] = []
-    for owner, name in ((Decoder, "_feed_packed"), (Session, "insert")):
+    for owner, name in ((Passes, "_packed"), (Passes, "_insert")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, real=real, name=name: (taken.append(name), real(*args))[1])
     return taken
@@ -28,11 +27,11 @@ def test_both_routes_agree(make: Any, context: str, routes: list[str]) -> None:
     memory = base.attach(config(context=context))
     packed = base.generate(*QUESTIONS)
     latents = [own.latents for own in memory.trace.invocations]
-    assert set(routes) == {"_feed_packed"}
+    assert set(routes) == {"_packed"}
     memory.backbone.packs = False
     routes.clear()
     apart = base.generate(*QUESTIONS)
-    assert set(routes) == {"insert"}
+    assert set(routes) == {"_insert"}
     assert packed.answers.tolist() == apart.answers.tolist()
     for one, other in zip(packed.logits, apart.logits, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
@@ -48,7 +47,7 @@ def test_what_packing_would_garble_goes_apart(options: dict[str, Any], routes: l
     base.attach(config())
     base.model.set_attn_implementation("eager" if "output_attentions" in options else "sdpa")
     base.generate(*QUESTIONS, **options)
-    assert set(routes) == {"insert"}
+    assert set(routes) == {"_insert"}
 
 
 def test_the_attention_is_as_before_even_after_an_error(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,10 @@ Form = Callable[[Tensor], Tensor]
 COLUMNS: dict[str, tuple[Form, Form]] = {
     **dict.fromkeys(("keys", "values"), (lambda own: own, lambda own: own)),
     "indexer_keys": (lambda own: own[:, None], lambda own: own[:, 0]),  # (B, W, w)
-    "indexer_position_ids": (lambda own: own.movedim(0, -1)[:, None], lambda own: own[:, 0].movedim(-1, 0)),  # (w, B, W)
+    "indexer_position_ids": (
+        lambda own: own.movedim(0, -1)[:, None],
+        lambda own: own[:, 0].movedim(-1, 0),
+    ),  # (w, B, W)
 }
 """What layers hold of each token, by the names of their attributes: ways to and from the form (B, heads, W, w)."""
 NAME: str = ALL_CACHE_NAMES[0]

@@ -123,7 +123,9 @@ def attend(
     """
     mask = None
     if states.keys and where.span and queries.dtype == torch.float32 and not torch.is_grad_enabled():
-        seen = (kept.to(queries)[None, where.span].transpose(1, 2) for kept in (states.keys[block], states.values[block]))
+        seen = (
+            kept.to(queries)[None, where.span].transpose(1, 2) for kept in (states.keys[block], states.values[block])
+        )
         return _beside(queries, keys, values, *seen)
     if states.keys:
         index = where.index.to(queries.device)
@@ -143,4 +145,5 @@ def _beside(queries: Tensor, keys: Tensor, values: Tensor, seen_keys: Tensor, se
     queries = queries * queries.shape[-1] ** -0.5
     shares = torch.cat([queries @ seen_keys.mT, queries @ keys.mT], dim=-1).softmax(-1)
     first, second = shares.split([seen_keys.shape[2], keys.shape[2]], dim=-1)
-    return (first @ seen_values + second @ values).transpose(1, 2).flatten(2)
+    mixed: Tensor = first @ seen_values + second @ values
+    return mixed.transpose(1, 2).flatten(2)

@@ -240,7 +240,7 @@ class Replay:
         context = self._context(places, *self._past)
         context.query = self.memory.builder(context.states, context.mask)
         latents: Tensor = self.memory.former(kind)(context)
-        return latents if self.memory.replacement is None else self.memory.replacement(latents)
+        return self.memory.entering(latents)
 
     @cached_property
     def _past(self) -> tuple[Tensor, Tensor, DynamicCache]:

@@ -15,18 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from vismem_core.base import cache as kv
-from vismem_core.base.backbone import NO_TOKEN, Backbone
+from vismem_core.base.backbone import Backbone
 from vismem_core.base.vision import VisionStates
-from vismem_core.config import Kind
 from vismem_core.errors import AttachError
 from vismem_core.memory.former import History, MemoryContext, MemoryFormer, Needs, RidingFormer
 from vismem_core.memory.query import Ahead, QueryBuilder
 
-from .packing import Packing
 from .room import RoomCache
-
-CHUNKED = "chunked_attention"
-"""Of layers in which a token sees those before it in its own chunk."""
 
 
 class Session:
@@ -76,6 +71,11 @@ class Session:
         """The cache once rows may grow apart."""
         assert isinstance(self.cache, RoomCache)
         return self.cache
+
+    @property
+    def rows(self) -> int:
+        """B"""
+        return len(self._segment)
 
     def make_room(self, ahead: int = 0) -> None:
         """From now on rows may grow apart, and come to write so many columns, where that is known."""
@@ -236,7 +236,7 @@ class Session:
             fed: whether they have been fed their invocation tokens, which an early former need not wait for.
         """
         context = self.context(rows, fed, cached=not former.early)
-        with self._apart():
+        with self.apart():
             context.query = self._query(rows, builder, context.states, context.mask)
             latents: Tensor = former(context)
         return latents
@@ -258,7 +258,7 @@ class Session:
         return query
 
     @contextmanager
-    def _apart(self) -> Iterator[None]:
+    def apart(self) -> Iterator[None]:
         """Passes through the language model inside the context are memory's own business."""
         self._forming = True
         try:
@@ -350,30 +350,7 @@ class Session:
         elif self.cache.hide(hidden):
             self._padding = [0] * len(hidden)
 
-    def masks(self) -> Any:
-        """What the coming pass of one token a row may look at, where the model could not tell from :attr:`mask`.
-
-        As the model takes it: (B, 1, 1, W), by kind of layer if it has several.
-        """
-        config: Any = self.backbone.decoder.config
-        kinds = set(getattr(config, "layer_types", None) or [""])
-        found: dict[str, Tensor | None] = {}
-        chunk = getattr(config, "attention_chunk_size", None)
-        windows = {"full_attention": None, "indexed_attention": None, "": self.room.grown[0].window, CHUNKED: chunk}
-        for kind in kinds:
-            if kind in ("conv", "linear_attention"):  # their states know no columns
-                found[kind] = None
-                continue
-            window = windows.get(kind, getattr(config, "sliding_window", None))
-            mask = self.room.seen(window, kind == CHUNKED)[:, None, None]
-            if config._attn_implementation == "eager":
-                mask = torch.zeros_like(mask, dtype=self.backbone.dtype).masked_fill(
-                    ~mask, torch.finfo(self.backbone.dtype).min
-                )
-            found[kind] = mask
-        return found if len(found) > 1 else next(iter(found.values()))
-
-    # Inserting
+    # Taking in
 
     def packs(self, model_kwargs: Mapping[str, Any]) -> bool:
         """Whether passes may be packed: the model's attention allows it, and nobody watches what is inside."""
@@ -385,62 +362,10 @@ class Session:
         """Whether the call returns what is inside of passes."""
         return bool(model_kwargs.get("output_attentions") or model_kwargs.get("output_hidden_states"))
 
-    def beside(self, ids: Tensor, before: int = 0, behind: int = 0) -> dict[str, Tensor]:
-        """What comes with tokens (R, E) and so many vectors before and behind them (:meth:`Backbone.companions`)."""
-        return self.backbone.companions(torch.nn.functional.pad(ids, (before, behind), value=NO_TOKEN))
-
-    def insert(self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]]) -> None:
-        """Let some rows take in latents on their own, while their neighbours wait.
-
-        Args:
-            latents: kind -> (rows, (R, N, d)).
-        """
-        for rows, vectors in latents.values():
-            length, positions = vectors.shape[1], self.places_of(rows, vectors.shape[1])
-            grown, mask = self.room.together(rows)
-            mask = torch.cat([mask, mask.new_ones(len(rows), length)], dim=-1)
-            with self._apart():
-                self.backbone.continue_(vectors, mask, positions, grown)
-            self.took_in(rows, vectors, positions)
-            self.room.aim([length * (row in rows) for row in range(len(self._segment))])
-            self.room.put(grown, rows, length)
-            self.room.landed()
-
-    def pack(
-        self, latents: Mapping[Kind, tuple[Sequence[int], Tensor]], riders: Mapping[Kind, tuple[Sequence[int], Tensor]]
-    ) -> tuple[Packing, Tensor]:
-        """Prepare a pass in which every row takes in its next token, some latents before it, some riders behind it.
-
-        Returns:
-            the packing, and the position ids (.., 1, M) of the packed tokens.
-        """
-        places, counts = [], [1] * len(self._segment)
-        for rows, vectors in latents.values():
-            places.append(self.places_of(rows, vectors.shape[1]))
-            self.took_in(rows, vectors, places[-1])
-            for row in rows:
-                counts[row] += vectors.shape[1]
-        beyond = [0] * len(counts)
-        for rows, vectors in riders.values():
-            for row in rows:
-                beyond[row] = vectors.shape[1]
-        self.room.aim(counts, beyond)
-        places += [self.places_of(rows, vectors.shape[1]) + 1 for rows, vectors in riders.values()]
-        packed = torch.cat([self.positions.squeeze(-1), *(own.flatten(-2) for own in places)], dim=-1)
-        groups, behind = ([(rows, vectors.shape[1]) for rows, vectors in own.values()] for own in (latents, riders))
-        return Packing(self.room, groups, behind), packed[..., None, :]
-
     def places_of(self, rows: Sequence[int], length: int) -> Tensor:
         """Position ids (.., R, L) of the next L tokens of some rows."""
         index = torch.as_tensor(rows, device=self.positions.device)
         return self.positions[..., index, :] + torch.arange(length, device=self.positions.device)
-
-    def unpack(self) -> None:
-        """After a packed pass: what it noted of each row's last token, as after any other pass."""
-        rows = len(self._segment)
-        self.room.landed()
-        self.hidden = self.hidden[:, :rows].transpose(0, 1)
-        self.embeds = self.embeds[:, :rows].transpose(0, 1)
 
     def took_in(self, rows: Sequence[int], vectors: Tensor, positions: Tensor) -> None:
         """Latents enter the cache at positions (.., R, N)."""

@@ -166,6 +166,10 @@ class Memory(nn.Module):
         """What enters instead of latents that were formed, here; see :meth:`replaced`."""
         return self._switches.replacement
 
+    def entering(self, latents: Tensor) -> Tensor:
+        """What enters in place of latents (R, N, d): they themselves, unless they are replaced."""
+        return latents if self.replacement is None else self.replacement(latents)
+
     @property
     def trace(self) -> Trace:
         """The invocations of the caller's last ``generate`` call: of this thread or task, or else of any."""
