@@ -60,7 +60,8 @@ def build(shape: str, changes: list[str], device: str, dtype: str) -> tuple[Any,
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = None
-    return model.eval(), AutoProcessor.from_pretrained(source, min_pixels=28 * 28, max_pixels=4096 * 28 * 28)
+    size = {"shortest_edge": 28 * 28, "longest_edge": 4096 * 28 * 28}  # pixels of a whole image
+    return model.eval(), AutoProcessor.from_pretrained(source, size=size)
 
 
 class Clock(StoppingCriteria):

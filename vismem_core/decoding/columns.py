@@ -1,19 +1,16 @@
-"""What one layer of a cache holds of each token, with room for more: keys, values, and what an indexer reads besides."""
+"""What one layer of a cache holds of each token, with room for more: keys, values, what an indexer reads besides."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from vismem_core.base import cache as kv
-
-if TYPE_CHECKING:
-    from .room import RoomCache
 
 
 class RoomLayer(DynamicLayer):
@@ -30,7 +27,7 @@ class RoomLayer(DynamicLayer):
     values: Tensor
     prompts: tuple[Tensor, ...] | None
 
-    def __init__(self, cache: RoomCache, layer: Any, rows: Sequence[int], room: int) -> None:
+    def __init__(self, cache: Any, layer: Any, rows: Sequence[int], room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache, self.is_initialized = cache, True
         self._staying: Tensor | None = None
@@ -129,7 +126,7 @@ class RoomLayer(DynamicLayer):
         kept = {name: kv.taken(name, own, rows, order) for name, own in self._held().items()}
         self._hold({name: roomy(own, room, dim=2) for name, own in kept.items()})
 
-    def select(self, cache: RoomCache, rows: Sequence[int]) -> RoomLayer:
+    def select(self, cache: Any, rows: Sequence[int]) -> RoomLayer:
         """The given rows alone, for another cache."""
         other = copy.copy(self)
         other.cache = cache
@@ -202,12 +199,12 @@ class IndexedRoomLayer(RoomLayer):
 class StateRoomLayer(RoomLayer, kv.StateLayer):
     """With a state for each row."""
 
-    def __init__(self, cache: RoomCache, layer: Any, rows: Sequence[int], room: int) -> None:
+    def __init__(self, cache: Any, layer: Any, rows: Sequence[int], room: int) -> None:
         vars(self).update(vars(layer))
         super().__init__(cache, layer, rows, room)
         self.follow(layer, rows)
 
-    def select(self, cache: RoomCache, rows: Sequence[int]) -> RoomLayer:
+    def select(self, cache: Any, rows: Sequence[int]) -> RoomLayer:
         other: Any = super().select(cache, rows)
         other.follow(self, rows)
         return other  # type: ignore[no-any-return]
@@ -218,7 +215,7 @@ class StateRoomLayer(RoomLayer, kv.StateLayer):
         return layer  # type: ignore[no-any-return]
 
 
-def in_room(cache: RoomCache, layer: Any, rows: Sequence[int], room: int) -> Any:
+def in_room(cache: Any, layer: Any, rows: Sequence[int], room: int) -> Any:
     """A layer of a prompt's cache, for the rows of one with room."""
     if not isinstance(layer, DynamicLayer):
         return kv.forked(layer, rows)
@@ -227,7 +224,7 @@ def in_room(cache: RoomCache, layer: Any, rows: Sequence[int], room: int) -> Any
     return (IndexedRoomLayer if isinstance(layer, DynamicIndexedLayer) else RoomLayer)(cache, layer, rows, room)
 
 
-def of_rows(layer: Any, cache: RoomCache, rows: Sequence[int]) -> Any:
+def of_rows(layer: Any, cache: Any, rows: Sequence[int]) -> Any:
     """A layer of a cache with room, with the given rows alone."""
     return layer.select(cache, rows) if isinstance(layer, RoomLayer) else kv.forked(layer, rows)
 
