@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -41,7 +41,9 @@ REFUSED = {
     "passes have, so what it says hangs on how it was read",
 }
 """Types that break a promise in ways that calling them once does not show."""
-PROMPT_ONLY = {"deepstack_visual_embeds", "visual_pos_masks", "moe_mm_token_type_ids"}
+PROMPT_ONLY = {
+    *("deepstack_visual_embeds", "visual_pos_masks", "deepstack_features", "vision_mask", "moe_mm_token_type_ids")
+}
 """What language models take beside embeddings of images alone: what follows a prompt has none of it."""
 
 
@@ -116,7 +118,9 @@ class Generic(Backbone):
         if self.head is None or not hasattr(self.head, "weight"):
             self._refuse("none of its modules names an output head")
         if not self.placeholders:
-            self._refuse("its config names no token that stands for an image")
+            takes = inspect.signature(self.model.forward).parameters
+            sees = hasattr(self.model, "get_image_features") or any(name.startswith("pixel_") for name in takes)
+            self._refuse("its config names no token that stands for an image" if sees else "it takes no images")
         if getattr(type(self.model), "generate", None) is not GenerationMixin.generate:
             self._refuse("its class has a generate() of its own, which need not do what transformers' does")
         try:
@@ -125,10 +129,14 @@ class Generic(Backbone):
             self._refuse(str(error))
         self.found["language model"] = self._name(self.decoder)
 
-    def _blank(self) -> dict[str, Any]:
-        """A prompt with a blank image."""
+    def _blank(self, noise: bool = False) -> dict[str, Any]:
+        """A prompt with a blank image, or with one that is not."""
+        size = (SIDE, SIDE)
+        image = Image.new("RGB", size, "gray")
+        if noise:  # coarse, so that some is left of it in a small image
+            image = Image.effect_noise((16, 16), 100).resize(size, Image.Resampling.NEAREST).convert("RGB")
         try:
-            batch = self.inputs(["?"], [[Image.new("RGB", (SIDE, SIDE), "gray")]])
+            batch = self.inputs(["?"], [[image]])
         except Exception as error:  # processors fail in any way
             self._refuse(f"its processor makes no inputs of a blank image: {reason(error)}")
         tower = self.model.get_encoder(modality="image")
@@ -137,32 +145,62 @@ class Generic(Backbone):
 
     def _find_context(self, batch: dict[str, Any]) -> None:
         """Hidden states must follow from embeddings, the padding and positions, or memory would miss the rest."""
-        given: dict[str, Any] = {}
-        last: list[Tensor] = []
-        handle = self.decoder.register_forward_pre_hook(lambda _, args, named: given.update(named), with_kwargs=True)
-        after = self.decoder.register_forward_hook(lambda module, args, output: last.append(output[0]))
-        try:
-            with torch.no_grad():
-                told = self.model(**batch)
-        except Exception as error:  # as models do
-            self._refuse(f"its forward() fails on a blank image: {reason(error)}")
-        finally:
-            handle.remove()
-            after.remove()
-        if not torch.allclose(self.logits(last[0]), told.logits, atol=1e-2, rtol=1e-2):
+        given, entered, last, told = self._hear(batch)
+        lowest = told == torch.finfo(told.dtype).min
+        self._never = lowest.flatten(0, -2).all(0).nonzero().flatten()
+        if not torch.allclose(self.logits(last), told, atol=1e-2, rtol=1e-2):
             self._refuse("its logits are not what its head makes of the last hidden states")
-        mask = given.get("attention_mask")
+        mask, ids, embeds = given.get("attention_mask"), batch["input_ids"], given.get("inputs_embeds")
         # Image tokens that see those after them are in the cache when memory comes.
         both_ways = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
-        taken = {name for name, own in given.items() if isinstance(own, Tensor | list | tuple)} - GIVEN
-        self.rereads = not both_ways and not taken
-        if further := sorted(taken - PROMPT_ONLY - set(self.companions(batch["input_ids"]))):
+        taken = {name for name, own in given.items() if isinstance(own, Tensor | list | tuple | dict)} - GIVEN
+        prompts = PROMPT_ONLY | {name for name in batch if name.startswith("pixel_")}
+        if further := sorted(taken - prompts - set(self.companions(batch["input_ids"]))):
             self._refuse(f"its language model takes more than embeddings: {', '.join(further)}")
-        embeds, ids = given.get("inputs_embeds"), batch["input_ids"]
         here = torch.isin(ids, torch.tensor(list(self.placeholders.values()), device=ids.device))
-        entered = isinstance(embeds, Tensor) and embeds.shape[:2] == ids.shape
-        if not entered or not here.any() or (embeds == self.embeddings(ids))[here].all(-1).any():
+        others = self._hear(self._blank(noise=True))
+        self._late = not self._stand(embeds, others[0].get("inputs_embeds"), ids, here)
+        if self._late and not self._stand(entered, others[1], ids, here):
             self._refuse("its images do not enter the language model in the places of their tokens")
+        self.rereads = not both_ways and not taken and not self._late
+
+    def _hear(self, batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None, Tensor, Tensor]:
+        """What the language model is called with and what enters its first layer, its last hidden states, logits."""
+        given: dict[str, Any] = {}
+        entered: list[Any] = []
+        last: list[Tensor] = []
+        first = self._first
+
+        def enter(module: Any, args: Any, named: Any) -> None:
+            entered.append(next(iter((*args, *named.values()))))
+
+        with ExitStack() as stack, torch.no_grad():
+            for handle in (
+                self.decoder.register_forward_pre_hook(lambda _, args, named: given.update(named), with_kwargs=True),
+                self.decoder.register_forward_hook(lambda module, args, output: last.append(output[0])),
+                *([first.register_forward_pre_hook(enter, with_kwargs=True)] if first is not None else []),
+            ):
+                stack.callback(handle.remove)
+            try:
+                told = self.model(**batch).logits
+            except Exception as error:  # as models do
+                self._refuse(f"its forward() fails on {self._fails_on(batch)}: {reason(error)}")
+        return given, next((own for own in entered if isinstance(own, Tensor)), None), last[0], told
+
+    def _fails_on(self, batch: dict[str, Any]) -> str:
+        text = batch["input_ids"][:, -1:]  # which ends the prompt, behind all images
+        try:
+            self.model(input_ids=text)
+        except Exception:  # whatever it is given
+            return "whatever it is given, text too"
+        return "a blank image"
+
+    def _stand(self, embeds: Any, others: Any, ids: Tensor, here: Tensor) -> bool:
+        """Whether visual tokens stand in the places of their placeholders, other ones for another image."""
+        if not isinstance(embeds, Tensor) or embeds.shape[:2] != ids.shape or others.shape != embeds.shape:
+            return False
+        same, moved = (embeds == self.embeddings(ids)).all(-1), (embeds != others).any(-1)
+        return bool(moved.any()) and not bool((same & here | moved & ~here).any())
 
     def _try_two(self) -> None:
         """Images of two shapes, in prompts of their own, must be dealt out to them."""
@@ -177,7 +215,7 @@ class Generic(Backbone):
             raise AttachError(f"its images cannot be dealt out to their prompts: {reason(error)}") from error
 
     def _find_targets(self) -> None:
-        layers = blocks_in(self.decoder)
+        layers = self._layers
         self._targets = {
             "short": "" if self.blind else self.encoder.targets,
             "long": targets_in(self._name(layers), list(layers)) if layers is not None else "",
@@ -200,6 +238,22 @@ class Generic(Backbone):
         told: Any = super().decoder  # of some models it has a head of its own, or is the whole
         parts = [told.get_decoder(), *(own for own in told.modules() if isinstance(own, PreTrainedModel))]
         return next(own for own in parts if self.head not in own.modules())  # type: ignore[no-any-return]
+
+    @property
+    def _layers(self) -> nn.ModuleList | None:
+        return blocks_in(self.decoder, getattr(self._text_config, "num_hidden_layers", 0))
+
+    @property
+    def _first(self) -> nn.Module | None:
+        return None if self._layers is None else self._layers[0]
+
+    @property
+    def entrance(self) -> nn.Module | None:
+        return self._first if self._late else None
+
+    def logits(self, states: Tensor) -> Tensor:
+        logits = super().logits(states)  # of some columns the model itself says that they are never to be
+        return logits.index_fill(-1, self._never.to(logits.device), torch.finfo(logits.dtype).min)
 
     @property
     def vision_width(self) -> int:

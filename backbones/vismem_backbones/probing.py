@@ -117,11 +117,11 @@ def heads(own: Tensor, heads: int) -> Tensor:
     return own.repeat_interleave(heads // own.shape[1], dim=1).transpose(1, 2)
 
 
-def blocks_in(tower: nn.Module) -> nn.ModuleList | None:
-    """Its longest list of modules with attention."""
+def blocks_in(tower: nn.Module, count: int = 0) -> nn.ModuleList | None:
+    """Its list of ``count`` modules with attention, or else its longest."""
     lists = [own for own in tower.modules() if isinstance(own, nn.ModuleList) and len(own)]
     attentive = [own for own in lists if any(map(_attends, *zip(*own.named_modules(), strict=True)))]
-    return max(attentive, key=len, default=None)
+    return max(attentive, key=lambda own: (len(own) == count, len(own)), default=None)
 
 
 def _attends(name: str, module: nn.Module) -> bool:

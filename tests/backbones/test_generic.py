@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,19 @@ import pytest
 import tiny
 import torch
 from model_types import build
+from survey import contract
 from torch import nn
 from transformers import LlavaConfig, Mistral3Config
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import vismem_core as vismem
 from vismem_backbones.generic import Generic
+from vismem_core.base.backbone import head_of
 from vismem_core.base.families import find_backbone
 from vismem_core.base.loading import backbone_of
 from vismem_core.base.vision import VisionStates
 from vismem_core.config import FormerConfig, MemoryConfig
+from vismem_core.decoding.replay import read_prompts
 from vismem_core.errors import AttachError
 from vismem_core.plugins import Registry, registry
 
@@ -125,7 +130,9 @@ def test_settings_that_layers_cannot_follow(model_type: str, settings: dict[str,
     ("model_type", "reason"),
     [
         ("gemma4", "its language model takes more than embeddings: per_layer_inputs"),
-        ("chameleon", "its logits are not what its head makes of the last hidden states"),
+        ("llama4", r"its forward\(\) fails on whatever it is given, text too: AttributeError"),
+        ("mistral4", "it takes no images"),
+        ("nemotron_h_omni", "without the least time step that longer passes have"),
         ("glm5_next", "cannot grow cache layers of type DynamicIndexedLayer"),
         ("janus", r"its class has a generate\(\) of its own"),
         ("hunyuan_vl", "other positions in a batch than alone"),
@@ -145,6 +152,70 @@ def test_logits_that_the_model_scales_down() -> None:
     told = model(**backbone.inputs(["a boot ?"]), output_hidden_states=True)
     assert model.config.get_text_config().logits_scaling != 1
     torch.testing.assert_close(backbone.logits(told.hidden_states[-1]), told.logits)
+
+
+@torch.no_grad()
+def test_logits_that_the_model_rules_out() -> None:
+    model, processor = build("chameleon")
+    backbone = Generic(model, processor)
+    told = model(**backbone.inputs(["a boot ?"]), output_hidden_states=True)
+    images = model.model.vocabulary_mapping.image_tokens
+    assert (told.logits[..., images] == torch.finfo(told.logits.dtype).min).all()
+    assert backbone.logits(told.hidden_states[-1]).equal(told.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["granite4_vision", "chameleon"])
+def test_visual_tokens_that_enter_behind_the_embeddings(model_type: str) -> None:
+    model, processor = build(model_type)
+    memory = vismem.attach(model, processor, config=MemoryConfig())
+    inputs = memory.backbone.inputs(["a boot ?", "?"], [[tiny.picture(32, 32, 0)], [tiny.picture(24, 56, 1)]])
+    names = inspect.signature(model.model.get_image_features).parameters
+    made = model.model.get_image_features(**{name: own for name, own in inputs.items() if name in names})
+    # Granite's first layer adds its own to nothing.
+    expected = dict(made.deepstack_features)[0] if model_type == "granite4_vision" else made.pooler_output
+    found, seen = read_prompts(memory, inputs).session.visual([0, 1])
+    for row, own in enumerate(expected):
+        torch.testing.assert_close(found[row, seen[row]], own)
+    assert not memory.backbone.rereads
+
+
+@torch.no_grad()
+def test_a_base_whose_last_bits_hang_on_what_needs_gradients() -> None:
+    """torch multiplies by a weight that needs gradients in another order, without gradients too."""
+    model, processor = build("cohere2_vision")
+    backbone = Generic(model, processor)
+    inputs = backbone.inputs(["a boot ?", "?"], [[tiny.picture(16, 16, 0)], [tiny.picture(16, 16, 1)]])
+    plain = {}
+    for needed in (False, True):
+        model.requires_grad_(needed)
+        plain[needed] = model(**inputs).logits
+    memory = vismem.attach(model, processor)
+    assert all(own.requires_grad for name, own in model.named_parameters() if "vismem" not in name)
+    with memory.off():
+        assert model(**inputs).logits.equal(plain[True])
+        memory.freeze()
+        assert model(**inputs).logits.equal(plain[False])
+    memory.detach()
+    assert model(**inputs).logits.equal(plain[True])
+
+
+@pytest.mark.parametrize("check", ["ragged_insertion_equals_one_pass", "rows_alone_and_together"])
+def test_chunks_of_attention_count_from_each_rows_own_beginning(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whose own class of outputs lacks what it reads of it.
+    monkeypatch.setattr(MoeCausalLMOutputWithPast, "image_outputs", None, raising=False)
+    suite = contract("generic", "llama4")
+    base = suite.base()
+    lengths = base.inputs(*suite.questions())["attention_mask"].sum(-1)
+    assert base.model.config.text_config.attention_chunk_size < lengths.min()
+    settings = {"context": "cache"} if check.startswith("rows") else {}
+    getattr(suite, f"test_{check}")(**settings, packs=False)
+
+
+def test_a_head_that_the_language_model_alone_knows() -> None:
+    model, _ = build("nemotron_h_omni")
+    assert model.get_output_embeddings() is None
+    assert head_of(model) is model.language_model.lm_head
 
 
 class Mixing(nn.Module):

@@ -148,6 +148,7 @@ OWN: dict[str, dict[str, Any]] = {
         projector_input_dim=64, projector_output_dim=64),
     "idefics2": text(sliding_window=16) | {f"perceiver_config.{name}": own for name, own in {"resampler_n_latents": 8,
         "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 8}.items()},
+    "inkling_mm_model": vision(n_layers=4, num_hidden_layers=4),  # no fewer than its patches have scales
     "nemotron_h_omni": text(mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=8, chunk_size=8,
         moe_shared_expert_intermediate_size=16),
     "lfm2_vl": text(layer_types=["conv", "full_attention"]),
@@ -180,14 +181,14 @@ OWN: dict[str, dict[str, Any]] = {
         rotary_dim=4, index_n_heads=2, index_head_dim=8, index_block_size=4, index_topk_blocks=2),
     "mllama": text(num_hidden_layers=3, cross_attention_layers=[1]) | vision(vision_output_dim=64,
         intermediate_layers_indices=[0], num_global_layers=1),
-    "granite4_vision": text(num_hidden_layers=6) | vision(hidden_size=2 * WIDTH) | {"downsample_rate": "1/2",
-        "deepstack_layer_map": [[-2, 1], [-1, 0]], "spatial_target_layers": [2, 3, 4, 5],
+    "granite4_vision": text(num_hidden_layers=6, embedding_multiplier=3.0) | vision(hidden_size=2 * WIDTH) | {
+        "downsample_rate": "1/2", "deepstack_layer_map": [[-2, 1], [-1, 0]], "spatial_target_layers": [2, 3, 4, 5],
         "image_grid_pinpoints": tiny.PINPOINTS},
     "apertus1p5": vision(codebook_size=8, spatial_scale_factor=4, base_channels=32, channel_multiplier=[1, 1, 1]) | {
         "image_token_offset": "<0>", "audio_token_offset": "<8>", "audio_config.codebook_size": 8},
     "aria": text(moe_num_experts=4, moe_topk=4) | {"projector_patch_to_query_dict": {16: 4}},
-    "chameleon": vq(num_embeddings=8, latent_channels=WIDTH, resolution=SIDE) | {"vocabulary_map":
-        {IMAGE: IMAGE} | {f"IMGIMG{name}Z": f"<{at}>" for at, name in enumerate("ABCDEFGH")}},
+    "chameleon": vq(num_embeddings=8, latent_channels=WIDTH, resolution=SIDE, channel_multiplier=[1, 1, 1]) | {
+        "vocabulary_map": {IMAGE: IMAGE} | {f"IMGIMG{name}Z": f"<{at}>" for at, name in enumerate("ABCDEFGH")}},
     "emu3": vq(codebook_size=8, channel_multiplier=[1, 1, 1]) | {"vocabulary_map":
         {IMAGE: IMAGE, "<|extra_200|>": "<8>"} | {f"<|visual token {at:06}|>": f"<{at}>" for at in range(8)}},
     "dots3_note": text(**MLA | INDEX | {"head_dim": 12, "rope_parameters": dict.fromkeys(

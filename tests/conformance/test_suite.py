@@ -98,13 +98,14 @@ class Dull(Fresh):
 
 
 def test_what_counts_as_the_same() -> None:
-    numbers = torch.tensor([-50.0, 0.5, float("-inf")])
+    lowest = torch.finfo(torch.float32).min
+    numbers = torch.tensor([-50.0, 0.5, lowest, float("-inf")])
     close(numbers + 0.004, numbers)
     for other in (numbers + 0.02, numbers.nan_to_num(neginf=-1e9), numbers * float("nan")):
         with pytest.raises(AssertionError, match=r"^it differs\n"):
             close(other, numbers, "it differs")
-    assert not moved(numbers[:2], numbers[:2] + 0.01)
-    assert moved(numbers[:2], numbers[:2] + 0.1)
+    assert not moved(numbers[:3], numbers[:3] + 0.01)
+    assert moved(numbers[:3], numbers[:3] + 0.1)
 
 
 def test_dull_models_are_no_test() -> None:

@@ -78,6 +78,12 @@ class Backbone(ABC):
         return self.model.get_decoder()  # type: ignore[no-any-return]
 
     @property
+    def entrance(self) -> nn.Module | None:
+        """The module whose first argument (B, L, d) has visual tokens in their places, where what the decoder is called
+        with has none; by default the decoder's embeddings have."""
+        return None
+
+    @property
     def embeddings(self) -> Any:
         """The input embedding, a module with ``weight`` (V, d)."""
         return self.model.get_input_embeddings()

@@ -82,6 +82,11 @@ def given(module: nn.Module, cache: DynamicCache | None) -> dict[str, DynamicCac
     return {_name(type(module).forward): cache}
 
 
+def fresh(model: Any) -> dict[str, DynamicCache | None]:
+    """The keyword argument by which a model gets an empty cache, as ``generate`` gives it; some make none."""
+    return given(model, DynamicCache(config=model.config.get_text_config(decoder=True)))
+
+
 @remembered
 def _name(forward: Callable[..., Any]) -> str:
     older = "past_key_values"

@@ -249,7 +249,7 @@ class _Choices:
     def logits(self, states: Tensor, kept: slice | Tensor) -> Tensor:
         """Logits (B, K, W) of states (B, K, d) in the columns ``kept``."""
         tokens = self.memory.tokens
-        base = self.memory.backbone.logits(states)
+        base = self.memory.backbone.logits(states).clamp(min=UNLIKELY)
         offered = self.offered.to(base.device)[:, kept]
         asks = tokens.logits(states).to(base).masked_fill(~offered, UNLIKELY)
         base = F.pad(base, (0, tokens.first - base.shape[-1]), value=UNLIKELY)

@@ -90,7 +90,7 @@ def read_prompts(
         positions = backbone.positions(inputs)
         # All states of the prompts are wanted: no number, by which some language models compute few to the end.
         kept = {"logits_to_keep": slice(-1, None), "use_cache": True, "return_dict": True}
-        output = backbone.model(**inputs, position_ids=positions, **kept)
+        output = backbone.model(**inputs, position_ids=positions, **kept, **kv.fresh(backbone.model))
         session.start(inputs["input_ids"], inputs["attention_mask"], positions, getattr(output, kv.NAME))
     return Prompts(session, inputs["input_ids"], inputs["attention_mask"], positions)
 

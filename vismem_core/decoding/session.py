@@ -43,6 +43,7 @@ class Session:
         self.positions: Tensor
         self.hidden: Tensor
         self.embeds: Tensor
+        self._entered: Tensor | None = None  # what entered by the backbone's entrance, where it has one
         self._given: Tensor | None = None  # position ids of the latest pass, where the language model got any
         self._visual: Tensor
         self._visual_mask: Tensor
@@ -93,6 +94,10 @@ class Session:
             self.embeds = embeds if embeds is not None else self.backbone.embeddings(ids)
             self._given = kwargs.get("position_ids")
 
+        def pass_by(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._forming:
+                self._entered = next(iter((*args, *kwargs.values())))
+
         def leave(module: Any, args: Any, output: Any) -> None:
             if not self._forming:
                 hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
@@ -102,6 +107,8 @@ class Session:
         with ExitStack() as stack:
             stack.callback(decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(decoder.register_forward_hook(leave).remove)
+            if not self._started and (entrance := self.backbone.entrance) is not None:
+                stack.callback(entrance.register_forward_pre_hook(pass_by, with_kwargs=True).remove)
             stack.enter_context(self._recording)
             if not self._started and (needs.vision_cache or needs.vision_inputs):
                 recording = self.backbone.record(self.vision, keep=needs.vision_cache, inputs=needs.vision_inputs)
@@ -163,8 +170,9 @@ class Session:
             if bool((input_ids == token).any()):
                 warnings.warn(f"short memory does not see {medium}s of this model, long memory does", stacklevel=2)
         seen = torch.stack(media).any(0)
-        tokens = [self.embeds[row, seen[row].to(self.embeds.device)] for row in range(len(input_ids))]
-        counts = torch.tensor([len(own) for own in tokens], device=self.embeds.device)
+        entered = self.embeds if self._entered is None else self._entered.to(self.embeds.device)
+        tokens = [own[here.to(own.device)] for own, here in zip(entered, seen, strict=True)]
+        counts = torch.tensor([len(own) for own in tokens], device=entered.device)
         self._images = [own.nonzero().flatten() - start for own, start in zip(seen, self._padding, strict=True)]
         self._visual = pad_sequence(tokens, batch_first=True).float()
         self._source = list(range(len(input_ids)))

@@ -94,12 +94,12 @@ class Anatomy(Contract):
         with listening(base.backbone) as heard:
             base.model(**inputs)
             base.model(**other)
-        visual = (heard.embeds[0] != heard.embeds[1]).any(-1)
+        visual = (heard.visual[0] != heard.visual[1]).any(-1)
         assert visual.any(), "another image does not change what enters the language model"
         here = inputs["input_ids"] == base.backbone.placeholders["image"]
         wrong = visual & ~here
         assert not wrong.any(), f"{int(wrong.sum())} of the image's tokens are not where its placeholder stands"
-        text = (heard.embeds[0] == base.backbone.embeddings(inputs["input_ids"])).all(-1)
+        text = (heard.visual[0] == base.backbone.embeddings(inputs["input_ids"])).all(-1)
         assert not text[here].any(), "there are placeholders that no visual token replaces"
         absent = [token for medium, token in base.backbone.placeholders.items() if medium != "image"]
         assert not torch.isin(inputs["input_ids"].cpu(), torch.tensor(absent)).any(), (

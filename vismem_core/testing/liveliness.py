@@ -55,5 +55,6 @@ def moved(before: Tensor, after: Tensor) -> bool:
 
 def _rounding(numbers: Tensor) -> float:
     # It grows with the largest of the numbers that were added up.
-    sizes = numbers[numbers.isfinite()].abs()
+    # What is never to be, some models write as the lowest number there is.
+    sizes = numbers[numbers.abs() < torch.finfo(numbers.dtype).max].abs()
     return 1e-4 * max(1.0, float(sizes.max()) if len(sizes) else 0.0)

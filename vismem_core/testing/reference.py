@@ -27,6 +27,7 @@ class Heard:
 
     Attributes:
         embeds: (B, L, d), what entered.
+        visual: (B, L, d), the same with visual tokens in their places, which may come later.
         positions: (.., B, L), its position ids, or None where the language model makes them up.
         masks: its attention masks as they were given.
         hidden: (B, L, d), its last hidden states.
@@ -34,6 +35,7 @@ class Heard:
     """
 
     embeds: list[Tensor] = field(default_factory=list)
+    visual: list[Tensor] = field(default_factory=list)
     positions: list[Tensor | None] = field(default_factory=list)
     masks: list[Any] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
@@ -49,11 +51,15 @@ def listening(backbone: Backbone) -> Iterator[Heard]:
         embeds = kwargs.get("inputs_embeds")
         ids = kwargs.get("input_ids", args[0] if args else None)
         heard.embeds.append(embeds if embeds is not None else backbone.embeddings(ids))
+        heard.visual.append(heard.embeds[-1])
         heard.positions.append(kwargs.get("position_ids"))
         heard.masks.append(kwargs.get("attention_mask"))
         others = {name: own for name, own in kwargs.items() if isinstance(own, Tensor) and name not in KNOWN}
         here = heard.embeds[-1].shape[:2]
         heard.beside.append({name: own for name, own in others.items() if own.shape[:2] == here})
+
+    def pass_by(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        heard.visual[-1] = next(iter((*args, *kwargs.values())))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         heard.hidden.append(output[0])
@@ -62,6 +68,8 @@ def listening(backbone: Backbone) -> Iterator[Heard]:
         backbone.decoder.register_forward_pre_hook(enter, with_kwargs=True),
         backbone.decoder.register_forward_hook(leave),
     ]
+    if backbone.entrance is not None:
+        handles.append(backbone.entrance.register_forward_pre_hook(pass_by, with_kwargs=True))
     try:
         yield heard
     finally:

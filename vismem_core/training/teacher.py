@@ -55,7 +55,7 @@ def bring_up(memory: Memory, batch: Batch, kinds: Sequence[Kind | None], points:
         positions = backbone.positions(inputs)
         # No number, as in :func:`vismem_core.decoding.replay.read_prompts`.
         kept = {"logits_to_keep": slice(-1, None), "use_cache": True, "return_dict": True}
-        output = backbone.model(**inputs, position_ids=positions, **kept)
+        output = backbone.model(**inputs, position_ids=positions, **kept, **kv.fresh(backbone.model))
         session.start(
             inputs["input_ids"],
             inputs["attention_mask"],
