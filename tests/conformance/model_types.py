@@ -43,9 +43,9 @@ SIZES: dict[str, int] = {
     "image_size": SIDE, "patch_size": PATCH, "tile_size": SIDE, "num_position_embeddings": 16,
 }  # fmt: skip
 DEPTHS = ("num_hidden_layers", "depth", "n_layers", "num_layers")
-SQUARE = ("height", "width")
 PLAIN = {"pixel_values", "pixel_mask", "pixel_values_local", "num_local_patches", "kwargs"}
 """Arguments of ``get_image_features`` that squares serve; others tell a model the shapes of images."""
+SQUARE = ("height", "width")
 PROCESSED: dict[str, Any] = {
     "min_pixels": 256, "max_pixels": 4096, "max_image_size": {"longest_edge": SIDE}, "max_soft_tokens": 70,
     "crop_size": dict.fromkeys(("height", "width"), SIDE), "image_grid_pinpoints": tiny.PINPOINTS,
@@ -57,7 +57,7 @@ PROCESSED: dict[str, Any] = {
 """Settings of image processors, where they have them."""
 ALONE: dict[str, dict[str, Any]] = {
     "dots3_note": {"temporal_patch_size": 1},
-    **dict.fromkeys(("inkling2", "inkling2_loop"), {"size": dict.fromkeys(("height", "width"), 2 * PATCH)}),
+    **{name: {"size": dict.fromkeys(SQUARE, 2 * PATCH)} for name in ("inkling2", "inkling2_loop")},
 }
 """Settings of a type's image processor as its checkpoints have them, which no configuration tells."""
 TYPED = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
@@ -163,7 +163,7 @@ OWN: dict[str, dict[str, Any]] = {
         layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"],
         rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE}),
     "glm5_next": text(**INDEX, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, v_head_dim=8, head_dim=0,
-        qk_nope_head_dim=8, linear_head_dim=32, linear_num_heads=4, index_kpool=4),  # norms over few numbers near 0 shake
+        qk_nope_head_dim=8, linear_head_dim=32, linear_num_heads=4, index_kpool=4),  # norms over few numbers shake
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0], "high_res_vision_config.window_size": 3,
         "high_res_vision_config.output_channels": 16},
     "deepseek_ocr2": text(num_experts_per_tok=4, mlp_layer_types=["dense", "sparse"], n_group=1, topk_group=1,
