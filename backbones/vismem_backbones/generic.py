@@ -34,7 +34,7 @@ GIVEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_
 """What memory knows to give to a language model."""
 REFUSED = {
     "emu3": "transformers makes other tokens of images in a batch than of one alone",
-    "minimax_m3_vl": "transformers cuts its sparse attention into blocks by columns, so padded rows have others than alone",
+    "minimax_m3_vl": "transformers cuts sparse attention into blocks by columns: padded rows have others than alone",
     "unlimited_ocr": "transformers shows padded rows their padding once as many tokens are written as its window has",
     "hunyuan_vl": "transformers gives its images other positions in a batch than alone",
     "nemotron_h_omni": "transformers feeds single tokens to its states without the least time step that longer "
