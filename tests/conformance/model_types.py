@@ -57,7 +57,7 @@ PROCESSED: dict[str, Any] = {
 """Settings of image processors, where they have them."""
 ALONE: dict[str, dict[str, Any]] = {
     "dots3_note": {"temporal_patch_size": 1},
-    **{name: {"size": dict.fromkeys(SQUARE, 2 * PATCH)} for name in ("inkling2", "inkling2_loop")},
+    **{name: {"size": dict.fromkeys(SQUARE, 4 * PATCH)} for name in ("inkling2", "inkling2_loop")},
 }
 """Settings of a type's image processor as its checkpoints have them, which no configuration tells."""
 TYPED = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
@@ -103,7 +103,7 @@ SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_att
           "hidden_size_per_layer_input": 8}  # fmt: skip
 """Of the small gemmas: the last layers read keys and values of earlier ones, and tokens enter each layer by id."""
 INKLING = text(n_layers_per_attn_res_block=1, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
-    d_rel=4, rel_extent=16) | vision(projection_hidden_dim=WIDTH)  # fmt: skip
+    d_rel=4, rel_extent=16) | vision(projection_hidden_dim=WIDTH, patch_size=2 * PATCH)  # fmt: skip
 MUSE = {"out_hidden_size": 4 * WIDTH} | vision(pos_emb_height=2, pos_emb_width=2)
 """Windows of 2 x 2 patches, and four patches to a token."""
 
