@@ -34,8 +34,8 @@ GIVEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_
 """What memory knows to give to a language model."""
 REFUSED = {
     "emu3": "transformers makes other tokens of images in a batch than of one alone",
-    "minimax_m3_vl": "transformers cuts sparse attention into blocks by columns: padded rows have others than alone",
-    "unlimited_ocr": "transformers shows padded rows their padding once as many tokens are written as its window has",
+    "minimax_m3_vl": "transformers cuts its sparse attention into blocks by columns, and padding moves them",
+    "unlimited_ocr": "transformers shows padded prompts their padding once its window has moved",
     "hunyuan_vl": "transformers gives its images other positions in a batch than alone",
     "nemotron_h_omni": "transformers feeds single tokens to its states without the least time step that longer "
     "passes have, so what it says hangs on how it was read",

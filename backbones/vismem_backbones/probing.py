@@ -140,11 +140,6 @@ def targets_in(path: str, blocks: Sequence[nn.Module]) -> str:
     numbers = "|".join(map(str, range(len(blocks))))
     return rf"{re.escape(path)}\.({numbers})\.({'|'.join(names)})" if names else ""
 
-
-def _last(name: str, ending: str) -> str:
-    return name.removesuffix(ending).rpartition(".")[2] if name.endswith(ending) else ""
-
-
 def cast(dtype: torch.dtype, own: Any) -> Any:
     return own.to(dtype) if isinstance(own, Tensor) and own.is_floating_point() else own
 

@@ -131,7 +131,8 @@ OWN: dict[str, dict[str, Any]] = {
         "image_end_id": END, "slice_start_id": "<0>", "slice_end_id": "<1>", "newline_id": "<2>"},
     "qwen4_exp": text(**LINEAR, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8,
         indexer_compress_ratio=4, hc_lowrank=8, ple_layer_ids=[1], ple_embed_dim=16, heads_per_ngram=2,
-        ngram_vocab_size_base=64, make_ngram_vocab_size_divisible_by=4, split_ngram_parts=2),
+        ngram_vocab_size_base=64, make_ngram_vocab_size_divisible_by=4, split_ngram_parts=2,
+        number_of_conv_states=3),
     "kimi_k25": text(**MLA) | vision(projection_hidden_size=4 * WIDTH) | {"projection_hidden_size": WIDTH},
     "gemma3": {"mm_tokens_per_image": 4},
     "shieldgemma2": {"mm_tokens_per_image": 4},
@@ -163,7 +164,7 @@ OWN: dict[str, dict[str, Any]] = {
         layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"],
         rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE}),
     "glm5_next": text(**INDEX, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, v_head_dim=8, head_dim=0,
-        qk_nope_head_dim=8, linear_head_dim=32, linear_num_heads=4, index_kpool=4),  # norms over few numbers shake
+        qk_nope_head_dim=8, linear_head_dim=32, linear_num_heads=4, index_kpool=4),  # norms of few numbers shake
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0], "high_res_vision_config.window_size": 3,
         "high_res_vision_config.output_channels": 16},
     "deepseek_ocr2": text(num_experts_per_tok=4, mlp_layer_types=["dense", "sparse"], n_group=1, topk_group=1,
@@ -244,11 +245,7 @@ def shrunk(settings: dict[str, Any], ids: dict[str, int], words: int) -> dict[st
 def _kinds(settings: dict[str, Any], depth: int) -> list[int]:
     """The first layer of each kind, of the published layout; two at least."""
     lists = {name: own for name, own in settings.items() if isinstance(own, list | tuple) and len(own) == depth}
-    told = [
-        own
-        for name, own in lists.items()
-        if name.endswith("layer_types") or name in ("no_rope_layers", "indexer_types")
-    ]
+    told = [own for name, own in lists.items() if name.endswith(("layer_types", "no_rope_layers", "indexer_types"))]
     kinds: dict[Any, int] = {}
     for layer, kind in enumerate(zip(*told, strict=True)):
         kinds.setdefault(kind, layer)

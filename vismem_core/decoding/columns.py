@@ -1,4 +1,4 @@
-"""What one layer of a cache holds of each token, with room for more: keys, values, what an indexer reads besides."""
+"""What one layer of a cache holds of each token, with room for more: keys, values, and what an indexer reads."""
 
 from __future__ import annotations
 

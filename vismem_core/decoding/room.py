@@ -43,7 +43,7 @@ class RoomCache(DynamicCache):
         used: columns that some row has written, W.
         ends: (B,), the next column of each row.
         ragged: whether rows end in different columns.
-        whole: whether every layer holds all tokens: none has a sliding window, or a state instead.
+        whole: whether every layer holds all tokens: none has a sliding window, or a state.
         sources: each row's row of the prompts' columns, where these are shared, or None.
         still: whether passes look at all the room, written or not, so that their shapes stay as they are.
         counted: whether the model goes by where columns stand.
