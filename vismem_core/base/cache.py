@@ -174,8 +174,8 @@ class StateLayer(LinearAttentionLayer):
 
         A layer that holds tokens too does so still, those of all rows.
         """
-        cls = next(own for kind, own in _STATES.items() if isinstance(layer, kind))
-        other = cls.__new__(cls)
+        kind: Any = next(own for kind, own in _STATES.items() if isinstance(layer, kind))
+        other: StateLayer = kind.__new__(kind)
         vars(other).update(vars(layer))
         other.follow(layer, rows)
         return other
@@ -214,11 +214,11 @@ class StateLayer(LinearAttentionLayer):
                     mine[at] = state.index_copy(0, torch.as_tensor(rows, device=state.device), theirs[at].to(state))
 
 
-class _StateAndFullLayer(StateLayer, LinearAttentionAndFullAttentionLayer):
+class _StateAndFullLayer(StateLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
     pass
 
 
-class _StateAndWindowLayer(StateLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+class _StateAndWindowLayer(StateLayer, LinearAttentionAndSlidingWindowAttentionLayer):  # type: ignore[misc, override]
     pass
 
 
@@ -277,13 +277,14 @@ def upto(
     shift = torch.as_tensor([width - stop for stop in stops], device=mask.device)[:, None]
     columns = torch.arange(width, device=mask.device) - shift  # (R, width), negative left of a shorter row
     branch, at = fork(cache), 0
-    for number, layer in enumerate(branch.layers):
+    own_layers: list[Any] = branch.layers
+    for number, layer in enumerate(own_layers):
         once: list[Any] = []
         if then is not None and forgets(layer):
             once = [then[stop][at] for stop in stops]
             at += 1
         if once and stateful(layer):
-            layer = branch.layers[number] = _once(layer, once, rows)
+            layer = own_layers[number] = _once(layer, once, rows)
         if once and isinstance(layer, DynamicSlidingWindowLayer):
             told = [held(own) for own in once]
             parts = {name: [own[name][row] for own, row in zip(told, rows, strict=True)] for name in told[0]}

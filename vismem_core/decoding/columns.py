@@ -50,8 +50,8 @@ class RoomLayer(DynamicLayer):
         return {name: own for name, own in (plain | self.beside).items() if own is not None}
 
     def _hold(self, tokens: dict[str, Tensor]) -> None:
-        beside = dict(tokens)
-        self.keys, self.values = beside.pop("keys", None), beside.pop("values", None)  # type: ignore[assignment]
+        beside: dict[str, Any] = dict(tokens)
+        self.keys, self.values = beside.pop("keys", None), beside.pop("values", None)
         self.beside = beside
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -196,7 +196,7 @@ class IndexedRoomLayer(RoomLayer):
         return kv.COLUMNS[name][1](self._view(name, self.beside[name]))
 
 
-class StateRoomLayer(RoomLayer, kv.StateLayer):
+class StateRoomLayer(RoomLayer, kv.StateLayer):  # type: ignore[misc]
     """With a state for each row."""
 
     def __init__(self, cache: Any, layer: Any, rows: Sequence[int], room: int) -> None:
