@@ -140,6 +140,7 @@ def targets_in(path: str, blocks: Sequence[nn.Module]) -> str:
     numbers = "|".join(map(str, range(len(blocks))))
     return rf"{re.escape(path)}\.({numbers})\.({'|'.join(names)})" if names else ""
 
+
 def cast(dtype: torch.dtype, own: Any) -> Any:
     return own.to(dtype) if isinstance(own, Tensor) and own.is_floating_point() else own
 

@@ -56,7 +56,8 @@ class RoomLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.cache.still:
-            self.write(*self.cache.columns(self.device), key_states, value_states)
+            rows, columns = self.cache.columns(self.device)
+            self.write(rows, columns, key_states, value_states)
             return self.keys, self.values
         self._store(self.keys, key_states)
         self._store(self.values, value_states)
@@ -69,7 +70,8 @@ class RoomLayer(DynamicLayer):
             stop = cache.used - self.first
             own[:, :, stop - cache._coming : stop] = new
         else:
-            self._write(own, *cache.columns(own.device), new)
+            rows, columns = cache.columns(own.device)
+            self._write(own, rows, columns, new)
 
     def view(self) -> tuple[Tensor, Tensor]:
         """The keys and values that the coming pass may look at."""
@@ -107,7 +109,7 @@ class RoomLayer(DynamicLayer):
         return length, used - length
 
     def get_seq_length(self) -> int:
-        return self.cache.get_seq_length()
+        return int(self.cache.get_seq_length())
 
     def stay(self) -> None:
         """Compiled passes may write to where the keys and values are; CUDA graphs would write to copies else."""
