@@ -113,8 +113,6 @@ class Generic(Backbone):
             self._refuse("it is an encoder-decoder")
         if "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
             self._refuse("its forward() takes no inputs_embeds")
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
-            self._refuse("its forward() takes no position_ids, so rows cannot grow apart")
         if self.head is None or not hasattr(self.head, "weight"):
             self._refuse("none of its modules names an output head")
         if not self.placeholders:
@@ -123,6 +121,8 @@ class Generic(Backbone):
             self._refuse("its config names no token that stands for an image" if sees else "it takes no images")
         if getattr(type(self.model), "generate", None) is not GenerationMixin.generate:
             self._refuse("its class has a generate() of its own, which need not do what transformers' does")
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            self._refuse("its forward() takes no position_ids, so rows cannot grow apart")
         try:
             kv.check(DynamicCache(config=text))
         except AttachError as error:
