@@ -141,7 +141,8 @@ OWN: dict[str, dict[str, Any]] = {
         | vision(vocab_offset=IMAGE, vocab_size=4, hidden_size=2048,
             model_args={"channel_multiplier": 0.125, "msfa_output_resolution": 2})
         | {"vision_soft_tokens_per_image": 4, "audio_config.vocab_offset": "<0>", "audio_config.vocab_size": 32},
-    "gemma4": text(**SHARED, final_logit_softcapping=30.0, per_layer_config={1: {"head_dim": 16}, 3: {"head_dim": 16}}),
+    "gemma4": text(**SHARED, use_double_wide_mlp=True, final_logit_softcapping=30.0,
+        per_layer_config={1: {"head_dim": 16}, 3: {"head_dim": 16}}),
     "gemma4_unified": text(final_logit_softcapping=30.0) | vision(mm_embed_dim=WIDTH, output_proj_dims=WIDTH),
     "diffusion_gemma": text(num_experts=4, top_k_experts=4, moe_intermediate_size=16,
         final_logit_softcapping=30.0) | {"canvas_length": 16},

@@ -395,7 +395,7 @@ BROKEN: list[tuple[Any, str, Any, str, str]] = [
     (checkpoint.Stored, "fill", lambda self, memory: None, "checkpoints_round_trip", "answers otherwise"),
     (checkpoint, "fingerprint", lambda backbone: "", "checkpoints_refuse_other_bases", "made for other weights"),
     (forward, "form", formless, "forward_equals_decoding", "not close"),
-    (RoomCache, "seen", lambda self, window: torch.ones_like(self._seen), "static_caches", "not close|other answers"),
+    (RoomCache, "seen", lambda self, *window: torch.ones_like(self._seen), "static_caches", "not close|other answers"),
     (Memory, "_switched", for_all, "calls_at_once", "switched off in another"),
     (InjectionHook, "remove", lambda self: None, "detached_as_it_was", "does not restore"),
     (Decoder, "_choices", blurred, "the_loop_itself_is_the_base", "its logits differ at step 0"),
