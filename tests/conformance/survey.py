@@ -9,16 +9,21 @@ from __future__ import annotations
 import inspect
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import product
+from multiprocessing.connection import wait
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
+import torch
 import transformers
 
 from vismem_core.base import outlook
@@ -33,7 +38,7 @@ from model_types import TYPES, build
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "model_types.md"
 RECORD = Path(__file__).parents[2] / "backbones" / "vismem_backbones" / "model_types.json"
-LIMIT = 90
+LIMIT = 180
 """Seconds for one type."""
 Line = dict[str, str]
 """``backbone``, ``outcome``, ``layers`` of the tiny model's cache, what memory does ``without``, and ``why``."""
@@ -139,19 +144,34 @@ def _short(error: BaseException) -> str:
     return told.partition("': ")[2][:160] if "': " in told and isinstance(error, AttachError) else told[:160]
 
 
-def _apart(model_type: str) -> Line:
-    """In a process of its own: some image processors never end on small images."""
+def apart(model_types: Iterable[str]) -> Iterator[tuple[str, Line]]:
+    """Each in a process of its own, since some image processors never end on small images; one for each core."""
+    fork, waiting = multiprocessing.get_context("fork"), list(model_types)
+    running: dict[str, tuple[Any, Path, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "line"
-        fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=lambda: told.write_text(json.dumps(survey(model_type)), encoding="utf-8"))
-        process.start()
-        process.join(LIMIT)
-        if process.is_alive():
-            process.kill()
-            return line("", "not built", f"nothing after {LIMIT} seconds")
-        found: Line = json.loads(told.read_text(encoding="utf-8")) if told.exists() else line("", "fails", "died")
-        return found
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                name = waiting.pop(0)
+                told = Path(folder, str(len(waiting)))
+                process = fork.Process(target=_tell, args=(name, told))
+                process.start()
+                running[name] = process, told, monotonic() + LIMIT
+            wait([process.sentinel for process, *_ in running.values()], timeout=1)
+            for name, (process, told, end) in list(running.items()):
+                if process.is_alive() and monotonic() < end:
+                    continue
+                if process.is_alive():
+                    process.kill()
+                    yield name, line("", "not built", f"nothing after {LIMIT} seconds")
+                else:
+                    text = told.read_text(encoding="utf-8") if told.exists() else ""
+                    yield name, json.loads(text) if text else line("", "fails", "died")
+                del running[name]
+
+
+def _tell(model_type: str, told: Path) -> None:
+    torch.set_num_threads(1)
+    told.write_text(json.dumps(survey(model_type)), encoding="utf-8")
 
 
 def table(lines: dict[str, Line]) -> str:
@@ -173,9 +193,10 @@ def recorded() -> dict[str, Line]:
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     lines = recorded() if sys.argv[1:] else {}
-    for model_type in sys.argv[1:] or TYPES:
-        lines[model_type] = _apart(model_type)
-        print(model_type, *lines[model_type].values(), sep=" | ", flush=True)  # noqa: T201
+    for model_type, found in apart(sys.argv[1:] or TYPES):
+        lines[model_type] = found
+        print(model_type, *found.values(), sep=" | ", flush=True)  # noqa: T201
+    lines = dict(sorted(lines.items()))
     DOCUMENT.write_text(table(lines), encoding="utf-8")
     record = {"transformers": transformers.__version__, "types": lines}
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
