@@ -21,6 +21,7 @@ class TestGemma3(BackboneContract):
         return build("gemma3")
 
 
+@pytest.mark.long
 class TestGemma3Untied(TestGemma3):
     """One key for all heads, windows of 5 tokens, stretched positions as from 4B on, scores scaled as in 27B."""
 
@@ -50,6 +51,7 @@ class TestGemma4Untied(TestGemma4):
         return build("gemma4", **settings, tie_word_embeddings=False)
 
 
+@pytest.mark.long
 class TestGemma4Dense(TestGemma4):
     """As 31B: no inputs for layers, keys that are values where there is no window."""
 
@@ -69,6 +71,7 @@ class TestGemma4Experts(TestGemma4):
             enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16))  # fmt: skip
 
 
+@pytest.mark.long
 class TestGemma3n(BackboneContract):
     backbone = "gemma3n"
 
