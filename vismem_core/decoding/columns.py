@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from vismem_core.base import cache as kv
+
+
+class Rows(Protocol):
+    """What layers look up in their cache (:class:`vismem_core.decoding.room.RoomCache`): which rows stand where."""
+
+    used: int
+    ends: Tensor
+    ragged: bool
+    counted: bool
+    still: bool
+    passes: int
+    sources: list[int] | None
+    _same: bool
+    _coming: int
+    _reach: int
+
+    @property
+    def aligned(self) -> bool: ...
+
+    def columns(self, device: torch.device) -> tuple[Tensor, Tensor]: ...
+
+    def last(self, count: int) -> Tensor: ...
+
+    def get_seq_length(self) -> int: ...
 
 
 class RoomLayer(DynamicLayer):
@@ -27,7 +51,7 @@ class RoomLayer(DynamicLayer):
     values: Tensor
     prompts: tuple[Tensor, ...] | None
 
-    def __init__(self, cache: Any, layer: Any, rows: Sequence[int], room: int) -> None:
+    def __init__(self, cache: Rows, layer: Any, rows: Sequence[int], room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache, self.is_initialized = cache, True
         self._staying: Tensor | None = None
@@ -56,8 +80,7 @@ class RoomLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.cache.still:
-            rows, columns = self.cache.columns(self.device)
-            self.write(rows, columns, key_states, value_states)
+            self.write(*self.cache.columns(self.device), key_states, value_states)
             return self.keys, self.values
         self._store(self.keys, key_states)
         self._store(self.values, value_states)
@@ -70,8 +93,7 @@ class RoomLayer(DynamicLayer):
             stop = cache.used - self.first
             own[:, :, stop - cache._coming : stop] = new
         else:
-            rows, columns = cache.columns(own.device)
-            self._write(own, rows, columns, new)
+            self._write(own, *cache.columns(own.device), new)
 
     def view(self) -> tuple[Tensor, Tensor]:
         """The keys and values that the coming pass may look at."""
@@ -109,7 +131,7 @@ class RoomLayer(DynamicLayer):
         return length, used - length
 
     def get_seq_length(self) -> int:
-        return int(self.cache.get_seq_length())
+        return self.cache.get_seq_length()
 
     def stay(self) -> None:
         """Compiled passes may write to where the keys and values are; CUDA graphs would write to copies else."""
@@ -128,7 +150,7 @@ class RoomLayer(DynamicLayer):
         kept = {name: kv.taken(name, own, rows, order) for name, own in self._held().items()}
         self._hold({name: roomy(own, room, dim=2) for name, own in kept.items()})
 
-    def select(self, cache: Any, rows: Sequence[int]) -> RoomLayer:
+    def select(self, cache: Rows, rows: Sequence[int]) -> RoomLayer:
         """The given rows alone, for another cache."""
         other = copy.copy(self)
         other.cache = cache
@@ -201,12 +223,12 @@ class IndexedRoomLayer(RoomLayer):
 class StateRoomLayer(RoomLayer, kv.StateLayer):  # type: ignore[misc]
     """With a state for each row."""
 
-    def __init__(self, cache: Any, layer: Any, rows: Sequence[int], room: int) -> None:
+    def __init__(self, cache: Rows, layer: Any, rows: Sequence[int], room: int) -> None:
         vars(self).update(vars(layer))
         super().__init__(cache, layer, rows, room)
         self.follow(layer, rows)
 
-    def select(self, cache: Any, rows: Sequence[int]) -> RoomLayer:
+    def select(self, cache: Rows, rows: Sequence[int]) -> RoomLayer:
         other: Any = super().select(cache, rows)
         other.follow(self, rows)
         return other  # type: ignore[no-any-return]
@@ -217,7 +239,7 @@ class StateRoomLayer(RoomLayer, kv.StateLayer):  # type: ignore[misc]
         return layer  # type: ignore[no-any-return]
 
 
-def in_room(cache: Any, layer: Any, rows: Sequence[int], room: int) -> Any:
+def in_room(cache: Rows, layer: Any, rows: Sequence[int], room: int) -> Any:
     """A layer of a prompt's cache, for the rows of one with room."""
     if not isinstance(layer, DynamicLayer):
         return kv.forked(layer, rows)
@@ -226,7 +248,7 @@ def in_room(cache: Any, layer: Any, rows: Sequence[int], room: int) -> Any:
     return (IndexedRoomLayer if isinstance(layer, DynamicIndexedLayer) else RoomLayer)(cache, layer, rows, room)
 
 
-def of_rows(layer: Any, cache: Any, rows: Sequence[int]) -> Any:
+def of_rows(layer: Any, cache: Rows, rows: Sequence[int]) -> Any:
     """A layer of a cache with room, with the given rows alone."""
     return layer.select(cache, rows) if isinstance(layer, RoomLayer) else kv.forked(layer, rows)
 
