@@ -147,10 +147,11 @@ def _short(error: BaseException) -> str:
 def apart(model_types: Iterable[str]) -> Iterator[tuple[str, Line]]:
     """Each in a process of its own, since some image processors never end on small images; one for each core."""
     fork, waiting = multiprocessing.get_context("fork"), list(model_types)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     running: dict[str, tuple[Any, Path, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
+            while waiting and len(running) < cores:
                 name = waiting.pop(0)
                 told = Path(folder, str(len(waiting)))
                 process = fork.Process(target=_tell, args=(name, told))
