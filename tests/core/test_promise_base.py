@@ -246,7 +246,9 @@ def test_tokenizers_without_a_fast_backend() -> None:
     slow = SimpleNamespace(**{name: getattr(fast, name) for name in names}, decode=lambda ids: names[ids[0]])
     before = photograph(base)
     with pytest.raises(AttachError, match="memory needs a tokenizer that leaves out ids it does not know"):
-        vismem.attach(base.model, slow)
+        vismem.attach(base.model, SimpleNamespace(tokenizer=slow))
+    with pytest.raises(AttachError, match="what AutoProcessor.from_pretrained gives"):
+        vismem.attach(base.model, fast)
     assert same(before, photograph(base))
 
 

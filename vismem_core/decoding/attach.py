@@ -48,9 +48,10 @@ def attach(
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise AttachError(f"attach(model, processor): the model is one of transformers, no {type(model).__name__}")
-    if not hasattr(getattr(processor, "tokenizer", processor), "get_vocab"):
+    if not hasattr(getattr(processor, "tokenizer", None), "get_vocab"):
         raise AttachError(
-            f"attach(model, processor): the processor has a tokenizer, {type(processor).__name__} has none"
+            f"attach(model, processor): the processor has a tokenizer, {type(processor).__name__} has none; it is what "
+            "AutoProcessor.from_pretrained gives"
         )
     model = _inside(model)
     if vars(model).get(ATTRIBUTE) is not None:

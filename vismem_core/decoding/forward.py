@@ -64,10 +64,14 @@ def forward(
         ``loss`` and ``logits`` (B, L or what is to be kept, width), the latter in the head's precision. No cache.
 
     Raises:
-        AttachError: memory is off, nothing says where an answer begins, or an image stands in one.
+        AttachError: memory is off, the mask is not the ids', nothing says where an answer begins, or an image stands
+            in one.
     """
     if not memory.enabled:
         raise AttachError("the sequence holds memory tokens, which the base model does not know: take them out")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        shapes = " and ".join(str(tuple(own.shape)) for own in (attention_mask, input_ids))
+        raise AttachError(f"attention_mask and input_ids have shapes {shapes}: the mask tells of every id, answers too")
     _check(rest)
     memory.follow()
     model = memory.model

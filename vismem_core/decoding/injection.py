@@ -105,8 +105,10 @@ class InjectionHook:
         if not memory.enabled:
             memory.trace.blocked["off"] += 1
         # A prompt that holds memory tokens needs logits as wide as its ids, even if no more are to come.
-        if not memory.enabled or not (memory.active_trigger.active or told):
+        if not memory.enabled:
             return own(*args, **kwargs)
+        if not (memory.active_trigger.active or told):
+            return _with_trace(own(*args, **kwargs), memory.trace)
         if self._setting(named, "is_assistant"):
             memory.trace.blocked["drafts"] += 1
             return own(*args, **kwargs)
@@ -115,9 +117,7 @@ class InjectionHook:
         session = Session(memory.backbone, memory.needs())
         decoder = Decoder(memory, session, memory.active_trigger, memory.trace, named.get("streamer"))
         result = self.decode(decoder, **self._stopping(named))
-        if isinstance(result, ModelOutput):
-            result.memory = decoder.trace  # for callers whose calls are not in one thread or task
-        return result
+        return _with_trace(result, decoder.trace)
 
     def decode(self, decoder: Decoder, **arguments: Any) -> Any:
         """The base's ``generate`` with another decoding loop, whose session listens from the prefill on."""
@@ -304,6 +304,13 @@ class _Known:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+def _with_trace(result: Any, trace: Trace) -> Any:
+    """For callers whose calls are not in one thread or task."""
+    if isinstance(result, ModelOutput):
+        result.memory = trace
+    return result
 
 
 def _itself(own: Any) -> Any:

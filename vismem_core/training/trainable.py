@@ -41,8 +41,11 @@ def collate(memory: Memory, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     added. End tokens have no label: nobody has a choice there.
 
     Raises:
-        DataError: a row lacks its prompt or its answer, or they are no texts.
+        DataError: there are no rows, a row lacks its prompt or its answer, or they are no texts, or an answer's memory
+            tokens stand alone.
     """
+    if not rows:
+        raise DataError("there are no rows")
     for number, row in enumerate(rows):
         for name in ("prompt", "answer"):
             if not isinstance(row.get(name), str):
@@ -55,6 +58,9 @@ def collate(memory: Memory, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     labels = torch.full_like(inputs["input_ids"], IGNORED)
     for at, answer in enumerate(answers):
         labels[at, -len(answer) :] = inputs["input_ids"][at, -len(answer) :]
+    for number, answer in enumerate(answers):
+        if (odd := memory.tokens.unpaired(answer)) is not None:
+            raise DataError(f"row {number}: in its answer, {odd}")
     ends = labels >= memory.tokens.end(KINDS[0])
     return inputs | {"labels": labels.masked_fill(ends, IGNORED)}
 
