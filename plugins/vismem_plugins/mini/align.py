@@ -19,6 +19,8 @@ RATE = 3e-3
 NEW = ("embed_tokens.weight", "o_proj.bias", "q_norm.weight", "k_norm.weight")
 """Parameters that a language model may have beside the teacher's: the teacher's queries and keys are about as long as
 those that come out of fresh norms."""
+BEHIND = {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+"""Gemma's norms behind the halves of a layer, which start at the length of what the teacher's halves give."""
 
 
 def inherit(model: Any, processor: Any, teacher: Any, teacher_processor: Any) -> None:
@@ -29,6 +31,9 @@ def inherit(model: Any, processor: Any, teacher: Any, teacher_processor: Any) ->
     """
     ours, theirs = model.get_decoder(), teacher.get_decoder()
     state = {name: value for name, value in theirs.state_dict().items() if not name.startswith("embed_tokens")}
+    scale = float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
+    if hasattr(ours.layers[0], "pre_feedforward_layernorm"):
+        state = _as_gemmas(state, theirs, scale)
     missing, unexpected = ours.load_state_dict(state, strict=False)
     lost = [name for name in missing if not name.endswith(NEW)]
     if lost or unexpected:
@@ -37,7 +42,37 @@ def inherit(model: Any, processor: Any, teacher: Any, teacher_processor: Any) ->
     rows = [(i, known[word]) for word, i in processor.tokenizer.get_vocab().items() if word in known]
     here, there = torch.tensor(rows).T
     with torch.no_grad():
-        model.get_input_embeddings().weight[here] = teacher.get_input_embeddings().weight[there]
+        model.get_input_embeddings().weight[here] = teacher.get_input_embeddings().weight[there] / scale
+
+
+def _as_gemmas(state: dict[str, Tensor], theirs: Any, scale: float) -> dict[str, Tensor]:
+    """A language model's weights under Gemma's names, whose norms hold what is added to one, and whose tied table is as
+    many times smaller as embeddings are multiplied by."""
+    named = {name.replace(BEHIND["self_attn"], "pre_feedforward_layernorm"): own for name, own in state.items()}
+    named["norm.weight"] = named["norm.weight"] * scale
+    for name, size in _sizes(theirs).items():
+        named[name] = torch.full_like(state["norm.weight"], size)
+    return {name: own - 1 if "norm.weight" in name else own for name, own in named.items()}
+
+
+@torch.no_grad()
+def _sizes(theirs: Any) -> dict[str, float]:
+    """Root mean square of what the halves of the teacher's layers give for words in no order."""
+    found: dict[str, float] = {}
+    handles = []
+    for number, layer in enumerate(theirs.layers):
+        for half, norm in BEHIND.items():
+
+            def note(module: Any, args: Any, output: Any, name: str = f"layers.{number}.{norm}.weight") -> None:
+                given = output[0] if isinstance(output, tuple) else output
+                found[name] = float(given.float().pow(2).mean().sqrt())
+
+            handles.append(getattr(layer, half).register_forward_hook(note))
+    words = torch.randint(len(theirs.embed_tokens.weight), (16, 32), generator=torch.Generator().manual_seed(0))
+    theirs(input_ids=words, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def features(model: Any, shown: dict[str, Tensor]) -> Tensor:

@@ -10,6 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     GenerationConfig,
     GotOcr2ImageProcessor,
     InternVLConfig,
@@ -171,6 +175,36 @@ def _ids(processor: ProcessorMixin) -> dict[str, Any]:
     return {name: words[word] for name, word in QWEN_IDS.items()}
 
 
+def gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Gemma 3: SigLIP of three blocks, an image of 3 x 3 tokens that see each other both ways; every other layer of the
+    language model looks back a window that is shorter than most prompts."""
+    words = tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": TILE, "width": TILE}, **GRAY),
+        words,
+        chat_template=chat("<start_of_image>"),
+        image_seq_length=(TILE // CELL) ** 2,
+    )
+    turning = {"rope_type": "default", "rope_theta": 10.0}
+    kinds = ["sliding_attention", "full_attention"]
+    text = TEXT | {"head_dim": 24, "query_pre_attn_scalar": 24, "attention_bias": True, "sliding_window": 24}
+    text |= {"layer_types": kinds * 2, "rope_parameters": dict.fromkeys(kinds, turning)}
+    config = Gemma3Config(
+        text_config=text | ends(words),
+        vision_config={"num_hidden_layers": 3, **VISION},
+        mm_tokens_per_image=processor.image_seq_length,
+        image_token_index=words.image_token_id,
+        boi_token_index=words.boi_token_id,
+        eoi_token_index=words.eoi_token_id,
+        tie_word_embeddings=True,
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    # As in `llava`; what a projector of Gemma's starts from are zeros.
+    torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.2)
+    torch.nn.init.xavier_uniform_(model.model.multi_modal_projector.mm_input_projection_weight)
+    return model, processor
+
+
 def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
     """LLaVA-1.5: CLIP, of whose four blocks three count, and Llama; an image is 3 x 3 tokens."""
     words = tokenizer("<image>")
@@ -278,6 +312,7 @@ FAMILIES = {
     # Its shipped weights were trained by the clock, for 40 minutes; so many steps take about as long.
     "qwen2_5_vl": Family(qwen2_5_vl, 7000),
     "qwen3_vl": Family(qwen3_vl, 3000, teacher="qwen2_5_vl", align=2000),
+    "gemma3": Family(gemma3, 1800, teacher="qwen2_5_vl", align=1000),
     "llava": Family(llava, 3000, teacher="qwen2_5_vl", align=2000),
     "internvl": Family(internvl, 3000, teacher="qwen2_5_vl", align=2000),
     "timm_lm": Family(timm_lm, 3000, teacher="qwen2_5_vl", align=2000),

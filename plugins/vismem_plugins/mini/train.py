@@ -69,10 +69,26 @@ def asides_at(phase: int, progress: float) -> float:
 
 def foreign(ids: Tensor, table: Any, seen: Tensor) -> Tensor:
     """Vectors that mean nothing where they stand, (*ids.shape, d): noise of the words' size, or tokens of any image."""
-    scale = table.weight.detach().pow(2).mean().sqrt() * torch.empty(*ids.shape, 1).uniform_(0.3, 3)
+    words = table(torch.arange(len(table.weight))).detach()  # some tables multiply what they hold
+    scale = words.pow(2).mean().sqrt() * torch.empty(*ids.shape, 1).uniform_(0.3, 3)
     noise = scale * torch.randn(*ids.shape, seen.shape[-1])
     borrowed = seen.detach()[torch.randint(len(seen), ids.shape)]
     return torch.where(torch.rand(len(ids), 1, 1) < 0.6, noise, borrowed)
+
+
+def masks(model: Any, batch: Batch) -> Any:
+    """What tokens may look at, as the language model takes it.
+
+    Gemma's image tokens see each other both ways, and its layers differ in how far they look back; a question's place
+    is the one that it would have alone.
+    """
+    kinds = getattr(model.get_decoder().config, "layer_types", None) or []
+    if "sliding_attention" not in kinds:
+        return batch.mask
+    image, places = batch.ids == model.config.image_token_id, batch.positions[0]
+    seen = batch.mask | (image[:, None, :] & image[:, :, None])[:, None]
+    far = places[:, :, None] - places[:, None, :] >= model.get_decoder().config.sliding_window
+    return {"full_attention": seen, "sliding_attention": seen & ~far[:, None]}
 
 
 def loss_of(model: Any, batch: Batch, shown: dict[str, Tensor]) -> Tensor:
@@ -89,7 +105,7 @@ def loss_of(model: Any, batch: Batch, shown: dict[str, Tensor]) -> Tensor:
     embeds = torch.where(strange, foreign(batch.ids, table, seen), table(batch.ids.clamp(min=0)))
     hidden = model.get_decoder()(
         inputs_embeds=embeds.masked_scatter(is_image, seen),
-        attention_mask=batch.mask,
+        attention_mask=masks(model, batch),
         position_ids=batch.positions if len(batch.positions) > 1 else batch.positions[0],
         use_cache=False,
         **deep,
