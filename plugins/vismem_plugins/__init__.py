@@ -52,5 +52,5 @@ def register_rewards(register: Register) -> None:
 
 @hookimpl
 def register_bases(register: Register) -> None:
-    for family in ("qwen2_5_vl", "qwen3_vl", "llava", "internvl", "timm_lm"):  # the first is the default
+    for family in ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "internvl", "timm_lm"):  # the first is the default
         register(family, f"vismem_plugins.bases:mini_{family}", description="mini, trained on mosaic")

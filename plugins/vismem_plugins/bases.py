@@ -24,6 +24,11 @@ def mini_qwen3_vl() -> Base:
     return _mini("qwen3_vl")
 
 
+def mini_gemma3() -> Base:
+    """`mini` of the Gemma 3 family."""
+    return _mini("gemma3")
+
+
 def mini_llava() -> Base:
     """`mini` of the LLaVA-1.5 family."""
     return _mini("llava")

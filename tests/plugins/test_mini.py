@@ -62,7 +62,9 @@ def test_lists_the_cells_in_sentences(family: str, mini: tuple[Any, Any]) -> Non
     samples = list(mosaic("heldout", types=["list"], size=2)[:20])
     said = answers(*mini, [sample.images for sample in samples], [sample.prompt for sample in samples])
     sentences = [one.split()[1::2] == [",", ".", ",", "."] for one in said]
-    assert sentences.count(False) <= (1 if family == "timm_lm" else 0)  # it stops early once, the others never
+    assert sentences.count(False) <= (
+        1 if family in ("timm_lm", "gemma3") else 0
+    )  # they stop early once, the others never
     assert sum(one == sample.answer for one, sample in zip(said, samples, strict=True)) >= 10
 
 
