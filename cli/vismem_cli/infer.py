@@ -96,10 +96,6 @@ def _sample(load: LoadOptions, images: list[Path], prompt: str | None) -> Sample
     """The question asked, or else the one that ships with the embedded model."""
     if prompt is not None:
         return question(prompt, images)
-    if load.memory:  # a folder that is not there comes first
-        from vismem_core.files.checkpoint import locate
-
-        locate(load.memory)
     if images or load.memory or load.model:
         raise typer.BadParameter("what is the question? add --prompt TEXT", param_hint="--prompt")
     name, base = embedded(load.backbone)

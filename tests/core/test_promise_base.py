@@ -247,7 +247,7 @@ def test_tokenizers_without_a_fast_backend() -> None:
     before = photograph(base)
     with pytest.raises(AttachError, match="memory needs a tokenizer that leaves out ids it does not know"):
         vismem.attach(base.model, SimpleNamespace(tokenizer=slow))
-    with pytest.raises(AttachError, match="what AutoProcessor.from_pretrained gives"):
+    with pytest.raises(AttachError, match="what AutoProcessor"):
         vismem.attach(base.model, fast)
     assert same(before, photograph(base))
 
