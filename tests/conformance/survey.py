@@ -50,9 +50,9 @@ promise; do not use it there. "not built" means that no tiny model of the type, 
 so nothing is known. The tiny models are the published layouts made small.
 
 Layers are what the language model keeps of each row: all tokens, those in a window, all and what an indexer chooses
-them by ("indexed"), or a state of a convolution or linear attention. Without "encoder", extra tokens have no way through the vision encoder: short memory is formed by a
-former that stands alone. Without "recompute" or "dropping", `context="recompute"` or `drop_image_after_invocation` is
-refused.
+them by ("indexed"), or a state of a convolution or linear attention. Without "encoder", extra tokens have no way
+through the vision encoder: short memory is formed by a former that stands alone. Without "recompute" or "dropping",
+`context="recompute"` or `drop_image_after_invocation` is refused.
 
 {counts}
 
