@@ -32,6 +32,7 @@ class TestGemma3Untied(TestGemma3):
         return build("gemma3", **settings, tie_word_embeddings=False)
 
 
+@pytest.mark.long
 class TestGemma4(BackboneContract):
     """As E2B and E4B: inputs for each layer, and the last layers read keys of earlier ones."""
 
@@ -79,6 +80,7 @@ class TestGemma3n(BackboneContract):
         return build("gemma3n")
 
 
+@pytest.mark.long
 class TestPaliGemma(BackboneContract):
     backbone = "paligemma"
 
