@@ -164,8 +164,8 @@ OWN: dict[str, dict[str, Any]] = {
     "step3p7": vision(image_size=2 * SIDE) | text(sliding_window=8, num_sliding_attention_heads=8,
         layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"],
         rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE}),
-    "glm5_next": text(**INDEX, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, v_head_dim=8, head_dim=0,
-        qk_nope_head_dim=8, linear_head_dim=32, linear_num_heads=4, index_kpool=4),  # norms of few numbers shake
+    "glm5_next": text(**INDEX, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, v_head_dim=16, head_dim=0,
+        qk_nope_head_dim=16, linear_head_dim=16, linear_num_heads=2, index_kpool=4),
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0], "high_res_vision_config.window_size": 3,
         "high_res_vision_config.output_channels": 16},
     "deepseek_ocr2": text(num_experts_per_tok=4, mlp_layer_types=["dense", "sparse"], n_group=1, topk_group=1,
