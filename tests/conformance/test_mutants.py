@@ -429,9 +429,9 @@ def unmoved(self: kv.StateLayer, recurrent_states: Tensor, state_idx: int = 0, *
 
 
 STATES: list[tuple[Any, str, Any, str, str]] = [
-    (kv.StateLayer, "put", lambda self, other, rows: None, "ragged_insertion_equals_one_pass", "differs"),
+    (kv.StateLayer, "take_over", lambda self, other, rows: None, "ragged_insertion_equals_one_pass", "differs"),
     (kv.StateLayer, "update_recurrent_state", unmoved, "insertion_equals_one_pass", "differs"),
-    (kv, "_once", lambda layers, rows: layers[0], "replay_equals_rollout", "not close|shape|size"),
+    (kv, "_once", lambda layer, then, rows: kv.StateLayer.of(layer, rows), "replay_equals_rollout", "not close"),
 ]
 
 
