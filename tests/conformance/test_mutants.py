@@ -413,21 +413,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "broken", "check", "reason"), BROKEN, ids=[f"{own[1]}-{own[3]}" for own in BROKEN]
-)
-def test_a_broken_core_fails(
-    owner: Any, name: str, broken: Any, check: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(owner, name, broken)
-    fails(Qwen2_5_VL, check, ARGUMENTS.get(check, {}), reason)
-
-
 def unmoved(self: kv.StateLayer, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
     """States that a pass does not bring forward."""
     return recurrent_states
 
 
+# What rows carry beside keys and values: states of convolutions and linear attention.
 STATES: list[tuple[Any, str, Any, str, str]] = [
     (kv.StateLayer, "take_over", lambda self, other, rows: None, "ragged_insertion_equals_one_pass", "differs"),
     (kv.StateLayer, "update_recurrent_state", unmoved, "insertion_equals_one_pass", "differs"),
@@ -435,19 +426,31 @@ STATES: list[tuple[Any, str, Any, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "broken", "check", "reason"), STATES, ids=[f"{own[1]}-{own[3]}" for own in STATES]
-)
-def test_broken_states_fail(
-    owner: Any, name: str, broken: Any, check: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What rows carry beside keys and values: states of convolutions and linear attention."""
-    monkeypatch.setattr(owner, name, broken)
-    fails(Qwen3_5, check, ARGUMENTS.get(check, {}), reason, lambda: build("qwen3_5"))
-
-
 def tiny_qwen() -> tuple[Any, Any]:
     return tiny.qwen(tied=False)
+
+
+def tiny_qwen3_5() -> tuple[Any, Any]:
+    return build("qwen3_5")
+
+
+@pytest.mark.parametrize(
+    ("family", "made", "owner", "name", "broken", "check", "reason"),
+    [(Qwen2_5_VL, tiny_qwen, *own) for own in BROKEN] + [(Qwen3_5, tiny_qwen3_5, *own) for own in STATES],
+    ids=[f"{own[1]}-{own[3]}" for own in BROKEN + STATES],
+)
+def test_a_broken_core_fails(
+    family: type[Backbone],
+    made: Callable[[], tuple[Any, Any]],
+    owner: Any,
+    name: str,
+    broken: Any,
+    check: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(owner, name, broken)
+    fails(family, check, ARGUMENTS.get(check, {}), reason, made)
 
 
 def contract(family: type[Backbone], made: Callable[[], tuple[Any, Any]] = tiny_qwen) -> BackboneContract:
