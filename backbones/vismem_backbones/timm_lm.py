@@ -48,6 +48,10 @@ class TimmLM(Tiles):
                 "are known, for the LoRA of long memory"
             )
 
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        return super().matches(model) and refusal(model.model.vision_tower.timm_model) is None
+
     @property
     def vit(self) -> Any:
         """timm's model."""

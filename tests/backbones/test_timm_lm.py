@@ -16,6 +16,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from transformers import AutoConfig, AutoModelForCausalLM, PerceptionLMProcessor, PerceptionLMVideoProcessor
 
+import vismem_core as vismem
 from vismem_backbones.compose import compose
 from vismem_backbones.timm_lm import TimmLM
 from vismem_core.base.loading import load_base
@@ -42,6 +43,19 @@ def composed(kind: str = "llama", encoder: dict[str, Any] | None = None, pooling
     return Base(*compose(VIT, lm, tokenizer=words, pretrained=False, pooling=pooling, **arguments))
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "resnet18": {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "img_size": 70},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "img_size": 64},
+    "eva02_tiny_patch14_224": {"depth": 1, "img_size": 42},
+}
+"""Encoders that are no plain Vision Transformer: images of 3 x 3, 2 x 2 and 3 x 3 tokens."""
+
+
+def other(name: str) -> Base:
+    lm, words = language()
+    return Base(*compose(name, lm, tokenizer=words, pretrained=False, **OTHERS[name]))
+
+
 @pytest.mark.parametrize(
     ("kind", "tied", "encoder", "pooling"),
     [
@@ -64,6 +78,47 @@ def test_what_is_saved_comes_back(tmp_path: Path, kind: str, tied: bool, encoder
     memory = again.attach(config(trigger="schedule:1=short,4=long"))
     again.generate(*QUESTIONS, **options)
     assert len(memory.trace) == 2 * len(QUESTIONS)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_memory_behind_any_encoder(tmp_path: Path, name: str) -> None:
+    """Short memory is formed of the visual tokens there; a trained step leaves even running averages as they were."""
+    base = other(name)
+    base.model.save_pretrained(tmp_path)
+    base.processor.save_pretrained(tmp_path)
+    model, processor, backbone = load_base(model=str(tmp_path))
+    assert backbone == "generic"
+    again, options = Base(model, processor), {"eos_token_id": None, "pad_token_id": 0}
+    ours, theirs = base.generate(*QUESTIONS, **options), again.generate(*QUESTIONS, **options)
+    assert ours.sequences.equal(theirs.sequences)
+    assert all(map(torch.equal, ours.logits, theirs.logits))
+    with pytest.warns(UserWarning, match="short memory is formed of"):
+        memory = again.attach(config(trigger="schedule:1=short,4=long"))
+    again.generate(*QUESTIONS, **options)
+    assert len(memory.trace) == 2 * len(QUESTIONS)
+    before = {key: own.clone() for key, own in model.state_dict().items()}
+    policy = vismem.trainable(memory).train()
+    rows = [{"prompt": "a ?", "image": tiny.picture(30, 20, seed), "answer": "<ms_I><ms_E> four"} for seed in range(2)]
+    policy(**vismem.collate(memory, rows)).loss.backward()
+    assert all(parameter.grad is not None for parameter in memory.short.parameters())
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "side"), [("resnet18", 3), ("convnext_atto", 2)])
+def test_places_of_a_map_are_tokens(name: str, side: int) -> None:
+    base = other(name)
+    sizes = {key: own for key, own in OTHERS[name].items() if key != "img_size"}
+    net = timm.create_model(name, num_classes=0, **sizes).eval()
+    net.load_state_dict(base.model.model.vision_tower.timm_model.state_dict())
+    inputs = base.inputs(("?", [tiny.picture(64, 64, 0)]))
+    seen = net.forward_features(inputs["pixel_values"])
+    assert seen.shape == (1, 32, side, side)
+    rows = torch.stack([seen[0, :, at // side, at % side] for at in range(side * side)])
+    projector = base.model.model.multi_modal_projector
+    expected = projector.linear_2(torch.nn.functional.gelu(projector.linear_1(rows)))
+    made = towers.features(base.model.model, inputs).pooler_output
+    torch.testing.assert_close(made[0], expected)
 
 
 def test_a_language_model_from_a_folder(tmp_path: Path) -> None:
@@ -160,13 +215,15 @@ def test_tiles_and_videos_of_perception_lm() -> None:
     ("encoder", "options", "reason"),
     [
         ("vit_tiny_patch16_223", {}, "timm has no model 'vit_tiny_patch16_223'; did you mean 'vit_tiny_patch16_224'?"),
-        ("eva02_tiny_patch14_224", {"depth": 1}, "it is a Eva, and only blocks of a plain VisionTransformer"),
-        ("naflexvit_base_patch16_gap", {"depth": 1}, "it is a NaFlexVit, and only blocks"),
-        ("resnet18", {}, "it is a ResNet, and only blocks"),
+        ("swin_tiny_patch4_window7_224", {}, "it gives features (7, 7, 768), and they are to be (chan"),
+        ("hiera_tiny_224", {}, "its last tokens are not as wide as its first"),
+        ("coat_tiny", {}, "it gives neither a row of tokens nor a map of features"),
+        ("mixer_s32_224", {}, "it does not take its own width"),
+        ("resnet18", {"img_size": (32, 64)}, "its images are not square"),
+        ("resnet18", {"pooling": 2}, "gives a map of features, which cannot be pooled: use pooling=1"),
         (VIT, {"img_size": (16, 32)}, "its images are not square"),
         (VIT, {"depth": "two"}, "cannot be made"),
-        (VIT, {"attn_layer": "diff"}, "its blocks are Block with DiffAttention"),
-        (VIT, {"reg_tokens": 4, "pooling": 2}, "has 4 register tokens, which cannot be pooled: use pooling=1"),
+        (VIT, {"reg_tokens": 4, "pooling": 2}, "has register tokens, which cannot be pooled: use pooling=1"),
     ],
 )
 def test_encoders_that_do_not_fit(encoder: str, options: dict[str, Any], reason: str) -> None:
@@ -199,7 +256,14 @@ def test_a_model_needs_its_tokenizer() -> None:
 
 
 def test_memory_on_encoders_that_are_not_known() -> None:
-    model, processor = tiny.timm_lm()
-    model.model.vision_tower.timm_model = timm.create_model("eva02_tiny_patch14_224", depth=1, num_classes=0)
-    with pytest.raises(AttachError, match=f"memory cannot work with timm's '{VIT}': it is a Eva"):
-        TimmLM(model, processor)
+    """The adapter by name refuses them; the generic one, which is found, does not need to know their blocks."""
+    for name, arguments, why in (
+        ("eva02_tiny_patch14_224", {"depth": 1}, "it is a Eva"),
+        (VIT, SIZES | {"attn_layer": "diff"}, "its blocks are Block with DiffAttention"),
+    ):
+        model, processor = tiny.timm_lm()
+        assert TimmLM.matches(model)
+        model.model.vision_tower.timm_model = timm.create_model(name, num_classes=0, **arguments)
+        assert not TimmLM.matches(model)
+        with pytest.raises(AttachError, match=f"memory cannot work with timm's '{VIT}': {why}"):
+            TimmLM(model, processor)

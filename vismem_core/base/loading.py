@@ -16,6 +16,7 @@ from vismem_core.plugins import registry
 
 from . import shards
 from .embedded import embedded
+from .families import find_backbone
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -70,7 +71,9 @@ def load_base(
             loaded = loaded.to(place)
         except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
             raise AttachError(f"device {place!r}: {str(error).splitlines()[0]}") from error
-    if not family.matches(loaded):
+    if backbone is None and not family.matches(loaded):  # by its parts, which its type does not tell
+        name = find_backbone(loaded).name
+    elif not family.matches(loaded):
         raise AttachError(f"{source}: backbone {name!r} does not know model type {loaded.config.model_type!r}")
     if place == "shard":
         shards.Shards(loaded)
