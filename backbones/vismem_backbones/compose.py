@@ -91,7 +91,8 @@ def compose(
     if len(words) > source.get_input_embeddings().weight.shape[0]:
         source.resize_token_embeddings(len(words), mean_resizing=False)
     token: Any = words.convert_tokens_to_ids(image_token)
-    seen = TimmWrapperConfig(architecture=encoder, model_args=made.arguments, do_pooling=False, hidden_size=made.width)
+    seen: Any = TimmWrapperConfig(architecture=encoder, model_args=made.arguments, do_pooling=False)
+    seen.hidden_size = made.width
     shared: dict[str, Any] = {
         "vision_config": seen,
         "text_config": deepcopy(source.config),  # loading writes to it
