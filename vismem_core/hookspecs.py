@@ -88,5 +88,10 @@ def register_bases(register: Register) -> None:
 
 
 @hookspec
+def register_experiments(register: Register) -> None:
+    """Experiments: a path of a YAML recipe, or a callable that gives one; see ``vismem_core.experiments.recipe``."""
+
+
+@hookspec
 def register_commands(register: Register) -> None:
     """Commands of the ``vismem`` program: a ``typer.Typer`` or a function that typer can turn into a command."""

@@ -12,7 +12,7 @@ from vismem_core import plugins
 from vismem_core.errors import PluginError
 from vismem_core.plugins import Entry
 
-from . import backbones, eval, infer, train
+from . import backbones, eval, experiment, infer, probe, train
 from . import plugins as plugins_command
 from .console import warn
 
@@ -62,6 +62,8 @@ app = typer.Typer(
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("infer", epilog=infer.EXAMPLE)(infer.infer)
 app.command("eval", epilog=eval.EXAMPLE)(eval.eval_)
+app.command("experiment", epilog=experiment.EXAMPLE)(experiment.experiment)
+app.command("probe", epilog=probe.EXAMPLE)(probe.probe)
 app.command("plugins", epilog=plugins_command.EXAMPLE)(plugins_command.plugins)
 app.command("backbones", epilog=backbones.EXAMPLE)(backbones.backbones)
 

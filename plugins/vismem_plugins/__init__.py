@@ -8,6 +8,7 @@ def register_query_builders(register: Register) -> None:
     query = "vismem_plugins.query"
     register("encoder", f"{query}:EncoderQuery", description="an encoder over all states and the queries (the paper)")
     register("cross", f"{query}:CrossQuery", description="only the queries attend: cheaper")
+    register("constant", f"{query}:ConstantQuery", description="the same queries always: a control")
 
 
 @hookimpl
@@ -15,6 +16,7 @@ def register_formers(register: Register) -> None:
     formers = "vismem_plugins.formers"
     register("lora", f"{formers}.lora:lora", description="LoRA on the model's own towers (the paper)")
     register("transformer", f"{formers}.transformer:TransformerFormer", description="a small stand-alone encoder")
+    register("constant", f"{formers}.constant:ConstantFormer", description="a soft prompt in its place: a control")
 
 
 @hookimpl
@@ -35,6 +37,7 @@ def register_datasets(register: Register) -> None:
 @hookimpl
 def register_metrics(register: Register) -> None:
     register("exact", "vismem_plugins.metrics:exact", description="the same text, whatever its case and spacing")
+    register("ending", "vismem_plugins.metrics:ending", description="the same, of what follows the last colon")
 
 
 @hookimpl
@@ -54,3 +57,17 @@ def register_rewards(register: Register) -> None:
 def register_bases(register: Register) -> None:
     for family in ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "internvl", "timm_lm"):  # the first is the default
         register(family, f"vismem_plugins.bases:mini_{family}", description="mini, trained on mosaic")
+
+
+@hookimpl
+def register_experiments(register: Register) -> None:
+    recipes = "vismem_plugins.recipes"
+    register("main", f"{recipes}:main", description="memory beside its rivals: LoRA, a soft prompt, functional tokens")
+    register("ablation", f"{recipes}:ablation", description="who invokes, which kinds, which parts")
+    register("lengths", f"{recipes}:lengths", description="how many latents of each kind, how many queries")
+    register("backbones", f"{recipes}:backbones", description="what memory gains on each family's mini")
+    register(
+        "forgetting", f"{recipes}:forgetting", description="new types one after the other: what is kept of the first"
+    )
+    register("invocation", f"{recipes}:invocation", description="where along an answer memory is invoked (Figure 5)")
+    register("efficiency", f"{recipes}:efficiency", description="accuracy against the time of an answer (Figure 6)")

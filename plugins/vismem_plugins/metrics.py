@@ -12,6 +12,16 @@ def exact(predictions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
     return [float(plain(text) == plain(sample.answer or "")) for text, sample in pairs]
 
 
+def ending(predictions: Sequence[str], samples: Sequence[Sample]) -> list[float]:
+    """As ``exact``, of what stands behind the last colon: the end of an answer that reasons first."""
+    pairs = zip(predictions, samples, strict=True)
+    return [float(_end(text) == _end(sample.answer or "")) for text, sample in pairs]
+
+
+def _end(text: str) -> str:
+    return plain(text.rpartition(":")[2])
+
+
 def plain(text: str) -> str:
     """``text`` in lower case, with one space wherever it had any, and accents written one way."""
     return " ".join(composed(unicodedata.normalize("NFD", text).casefold()).split())

@@ -1,4 +1,4 @@
-"""Query builders: the paper's encoder, and a cheaper one in which only the queries attend."""
+"""Query builders: the paper's encoder, a cheaper one in which only the queries attend, and constant queries."""
 
 from __future__ import annotations
 
@@ -82,6 +82,19 @@ class CrossQuery(EncoderQuery):
     """Only the queries attend; H enters every layer as it is. About a third of the encoder's cost."""
 
     contextual = False
+
+
+class ConstantQuery(QueryBuilder):
+    """The control: K trained vectors, whatever was seen and written."""
+
+    def __init__(self, width: int, config: QueryConfig) -> None:
+        super().__init__(width, config)
+        self.initial = nn.Parameter(torch.randn(config.length, width))
+        self.leave = nn.RMSNorm(width)
+
+    def forward(self, states: Tensor, mask: Tensor, ahead: Ahead = ()) -> Tensor:
+        query: Tensor = self.leave(self.initial)
+        return query.expand(len(states), -1, -1)
 
 
 def _attended(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,13 @@ from PIL import Image
 
 from vismem_core.files.samples import Sample
 
-from .questions import CLASSES, KINDS, QUESTIONS, Grid, draw_grid
+from .questions import CLASSES, KINDS, LONG, QUESTIONS, Grid, draw_grid
 
 __all__ = [
     "CLASSES",
     "GROUPS",
     "KINDS",
+    "LONG",
     "NEW",
     "QUESTIONS",
     "SEEN",
@@ -40,7 +41,7 @@ __all__ = [
 
 SEEN: tuple[str, ...] = ("read", "count", "where", "left", "above", "same", "list", "fact")
 NEW: tuple[str, ...] = ("right", "below", "diagonal", "most")
-GROUPS = {"seen": SEEN, "new": NEW}
+GROUPS = {"seen": SEEN, "new": NEW, "long": tuple(LONG)}
 MIX = {"train": SEEN + 4 * NEW, "heldout": SEEN + NEW}
 """Types by default. What the base can answer already teaches memory to say nothing: latents that are the same for all
 images. With as many questions of each type some seeds stayed there for hundreds of steps."""
@@ -108,6 +109,13 @@ class Mosaic(Sequence[Sample]):
     def grid(self, type_: str, number: int) -> Grid:
         """The labels under a sample's picture."""
         return self._draw(type_, number)[0]
+
+    def content(self, sample: Sample) -> dict[str, str]:
+        """What is in a sample's picture, for probes: the class of each cell, and how many cells show each."""
+        _, type_, number = sample.id.split("/")
+        grid = self.grid(type_, int(number))
+        cells = {f"row {at // grid.size + 1} column {at % grid.size + 1}": own for at, own in enumerate(grid.labels)}
+        return {**cells, **{f"number of {name}": str(grid.labels.count(name)) for name in CLASSES}}
 
     def _draw(self, type_: str, number: int) -> tuple[Grid, str, str, Random]:
         rng = Random(f"{self.seed}/{self.split}/{self.size}/{type_}/{number}")

@@ -128,7 +128,19 @@ def _most(grid: Grid, rng: Random) -> tuple[str, str] | None:
     return None if rest and rest[0][1] == count else ("what is most frequent ?", first)
 
 
-QUESTIONS: Mapping[str, Question] = MappingProxyType(
+def _listed(question: Question) -> Question:
+    """Another question, answered at the end of a list of all cells: long answers that look at the image again."""
+
+    def asked(grid: Grid, rng: Random) -> tuple[str, str] | None:
+        if (found := question(grid, rng)) is None:
+            return None
+        prompt, answer = found
+        return f"list the cells , and answer : {prompt}", f"{_list(grid, rng)[1]} answer : {answer}"
+
+    return asked
+
+
+_SHORT: Mapping[str, Question] = MappingProxyType(
     {
         "read": _read,
         "count": _count,
@@ -143,4 +155,9 @@ QUESTIONS: Mapping[str, Question] = MappingProxyType(
         "diagonal": _beside("diagonal to", 1, 1),
         "most": _most,
     }
+)
+LONG: Mapping[str, str] = MappingProxyType({f"list_{name}": name for name in ("right", "below", "diagonal", "most")})
+"""Types with long answers, and the type that is asked at their end."""
+QUESTIONS: Mapping[str, Question] = MappingProxyType(
+    {**_SHORT, **{name: _listed(_SHORT[end]) for name, end in LONG.items()}}
 )
