@@ -89,7 +89,8 @@ def register_bases(register: Register) -> None:
 
 @hookspec
 def register_experiments(register: Register) -> None:
-    """Experiments: a path of a YAML recipe, or a callable that gives one; see ``vismem_core.experiments.recipe``."""
+    """Experiments: the path of a YAML recipe, or what such a file holds, or a callable that gives either; see
+    ``vismem_core.experiments.recipe``."""
 
 
 @hookspec

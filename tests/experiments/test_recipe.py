@@ -29,7 +29,7 @@ TOLD: dict[str, Any] = {
 
 def written(folder: Path, **changes: Any) -> Path:
     path = folder / "mine.yaml"
-    path.write_text(yaml.safe_dump({**TOLD, **changes}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({**TOLD, **changes}, sort_keys=False), encoding="utf-8")
     return path
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vismem_plugins.mosaic import CLASSES, GROUPS, KINDS, NEW, SEEN, Grid, mosaic, photos
+from vismem_plugins.mosaic import CLASSES, GROUPS, KINDS, LONG, NEW, SEEN, Grid, mosaic, photos
 
 OPPOSITES = [{"left", "right"}, {"above", "below"}, {"most", "least"}]
 
@@ -38,6 +38,8 @@ def expected(prompt: str, grid: Grid) -> str:
             return Counter(cells.ravel().tolist()).most_common(1)[0][0]
         case ["is", *_]:
             return "yes" if cells[places[0]] == cells[places[1]] else "no"
+        case ["list", "the", "cells", ",", "and", "answer", ":", *rest]:
+            return f"{expected('list the cells .', grid)} answer : {expected(' '.join(rest), grid)}"
         case ["list", *_]:
             return " ".join(" , ".join(row) + " ." for row in cells.tolist())
         case ["what", "kind", *_]:
@@ -49,13 +51,30 @@ def expected(prompt: str, grid: Grid) -> str:
 
 
 @pytest.mark.parametrize("size", [None, 2, 3, 4])
-@pytest.mark.parametrize("type_", SEEN + NEW)
+@pytest.mark.parametrize("type_", SEEN + NEW + tuple(LONG))
 def test_answers_follow_from_the_labels(type_: str, size: int | None) -> None:
     data = mosaic("heldout", types=[type_], size=size)
     for number in range(100):
         sample = data[number]
         assert sample.answer == expected(sample.prompt, data.grid(type_, number)), sample.id
         assert (sample.id, sample.type) == (f"heldout/{type_}/{number}", type_)
+
+
+def test_what_is_in_a_picture() -> None:
+    data = mosaic("heldout", types=["right", "most"])
+    for number in range(20):
+        sample, grid = data[number], data.grid(data[number].type or "", number // 2)
+        told = data.content(sample)
+        cells = {key: own for key, own in told.items() if key.startswith("row")}
+        assert cells == {
+            f"row {row} column {column}": grid.at(row, column)
+            for row in range(1, grid.size + 1)
+            for column in range(1, grid.size + 1)
+        }
+        counts = Counter(cells.values())
+        assert {key: int(own) for key, own in told.items() if key not in cells} == {
+            f"number of {name}": counts[name] for name in CLASSES
+        }
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -104,7 +123,7 @@ def test_is_a_sequence() -> None:
 
 
 def test_groups_part_the_types() -> None:
-    assert GROUPS == {"seen": SEEN, "new": NEW}
+    assert {"seen": SEEN, "new": NEW, "long": tuple(LONG)} == GROUPS
     assert not set(SEEN) & set(NEW)
 
 

@@ -87,7 +87,8 @@ def probe(
         DataError: there is nothing to ask.
     """
     asked = _asked(samples, types, per_type)
-    steps, done = len(KINDS) * (2 * len(CONDITIONS) + 2), 0
+    sights = (False, True) if _drops(memory) else (False,)
+    steps, done = len(KINDS) * (len(sights) * len(CONDITIONS) + 1), 0
     told: dict[str, Any] = {"questions": len(asked.own), "metric": metric, "kinds": {}}
     latents = {kind: {part: _latents(memory, getattr(asked, part), kind) for part in vars(asked)} for kind in KINDS}
 
@@ -100,7 +101,7 @@ def probe(
     for kind in KINDS:
         entering = _entering(memory, kind, latents)
         own: dict[str, Any] = {}
-        for hidden in (False, True) if _drops(memory) else (False,):
+        for hidden in sights:
             scores = {}
             for name, vectors in entering.items():
                 scores[name] = _score(memory, asked.own, kind, vectors, max_new_tokens, metric, hidden)
@@ -351,7 +352,7 @@ def _read(features: Tensor, labels: Sequence[str]) -> float:
     first, second = len(labels) * 3 // 5, len(labels) * 4 // 5
     features = features.double()
     features = (features - features[:first].mean(0)) / features[:first].std().clamp(min=1e-9)
-    kernel, scale = features @ features[:first].T, features[:first].pow(2).sum(1).mean()
+    kernel, scale = features @ features[:first].T, features[:first].pow(2).sum(1).mean().clamp(min=1.0)
     best = (-1.0, 0.0)
     for strength in RIDGE:
         penalty = strength * scale / first * torch.eye(first, dtype=torch.float64)

@@ -155,7 +155,13 @@ def find(name: str) -> Recipe:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return read(path)
     told = registry("experiments").get(name)
-    return read(told() if callable(told) else told, name)
+    told = told() if callable(told) else told
+    if not isinstance(told, Mapping):
+        return read(told, name)
+    try:
+        return _recipe(name, told)
+    except ConfigError as error:
+        raise ConfigError(f"experiment {name!r}: {error}") from error
 
 
 def read(path: Path, name: str = "") -> Recipe:
