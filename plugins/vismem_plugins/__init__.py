@@ -17,6 +17,8 @@ def register_formers(register: Register) -> None:
     register("lora", f"{formers}.lora:lora", description="LoRA on the model's own towers (the paper)")
     register("transformer", f"{formers}.transformer:TransformerFormer", description="a small stand-alone encoder")
     register("constant", f"{formers}.constant:ConstantFormer", description="a soft prompt in its place: a control")
+    register("pooled", f"{formers}.visual:PooledFormer", description="means of visual tokens in its place: a control")
+    register("kept", f"{formers}.visual:KeptFormer", description="visual tokens in its place: a control")
 
 
 @hookimpl

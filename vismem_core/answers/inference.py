@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import BatchFeature
 
 from vismem_core.config import Kind
@@ -31,7 +32,7 @@ class Answer:
     """What the model wrote.
 
     Attributes:
-        text: without memory tokens.
+        text: without memory tokens, and without what was given.
         marked: the text with ``‹short›`` or ``‹long›`` at each invocation.
         tokens: how many tokens were written, memory tokens included.
     """
@@ -74,22 +75,37 @@ def answers(
 
 
 def _answer(memory: Memory, samples: Sequence[Sample], inputs: BatchFeature, max_new_tokens: int) -> Iterator[Answer]:
+    given, width = [_given(memory, sample) for sample in samples], inputs["input_ids"].shape[1]
+    ask: dict[str, Any] = {"max_new_tokens": max_new_tokens + max(map(len, given)), "do_sample": False}
+    if any(given):
+        everything = range(memory.tokens.first)
+
+        def allowed(row: int, ids: Tensor) -> Sequence[int]:
+            return given[row][len(ids) - width :][:1] or everything
+
+        ask["prefix_allowed_tokens_fn"] = allowed
     with torch.no_grad():
-        ids = memory.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = memory.model.generate(**inputs, **ask)
     for row, sample in enumerate(samples):
-        written = ids[row, inputs["input_ids"].shape[1] :].tolist()
+        written = ids[row, width:].tolist()
         places = tuple(Place(own.kind, own.position) for own in memory.trace.row(row))
-        yield _read(memory, sample, written, places)
+        yield _read(memory, sample, written, places, len(given[row]))
 
 
-def _read(memory: Memory, sample: Sample, written: list[int], places: tuple[Place, ...]) -> Answer:
+def _given(memory: Memory, sample: Sample) -> list[int]:
+    tokenizer = memory.backbone.processor.tokenizer
+    return tokenizer(sample.given, add_special_tokens=False)["input_ids"] if sample.given else []
+
+
+def _read(memory: Memory, sample: Sample, written: list[int], places: tuple[Place, ...], given: int) -> Answer:
     tokenizer = memory.backbone.processor.tokenizer
     cuts = [0, *(place.position for place in places), len(written)]
     pieces = [tokenizer.decode(written[start:stop], skip_special_tokens=True) for start, stop in pairwise(cuts)]
     ends = memory.model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])
     length = next((at + 1 for at, token in enumerate(written) if token in stops), len(written))
-    text = tokenizer.decode(written, skip_special_tokens=True).strip()
+    words = [own for own in written if own < memory.tokens.first][given:]
+    text = tokenizer.decode(words, skip_special_tokens=True).strip()
     marks = ["", *(f"‹{place.kind}›" for place in places)]
     marked = " ".join(
         part for pair in zip(marks, pieces, strict=True) for part in (own.strip() for own in pair) if part

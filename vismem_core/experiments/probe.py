@@ -250,7 +250,8 @@ def _likelihood(memory: Memory, samples: Sequence[Sample], kind: Kind, vectors: 
     labels[labels >= memory.tokens.first] = -100  # the invocation is forced
     told = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
     mask = labels >= 0
-    return ((told * mask).sum(1) / mask.sum(1)).tolist()
+    means: list[float] = ((told * mask).sum(1) / mask.sum(1)).tolist()
+    return means
 
 
 def _compared(scores: Mapping[str, tuple[list[float], list[float]]]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Sample:
     """One question over zero or more images.
 
     Attributes:
+        given: what its answer begins with, whatever the model would say: not learnt, not judged, no part of ``answer``.
         place: where it stands, ``file:line``, for messages; empty for one that stands in no file.
     """
 
@@ -39,6 +40,7 @@ class Sample:
     prompt: str
     answer: str | None = None
     type: str | None = None
+    given: str = ""
     place: str = field(default="", compare=False)
 
     @property
@@ -63,7 +65,7 @@ class Sample:
 
     def digest(self) -> str:
         """A fingerprint of what is asked: the prompt and the images' bytes."""
-        told = hashlib.sha256(self.prompt.encode())
+        told = hashlib.sha256((self.prompt + self.given).encode())
         for image in self.images:
             told.update(_bytes(image))
         return told.hexdigest()[:16]
@@ -247,7 +249,7 @@ class _Reader:
         self.lines[sample_id] = line
         sizes = [self.sizes[image] for image in images if isinstance(image, Path)]
         self.told.update(text.strip() + repr(sizes).encode())
-        return Sample(sample_id, images, prompt, answer, kind, f"{self.path}:{line}")
+        return Sample(sample_id, images, prompt, answer, kind, place=f"{self.path}:{line}")
 
     def _row(self, text: bytes) -> dict[str, Any]:
         try:

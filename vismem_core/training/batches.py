@@ -25,11 +25,13 @@ class Batch:
     Attributes:
         inputs: left-padded prompts, as ``generate`` takes them.
         answers: token ids of each answer, the end of the turn included.
+        given: how many of them are given, and not to be learnt.
     """
 
     samples: Sequence[Sample]
     inputs: BatchFeature
     answers: list[list[int]]
+    given: list[int]
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -53,7 +55,11 @@ def usable_batch(backbone: Backbone, samples: Sequence[Sample], left_out: list[S
         left_out: gets the others; without it the first of them raises.
     """
     good, inputs = prepare(backbone, samples, left_out, answers=True)
-    return None if inputs is None else Batch(good, inputs, [answer_ids(backbone, sample) for sample in good])
+    if inputs is None:
+        return None
+    given = [given_ids(backbone, sample) for sample in good]
+    answers = [[*first, *answer_ids(backbone, sample)] for first, sample in zip(given, good, strict=True)]
+    return Batch(good, inputs, answers, [len(own) for own in given])
 
 
 def answer_ids(backbone: Backbone, sample: Sample) -> list[int]:
@@ -62,6 +68,13 @@ def answer_ids(backbone: Backbone, sample: Sample) -> list[int]:
         raise DataError(f"{sample.name}: has no answer to train on")
     ids: list[int] = backbone.processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
     return [*ids, backbone.end_of_turn]
+
+
+def given_ids(backbone: Backbone, sample: Sample) -> list[int]:
+    """What the answer begins with, whatever the model would say."""
+    if not sample.given:
+        return []
+    return backbone.processor.tokenizer(sample.given, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
 
 
 def extended(inputs: BatchFeature, suffixes: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:

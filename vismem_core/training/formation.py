@@ -1,8 +1,8 @@
 """Stage I by cross-entropy: raise the likelihood of the answer through the latents alone.
 
-Memory is invoked at a random point of each answer, short or long with equal chance. Query builder and both formers
-train; the base and the four tokens' rows are frozen. This is the public code's objective, made to train what it
-means to train; the paper's own is GRPO on the gain in score (Eq. 7).
+Memory is invoked at a random point of each answer, short or long with equal chance, or whichever the trigger allows.
+Query builder and both formers train; the base and the four tokens' rows are frozen. This is the public code's
+objective, made to train what it means to train; the paper's own is GRPO on the gain in score (Eq. 7).
 """
 
 from __future__ import annotations
@@ -45,15 +45,12 @@ class Formation(LikelihoodStage):
         """The mean negative log-likelihood per token."""
         memory, processes = self.memory, self.processes
         chances = [Random(f"{key}/{sample.id}") for sample in batch.samples]
-        kinds = [rng.choice(KINDS) for rng in chances]
-        points = [
-            invocation_point(answer, memory.delimiters, rng, self.settings.anywhere)
-            for answer, rng in zip(batch.answers, chances, strict=True)
-        ]
+        kinds = [rng.choice(memory.active_trigger.kinds) for rng in chances]
+        points = invocation_points(memory, batch, chances, self.settings.anywhere)
         drops = [drops_images(memory, self.image_dropout, f"{key}/{sample.id}") for sample in batch.samples]
         forced = bring_up(memory, batch, kinds, points)
         own = torch.zeros(len(KINDS), 2)  # log-likelihood and tokens, by kind
-        everyone = processes.total(torch.tensor(float(sum(map(len, forced.rests))))).item()
+        everyone = processes.total(torch.tensor(float(sum(forced.counts(range(len(batch))))))).item()
         losses = []
         for kind, rows in groups(kinds).items():
             latents = forced.session.form(rows, memory.builder, memory.former(kind))
@@ -61,12 +58,20 @@ class Formation(LikelihoodStage):
             end = memory.tokens.vectors(torch.full((len(rows), 1), memory.tokens.end(kind)), latents)
             told = likelihood(memory, forced, rows, torch.cat([latents, end], dim=1)).sum()
             losses.append(-told / everyone)
-            own[KINDS.index(kind)] = torch.tensor([told.item(), float(sum(len(forced.rests[row]) for row in rows))])
+            own[KINDS.index(kind)] = torch.tensor([told.item(), float(sum(forced.counts(rows)))])
         own = processes.total(own)
         figures = {"loss": -own[:, 0].sum().item() / everyone}
         counts = zip(KINDS, own.tolist(), strict=True)
         figures |= {f"loss_{kind}": -told / count for kind, (told, count) in counts if count}
         return torch.stack(losses).sum(), figures
+
+
+def invocation_points(memory: Memory, batch: Batch, chances: Sequence[Random], anywhere: float) -> list[int]:
+    """A position in each answer before which memory may be invoked; before what is given, where something is."""
+    return [
+        0 if given else invocation_point(answer, memory.delimiters, rng, anywhere)
+        for answer, given, rng in zip(batch.answers, batch.given, chances, strict=True)
+    ]
 
 
 def invocation_point(answer: Sequence[int], delimiters: frozenset[int], rng: Random, anywhere: float) -> int:

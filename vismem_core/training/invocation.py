@@ -22,7 +22,7 @@ from vismem_core.memory.memory import Memory
 from .batches import Batch
 from .choices import Choices
 from .dropout import drops_images
-from .formation import invocation_point
+from .formation import invocation_points
 from .processes import Processes
 from .stage import LikelihoodStage
 from .teacher import bring_up, likelihood
@@ -55,13 +55,11 @@ class InvocationStage(LikelihoodStage):
     def loss(self, batch: Batch, key: str) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the choice."""
         memory, processes, rows = self.memory, self.processes, list(range(len(batch)))
-        points = [
-            invocation_point(answer, memory.delimiters, Random(f"{key}/{sample.id}"), self.settings.anywhere)
-            for answer, sample in zip(batch.answers, batch.samples, strict=True)
-        ]
+        chances = [Random(f"{key}/{sample.id}") for sample in batch.samples]
+        points = invocation_points(memory, batch, chances, self.settings.anywhere)
         drops = [drops_images(memory, self.config.image_dropout, f"{key}/{sample.id}") for sample in batch.samples]
         plain = bring_up(memory, batch, [None] * len(batch), points)
-        lengths = torch.tensor([len(rest) for rest in plain.rests], device=memory.backbone.device)
+        lengths = torch.tensor(plain.counts(rows), device=memory.backbone.device)
         with torch.no_grad():
             told = [likelihood(memory, plain, rows), *(self._with_memory(batch, kind, points, drops) for kind in KINDS)]
         scores = torch.stack([own.sum(1) / lengths for own in told], dim=1).exp()

@@ -34,11 +34,17 @@ class Forced:
         session: at each row's invocation token, or at the token before where a row has none.
         kinds: what each row invoked, or None.
         rests: what each row has still to write.
+        given: how many tokens of that are not of its choosing.
     """
 
     session: Session
     kinds: list[Kind | None]
     rests: list[list[int]]
+    given: list[int]
+
+    def counts(self, rows: Sequence[int]) -> list[int]:
+        """How many tokens each of some rows chooses."""
+        return [len(self.rests[row]) - self.given[row] for row in rows]
 
 
 def bring_up(memory: Memory, batch: Batch, kinds: Sequence[Kind | None], points: Sequence[int]) -> Forced:
@@ -63,11 +69,12 @@ def bring_up(memory: Memory, batch: Batch, kinds: Sequence[Kind | None], points:
             getattr(output, kv.NAME),
             written=[len(own) for own in written],
         )
-    return Forced(session, list(kinds), rests)
+    given = [max(0, count - point) for count, point in zip(batch.given, points, strict=True)]
+    return Forced(session, list(kinds), rests, given)
 
 
 def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Tensor | None = None) -> Tensor:
-    """Log-likelihood of the rest of each row's answer, token by token.
+    """Log-likelihood of the rest of each row's answer, token by token; of what is given, zeros.
 
     Args:
         opening: (R, E, d), vectors that enter between the session's cache and the rest; with gradients.
@@ -95,7 +102,9 @@ def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Ten
         grown = backbone.continue_(embeds, mask, places, cache, **beside)
         hidden = torch.cat([last, grown], dim=1)[:, -longest:]
     logits = backbone.logits(hidden).float()
-    targets = targets.to(logits.device)
+    steps = torch.arange(longest, device=targets.device)
+    given = torch.tensor([forced.given[row] for row in rows], device=targets.device)
+    targets = targets.masked_fill(steps < given[:, None], IGNORED).to(logits.device)
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return -losses.to(backbone.device)
 

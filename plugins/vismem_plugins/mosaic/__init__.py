@@ -52,6 +52,7 @@ COLUMNS = 40  # photos in a row of a sprite sheet
 PER_CLASS = {"train": 500, "heldout": 80}  # photos of a class; the sheets hold one class after the other
 LENGTH = {"train": 100_000, "heldout": 1_000}  # samples of a type
 SIZES = (2, 3)
+LATE = "describe the image ."
 
 
 @cache
@@ -85,8 +86,11 @@ class Mosaic(Sequence[Sample]):
 
     groups = GROUPS
 
-    def __init__(self, split: str, size: int | None, types: Sequence[str], seed: int, numbers: range) -> None:
+    def __init__(
+        self, split: str, size: int | None, types: Sequence[str], seed: int, numbers: range, late: bool = False
+    ) -> None:
         self.split, self.size, self.types, self.seed, self._numbers = split, size, tuple(types), seed, numbers
+        self.late = late
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -97,7 +101,7 @@ class Mosaic(Sequence[Sample]):
     def __getitem__(self, index: slice) -> "Mosaic": ...
     def __getitem__(self, index: int | slice) -> "Sample | Mosaic":
         if isinstance(index, slice):
-            return Mosaic(self.split, self.size, self.types, self.seed, self._numbers[index])
+            return Mosaic(self.split, self.size, self.types, self.seed, self._numbers[index], self.late)
         turn, at = divmod(self._numbers[index], len(self.types))
         type_ = self.types[at]
         return self._make(type_, turn * self.types.count(type_) + self.types[:at].count(type_))
@@ -127,11 +131,19 @@ class Mosaic(Sequence[Sample]):
     def _make(self, type_: str, number: int) -> Sample:
         grid, prompt, answer, rng = self._draw(type_, number)
         image = assemble(draw_photos(grid, self.split, rng), grid.size)
-        return Sample(f"{self.split}/{type_}/{number}", (image,), prompt, answer, type_)
+        name = f"{self.split}/{type_}/{number}"
+        if self.late:
+            return Sample(name, (image,), LATE, answer, type_, given=prompt)
+        return Sample(name, (image,), prompt, answer, type_)
 
 
 def mosaic(
-    split: str = "train", *, size: int | None = None, types: Sequence[str] | None = None, seed: int = 0
+    split: str = "train",
+    *,
+    size: int | None = None,
+    types: Sequence[str] | None = None,
+    seed: int = 0,
+    late: bool = False,
 ) -> Mosaic:
     """Questions about mosaics, answered from the labels of the photos.
 
@@ -141,6 +153,8 @@ def mosaic(
         types: the question types, taken in turn; one named twice is asked twice as often. By default `MIX`: all of
             them, and to train on mostly the new ones.
         seed: another seed gives other mosaics of the same photos.
+        late: the prompt only shows the picture, and the question begins the answer: what was formed before it was
+            formed without knowing it.
 
     Raises:
         ValueError: an unknown split or type, or a size in which a type has no question.
@@ -152,4 +166,4 @@ def mosaic(
         raise ValueError(f"unknown question types {unknown if types else types}; there are {', '.join(QUESTIONS)}")
     if size is not None and not 2 <= size <= 9:
         raise ValueError(f"a mosaic has 2 to 9 cells along a side, not {size}")
-    return Mosaic(split, size, types, seed, range(LENGTH[split] * len(types)))
+    return Mosaic(split, size, types, seed, range(LENGTH[split] * len(types)), late)
