@@ -94,6 +94,46 @@ def test_transformer(make: Any) -> None:
         torch.testing.assert_close(invocation.latents, expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["constant", "pooled", "kept"])
+@torch.no_grad()
+def test_controls(name: str) -> None:
+    """Vectors that are always the same, means of visual tokens, and those that the last state is nearest to."""
+    base = mini()
+    memory = base.attach(config(name, trigger="schedule:0=long,3=short,7=short"))
+    base.model.generation_config.eos_token_id = None
+    for former in (memory.short, memory.long):
+        for parameter in former.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    found = 0
+    for _, invocation, sequence, _, end in invocations(base, memory, [0, 1, 3]):
+        former: Any = memory.former(invocation.kind)
+        count = former.config.length
+        if name == "constant":
+            expected = former.vectors * memory.backbone.embedding_scale()
+        else:
+            seen = sequence.embeds[:, : sequence.visual.shape[1]][sequence.visual]
+            placed = seen + former.places[: len(seen)]
+            if name == "pooled":
+                picked = torch.nn.functional.adaptive_avg_pool1d(placed.T[None], count)[0].T
+            else:
+                near = torch.cosine_similarity(seen, sequence.hidden[0, end - 1 : end], dim=-1)
+                best = sorted(sorted(range(len(seen)), key=lambda at: -float(near[at]))[:count])
+                picked = placed[[best[at % len(best)] for at in range(count)]]
+            expected = former.leave(picked)
+        torch.testing.assert_close(invocation.latents, expected, atol=1e-4, rtol=1e-3)
+        found += 1
+    assert found == 9
+
+
+def test_constant_queries_are_the_same_for_all() -> None:
+    base = tied()
+    memory = base.attach(config(builder="constant", trigger="schedule:0=long"))
+    states, mask = torch.randn(3, 5, memory.backbone.width), torch.ones(3, 5, dtype=torch.bool)
+    one, other = memory.builder(states, mask), memory.builder(states.flip(1) * 2, mask)
+    assert one.equal(other) and one[0].equal(one[2])
+    assert one.shape == (3, memory.config.query.length, memory.backbone.width)
+
+
 def test_unknown_former_names_the_nearest() -> None:
     with pytest.raises(PluginError, match="lora"):
         tied().attach(config("lroa"))
