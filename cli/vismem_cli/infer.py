@@ -10,7 +10,7 @@ from rich.progress import track
 from rich.text import Text
 
 from vismem_core.base.embedded import embedded
-from vismem_core.errors import CheckpointError
+from vismem_core.errors import CheckpointError, VismemError
 from vismem_core.files.results import Results
 from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped, open_dataset, question
 
@@ -20,6 +20,7 @@ from .report import list_skipped, tell_skipped
 from .sources import LoadOptions, check_names, check_rows, memory_source, open_memory, tell_unknown
 
 if TYPE_CHECKING:
+    from vismem_core import Memory
     from vismem_core.answers.inference import Answer
 
 EXAMPLE = "Example: vismem infer --memory runs/first --image photo.jpg --prompt 'what is most frequent ?'"
@@ -43,6 +44,10 @@ def infer(
         Path | None,
         typer.Option(metavar="FILE", help="Draw the question, the answer and its invocations (.png, .svg, .pdf)."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page: where queries looked, what latents are near and worth."),
+    ] = None,
     max_new_tokens: options.MaxNewTokens = 256,
     batch: options.Batch = 16,
     backbone: options.Backbone = None,
@@ -63,8 +68,9 @@ def infer(
     """
     if (data is None) != (output is None):
         raise typer.BadParameter("--data and --output go together", param_hint="--data / --output")
-    if data is not None and (image or picture or prompt is not None):
-        raise typer.BadParameter("give either --data, or --image, --prompt and --picture", param_hint="--data")
+    if data is not None and (image or picture or html or prompt is not None):
+        told = "give either --data, or --image, --prompt, --picture and --html"
+        raise typer.BadParameter(told, param_hint="--data")
     check_names(backbone, trigger=trigger)
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
     ask: dict[str, Any] = {"trigger": trigger, "max_new_tokens": max_new_tokens, "batch": batch}
@@ -82,14 +88,21 @@ def infer(
         from vismem_core.answers import picture as drawing
 
         drawing.check(picture)
+    if html is not None and not html.parent.is_dir():
+        raise VismemError(f"{html}: there is no folder {html.parent}")
     sample = _sample(load, image or [], prompt)
-    answer = _answer(load, sample, ask)
+    opened = open_memory(load)
+    answer = _answer(opened, sample, ask)
     if as_json:
         print_json(answer.to_dict())
     else:
         _show(sample, answer)
     if picture is not None:
         drawing.draw(answer, sample, picture)
+    if html is not None:
+        from vismem_core.experiments import look
+
+        look.write(look.look(opened, sample, max_new_tokens=max_new_tokens, trigger=trigger), html)
 
 
 def _sample(load: LoadOptions, images: list[Path], prompt: str | None) -> Sample:
@@ -104,8 +117,7 @@ def _sample(load: LoadOptions, images: list[Path], prompt: str | None) -> Sample
     return question(base.prompt, [base.image] if base.image else [])
 
 
-def _answer(load: LoadOptions, sample: Sample, ask: dict[str, Any]) -> Answer:
-    memory = open_memory(load)
+def _answer(memory: Memory, sample: Sample, ask: dict[str, Any]) -> Answer:
     tell_unknown(memory.backbone.processor, [sample.prompt])
 
     from vismem_core.answers.inference import answers

@@ -135,6 +135,10 @@ class Replay:
             assert kind is not None
             return list(self._form(kind, places))
 
+    def context(self, places: Sequence[tuple[int, int]]) -> MemoryContext:
+        """What memory could look at when it was invoked at places (row, index of the token), without gradients."""
+        return self._context(places, *self._past)
+
     # The sequence
 
     @cached_property
