@@ -4,11 +4,16 @@ import base64
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +27,7 @@ from vismem_core.config import load
 from vismem_core.errors import TrainingError
 from vismem_core.experiments import cells, engine, page, rivals
 from vismem_core.experiments.cells import Base
-from vismem_core.experiments.recipe import Data, Recipe, Row, Trained
+from vismem_core.experiments.recipe import Data, Recipe, Row, Trained, find
 from vismem_core.files.samples import open_dataset
 
 BASE = Base("qwen2_5_vl")
@@ -106,6 +111,35 @@ def test_a_cell_that_fails_keeps_the_others(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"tiny: train broken, seed 0: unknown former 'no such former'.*1 more"):
         engine.run([odd], BASE, tmp_path, jobs=1)
     assert cells.result(cells.of(odd, BASE, rows["base"], 0), tmp_path) is not None
+
+
+def test_a_run_that_is_killed_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
+    """Killed in the middle of a training that never ends by itself; what was done before stays done."""
+    path = tmp_path / "mine.yaml"
+    rows = "rows: {base: {}, memory: {of: memory}}\nseeds: [0]\nper_type: 1\n"
+    path.write_text(f"title: T\nasks: A?\ndata: mosaic\ntrained: {{memory: {{}}}}\n{rows}", encoding="utf-8")
+    command = [sys.executable, "-m", "vismem_cli", "experiment", str(path), "--output", str(tmp_path), "--jobs", "2"]
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    told = engine.Cell(BASE, find(str(path)), (), find(str(path)).rows["base"], 0)
+
+    def trains() -> bool:
+        return any((tmp_path / "cells").glob("*/memory/metrics.jsonl"))
+
+    assert _soon(lambda: trains() and cells.result(told, tmp_path / "cells") is not None, 120)
+    workers = [child for child in psutil.Process(running.pid).children(recursive=True) if child.is_running()]
+    assert len(workers) >= 2
+    running.kill()
+    running.wait()
+    assert _soon(lambda: not any(child.is_running() and child.status() != "zombie" for child in workers), 20)
+    left = [cell for cell in cells.cells(find(str(path)), BASE) if cells.result(cell, tmp_path / "cells") is None]
+    assert [cell.title for cell in left] == ["train memory, seed 0", "ask memory, seed 0"]
+
+
+def _soon(what: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.2)
+    return what()
 
 
 @pytest.mark.parametrize("objective", ["sft", "grpo"])
@@ -192,8 +226,6 @@ def test_plots_name_their_axes(done: tuple[Path, dict[str, Any]], tmp_path: Path
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium is installed")
 def test_the_page_opens_in_a_browser(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    import subprocess
-
     place, _ = done
     shot = tmp_path / "page.png"
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]

@@ -9,8 +9,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def _done(left: Mapping[str, Cell], place: Path, jobs: int) -> Iterator[tuple[Ce
     """Cells as they are done, each with what went wrong. What needs a cell that failed is not tried."""
     waiting, failed = dict(left), set[str]()
     running: dict[Future[None], Cell] = {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_single) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin) as pool:
         while waiting or running:
             for key, cell in list(waiting.items()):
                 need = cell.needs
@@ -84,8 +85,17 @@ def _done(left: Mapping[str, Cell], place: Path, jobs: int) -> Iterator[tuple[Ce
                 yield cell, None if error is None else reason(error)
 
 
-def _single() -> None:
+def _begin() -> None:
+    """A worker's start: one thread, and an end when whoever waits for it is gone, however that came about."""
     torch.set_num_threads(1)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
 
 
 def told(recipe: Recipe, base: Base, place: Path) -> dict[str, Any]:

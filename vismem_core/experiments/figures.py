@@ -73,8 +73,10 @@ def _bars(told: Mapping[str, Any], axes: Any) -> None:
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_xlabel(f"accuracy (mean over types; bars: standard error over {len(told['seeds'])} seeds)")
-    axes.legend(frameon=False, loc="lower right")
+    seeds = len(told["seeds"])
+    spread = f"; bars: standard error over {seeds} seeds" if seeds > 1 else ""
+    axes.set_xlabel(f"accuracy (mean over types{spread})")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups))
 
 
 def _lines(told: Mapping[str, Any], axes: Any) -> None:
