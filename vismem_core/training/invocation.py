@@ -11,12 +11,14 @@ GRPO with its two penalties (Eq. 8), which trains all rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import torch
 from torch import Tensor, nn
 
 from vismem_core.config import KINDS, Kind, TrainConfig
+from vismem_core.decoding.replay import Answer, Prompts, Replay, read_prompts
 from vismem_core.memory.memory import Memory
 
 from .batches import Batch
@@ -25,7 +27,6 @@ from .dropout import drops_images
 from .formation import invocation_points
 from .processes import Processes
 from .stage import LikelihoodStage
-from .teacher import bring_up, likelihood
 
 
 class InvocationStage(LikelihoodStage):
@@ -54,17 +55,16 @@ class InvocationStage(LikelihoodStage):
 
     def loss(self, batch: Batch, key: str) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the choice."""
-        memory, processes, rows = self.memory, self.processes, list(range(len(batch)))
+        memory, processes = self.memory, self.processes
         chances = [Random(f"{key}/{sample.id}") for sample in batch.samples]
         points = invocation_points(memory, batch, chances, self.settings.anywhere)
         drops = [drops_images(memory, self.config.image_dropout, f"{key}/{sample.id}") for sample in batch.samples]
-        plain = bring_up(memory, batch, [None] * len(batch), points)
-        lengths = torch.tensor(plain.counts(rows), device=memory.backbone.device)
         with torch.no_grad():
-            told = [likelihood(memory, plain, rows), *(self._with_memory(batch, kind, points, drops) for kind in KINDS)]
-        scores = torch.stack([own.sum(1) / lengths for own in told], dim=1).exp()
+            prompts = read_prompts(memory, batch.inputs, kinds=KINDS)
+            told = [_rest(memory, prompts, batch, kind, points, drops) for kind in (None, *KINDS)]
+        scores = torch.stack([likely.exp() for likely, _ in told], dim=1)
         scores[:, 1:] -= self.config.cost
-        hidden = plain.session.hidden[:, -1].float()
+        hidden = told[0][1]
         self.choices.add(hidden, scores)
         loss = self.choices.loss()
         chosen = self.choices.logprobs(hidden).detach().exp()
@@ -75,11 +75,34 @@ class InvocationStage(LikelihoodStage):
         figures |= {f"asks_{kind}": means[1 + at] for at, kind in enumerate(KINDS)}
         return loss, figures | {f"worth_{kind}": means[3 + at] for at, kind in enumerate(KINDS)}
 
-    def _with_memory(self, batch: Batch, kind: Kind, points: list[int], drops: list[bool]) -> Tensor:
-        """Log-likelihoods (B, T) after memory of ``kind``."""
-        memory, tokens, rows = self.memory, self.memory.tokens, list(range(len(batch)))
-        invoked = bring_up(memory, batch, [kind] * len(batch), points)
-        latents = invoked.session.form(rows, memory.builder, memory.former(kind))
-        invoked.session.hide_images([row for row in rows if drops[row]])
-        end = tokens.vectors(torch.full((len(rows), 1), tokens.end(kind)), latents)
-        return likelihood(memory, invoked, rows, torch.cat([latents, end], dim=1))
+
+def _rest(
+    memory: Memory, prompts: Prompts, batch: Batch, kind: Kind | None, points: list[int], drops: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """The mean log-likelihood (B,) of what follows each point where memory of ``kind`` is invoked there, or none, and
+    the states (B, d) in which it would be chosen. Of what is given nothing counts."""
+    backbone, tokens = memory.backbone, memory.tokens
+    marks = [tokens.invocation(kind), tokens.end(kind)] if kind else []
+    answers = [
+        Answer(row, [*own[:point], *marks, *own[point:]], drops_images=drop)
+        for row, (own, point, drop) in enumerate(zip(batch.answers, points, drops, strict=True))
+    ]
+    if kind:
+        begun = [replace(own, ids=own.ids[: point + 2]) for own, point in zip(answers, points, strict=True)]
+        formed = Replay(memory, prompts, begun).forms(list(enumerate(points)))
+        for own, point, latents in zip(answers, points, formed, strict=True):
+            own.latents[point] = latents
+    replay = Replay(memory, prompts, answers)
+    hidden = replay.hidden(form=False)
+    first = [max(point, given) + len(marks) for point, given in zip(points, batch.given, strict=True)]
+    places = [(row, at) for row, own in enumerate(answers) for at in range(first[row], len(own.ids))]
+    rows, slots, ids = (
+        torch.tensor(own, device=hidden.device)
+        for own in zip(*((row, replay.slots[row][at], answers[row].ids[at]) for row, at in places), strict=True)
+    )
+    told = backbone.logits(hidden[rows, slots]).float().log_softmax(-1)
+    told = told.gather(1, ids.to(told.device)[:, None])[:, 0].to(hidden.device)
+    total, count = (hidden.new_zeros(len(batch), dtype=torch.float32) for _ in range(2))
+    total, count = total.index_add(0, rows, told), count.index_add(0, rows, torch.ones_like(told))
+    states = torch.stack([hidden[row, replay.slots[row][point]] for row, point in enumerate(points)])
+    return (total / count).to(backbone.device), states.float().to(backbone.device)
