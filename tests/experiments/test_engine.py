@@ -198,6 +198,8 @@ def test_the_page_needs_nothing_beside_itself(done: tuple[Path, dict[str, Any]])
     for row in parsed.rows:
         shown.setdefault(row[0] if row else "", row[1:])  # the first table comes first
     accuracy = told["rows"]["memory"]["accuracy"]["new"]
+    text = (place / page.TEXT).read_text(encoding="utf-8")
+    assert f"| memory | {page.figure(accuracy)} |" in text
     assert shown["memory"][0].startswith(f"{accuracy['mean']:.3f}")
     assert json.loads((place / "tiny.json").read_text())["rows"] == json.loads(json.dumps(told["rows"]))
 
@@ -249,5 +251,5 @@ def test_the_command(tmp_path: Path) -> None:
     found = json.loads(told.stdout)["experiments"][0]
     assert found["rows"]["base"]["accuracy"]["seen"]["error"] == 0.0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "cells", "index.html", "mine.json", "mine.png", "mine.svg"
+        "cells", "experiments.md", "index.html", "mine.json", "mine.png", "mine.svg"
     }  # fmt: skip

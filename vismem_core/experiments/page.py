@@ -13,7 +13,7 @@ from vismem_core.files.checkpoint import atomically
 
 from . import figures
 
-PAGE = "index.html"
+PAGE, TEXT = "index.html", "experiments.md"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111;
   background: #fff }
@@ -26,7 +26,7 @@ img { max-width: 100% } .note { color: #444; font-size: .9em } nav a { margin-ri
 
 
 def write(told: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """``NAME.json``, ``NAME.png`` and ``NAME.svg`` of each experiment, and the page of all that is in the folder."""
+    """``NAME.json``, ``NAME.png`` and ``NAME.svg`` of each experiment; of all in the folder a page, and its text."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for own in told:
@@ -42,7 +42,9 @@ def write(told: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     )
     page = folder / PAGE
     atomically(page, lambda place: place.write_text("\n".join(_page(shown, folder)), encoding="utf-8"))
-    return [*written, page]
+    text = folder / TEXT
+    atomically(text, lambda place: place.write_text("\n".join(_text(shown)), encoding="utf-8"))
+    return [*written, text, page]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -131,13 +133,35 @@ def _section(told: Mapping[str, Any], folder: Path) -> Iterator[str]:
         rows = ([row, *(figure(own["accuracy"].get(kind)) for kind in types)] for row, own in told["rows"].items())
         yield from _html(["", *types], rows)
         yield "</details>"
-    versions = ", ".join(f"{key} {value}" for key, value in told["versions"].items())
-    base = told["base"]
-    yield (
-        f'<p class="note">Means over types, ± standard errors over seeds {", ".join(map(str, told["seeds"]))}; '
-        f"{told['per_type']} questions of each type; intervals by a bootstrap of questions. Base: "
-        f"{escape(base['model'] or 'the model embedded for ' + base['backbone'])}. {escape(versions)}. Again: "
-        f"<code>vismem experiment {escape(name)} --backbone {escape(base['backbone'])}</code></p></section>"
+    yield f'<p class="note">{escape(_note(told))}</p></section>'
+
+
+def _text(shown: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Markdown: what the page says, for places where people read files."""
+    yield "# Experiments\n"
+    for told in shown:
+        name = told["experiment"]
+        yield f"## {told['title']}\n\n{told['asks']}\n\n![{told['title']}]({name}.png)\n"
+        yield from _markdown(headings(told), table(told))
+        if told["compare"]:
+            yield from _markdown(COMPARED, differences(told))
+        yield _note(told) + "\n"
+
+
+def _markdown(names: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(names)} |"
+    yield "|" + "---|" * len(names)
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+    yield ""
+
+
+def _note(told: Mapping[str, Any]) -> str:
+    versions, base = ", ".join(f"{key} {value}" for key, value in told["versions"].items()), told["base"]
+    model = base["model"] or f"the model embedded for {base['backbone']}"
+    return (
+        f"Means over types, ± standard errors over seeds {', '.join(map(str, told['seeds']))}; {told['per_type']} "
+        f"questions of each type; intervals by a bootstrap of questions. Base: {model}. {versions}. Again: "
+        f"vismem experiment {told['experiment']} --backbone {base['backbone']}"
     )
 
 
