@@ -17,6 +17,7 @@ from vismem_core.files.samples import Sample, Skipped
 from vismem_core.memory.memory import Memory
 
 from .checking import prepare
+from .late import EndsLate, split
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,11 @@ def answers(
 
 
 def _answer(memory: Memory, samples: Sequence[Sample], inputs: BatchFeature, max_new_tokens: int) -> Iterator[Answer]:
-    given, width = [_given(memory, sample) for sample in samples], inputs["input_ids"].shape[1]
+    inputs, given = split(memory.backbone, samples, inputs)
+    width = inputs["input_ids"].shape[1]
     ask: dict[str, Any] = {"max_new_tokens": max_new_tokens + max(map(len, given)), "do_sample": False}
     if any(given):
-        everything = range(memory.tokens.first)
-
-        def allowed(row: int, ids: Tensor) -> Sequence[int]:
-            return given[row][len(ids) - width :][:1] or everything
-
-        ask["prefix_allowed_tokens_fn"] = allowed
+        ask |= _late(memory, given, width)
     with torch.no_grad():
         ids = memory.model.generate(**inputs, **ask)
     for row, sample in enumerate(samples):
@@ -92,18 +89,36 @@ def _answer(memory: Memory, samples: Sequence[Sample], inputs: BatchFeature, max
         yield _read(memory, sample, written, places, len(given[row]))
 
 
-def _given(memory: Memory, sample: Sample) -> list[int]:
-    tokenizer = memory.backbone.processor.tokenizer
-    return tokenizer(sample.given, add_special_tokens=False)["input_ids"] if sample.given else []
+def _late(memory: Memory, given: Sequence[list[int]], width: int) -> dict[str, Any]:
+    """What makes ``generate`` write what is given, and stop at no end in it."""
+    everything, first = range(memory.tokens.first), memory.tokens.first
+
+    def allowed(row: int, ids: Tensor) -> Sequence[int]:
+        return given[row][len(ids) - width :][:1] or everything
+
+    stops = EndsLate(width, [len(own) for own in given], first, sorted(_ends(memory)))
+    pad = memory.backbone.processor.tokenizer.pad_token_id
+    return {
+        "prefix_allowed_tokens_fn": allowed,
+        "stopping_criteria": [stops],
+        "eos_token_id": None,
+        "pad_token_id": pad,
+    }
+
+
+def _ends(memory: Memory) -> set[int]:
+    ends = memory.model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends])
 
 
 def _read(memory: Memory, sample: Sample, written: list[int], places: tuple[Place, ...], given: int) -> Answer:
     tokenizer = memory.backbone.processor.tokenizer
+    stops = _ends(memory)
+    texts = [at for at, own in enumerate(written) if own < memory.tokens.first]
+    length = next((at + 1 for at in texts[given:] if written[at] in stops), len(written))
+    written = written[:length]  # rows that are done may go on while others do
     cuts = [0, *(place.position for place in places), len(written)]
     pieces = [tokenizer.decode(written[start:stop], skip_special_tokens=True) for start, stop in pairwise(cuts)]
-    ends = memory.model.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, list) else [ends])
-    length = next((at + 1 for at, token in enumerate(written) if token in stops), len(written))
     words = [own for own in written if own < memory.tokens.first][given:]
     text = tokenizer.decode(words, skip_special_tokens=True).strip()
     marks = ["", *(f"‹{place.kind}›" for place in places)]

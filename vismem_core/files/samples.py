@@ -31,7 +31,7 @@ class Sample:
     """One question over zero or more images.
 
     Attributes:
-        given: what its answer begins with, whatever the model would say: not learnt, not judged, no part of ``answer``.
+        late: memory comes between the images and the question: what is formed there does not know what is asked.
         place: where it stands, ``file:line``, for messages; empty for one that stands in no file.
     """
 
@@ -40,7 +40,7 @@ class Sample:
     prompt: str
     answer: str | None = None
     type: str | None = None
-    given: str = ""
+    late: bool = False
     place: str = field(default="", compare=False)
 
     @property
@@ -65,7 +65,7 @@ class Sample:
 
     def digest(self) -> str:
         """A fingerprint of what is asked: the prompt and the images' bytes."""
-        told = hashlib.sha256((self.prompt + self.given).encode())
+        told = hashlib.sha256(("late " * self.late + self.prompt).encode())
         for image in self.images:
             told.update(_bytes(image))
         return told.hexdigest()[:16]

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from vismem_core.answers.checking import prepare
+from vismem_core.answers.late import split
 from vismem_core.base.backbone import Backbone
 from vismem_core.errors import DataError
 from vismem_core.files.samples import Sample, Skipped
@@ -57,7 +58,7 @@ def usable_batch(backbone: Backbone, samples: Sequence[Sample], left_out: list[S
     good, inputs = prepare(backbone, samples, left_out, answers=True)
     if inputs is None:
         return None
-    given = [given_ids(backbone, sample) for sample in good]
+    inputs, given = split(backbone, good, inputs)
     answers = [[*first, *answer_ids(backbone, sample)] for first, sample in zip(given, good, strict=True)]
     return Batch(good, inputs, answers, [len(own) for own in given])
 
@@ -68,13 +69,6 @@ def answer_ids(backbone: Backbone, sample: Sample) -> list[int]:
         raise DataError(f"{sample.name}: has no answer to train on")
     ids: list[int] = backbone.processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
     return [*ids, backbone.end_of_turn]
-
-
-def given_ids(backbone: Backbone, sample: Sample) -> list[int]:
-    """What the answer begins with, whatever the model would say."""
-    if not sample.given:
-        return []
-    return backbone.processor.tokenizer(sample.given, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
 
 
 def extended(inputs: BatchFeature, suffixes: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:

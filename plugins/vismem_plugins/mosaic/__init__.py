@@ -52,7 +52,6 @@ COLUMNS = 40  # photos in a row of a sprite sheet
 PER_CLASS = {"train": 500, "heldout": 80}  # photos of a class; the sheets hold one class after the other
 LENGTH = {"train": 100_000, "heldout": 1_000}  # samples of a type
 SIZES = (2, 3)
-LATE = "describe the image ."
 
 
 @cache
@@ -131,10 +130,7 @@ class Mosaic(Sequence[Sample]):
     def _make(self, type_: str, number: int) -> Sample:
         grid, prompt, answer, rng = self._draw(type_, number)
         image = assemble(draw_photos(grid, self.split, rng), grid.size)
-        name = f"{self.split}/{type_}/{number}"
-        if self.late:
-            return Sample(name, (image,), LATE, answer, type_, given=prompt)
-        return Sample(name, (image,), prompt, answer, type_)
+        return Sample(f"{self.split}/{type_}/{number}", (image,), prompt, answer, type_, self.late)
 
 
 def mosaic(
@@ -153,8 +149,7 @@ def mosaic(
         types: the question types, taken in turn; one named twice is asked twice as often. By default `MIX`: all of
             them, and to train on mostly the new ones.
         seed: another seed gives other mosaics of the same photos.
-        late: the prompt only shows the picture, and the question begins the answer: what was formed before it was
-            formed without knowing it.
+        late: memory comes before the question.
 
     Raises:
         ValueError: an unknown split or type, or a size in which a type has no question.
