@@ -154,13 +154,14 @@ def test_a_linear_probe_reads_what_is_there_and_nothing_else() -> None:
         ({"mean memory": 0.0, "noise like memory": 0.0}, "as a constant prompt"),
         ({}, "hold the image and the question (another image's cost 0.50, another question's cost 0.50)"),
         ({"another question": 0.0}, "hold the image ("),
+        ({"another question": 0.02}, "hold the image ("),
         ({"another image": 0.0, "another question": 0.0}, "hold neither"),
     ],
 )
 def test_verdicts_follow_fixed_rules(changes: dict[str, float], said: str) -> None:
     costs = {name: 0.0 if name == OWN else 0.5 for name in CONDITIONS} | changes
     table = {
-        name: {"accuracy": 0.8 - cost, "likelihood": {"mean": -cost, "low": -cost - 0.1, "high": 0.1 - cost}}
+        name: {"accuracy": 0.8 - cost, "likelihood": {"mean": -cost, "low": -cost - 0.01, "high": 0.01 - cost}}
         for name, cost in costs.items()
     }
     table["markers only"]["accuracy"], table["mean memory"]["accuracy"] = 0.2, 0.5
