@@ -71,5 +71,6 @@ def register_experiments(register: Register) -> None:
     register(
         "forgetting", f"{recipes}:forgetting", description="new types one after the other: what is kept of the first"
     )
+    register("recall", f"{recipes}:recall", description="what is left of an image that left the cache, by latents")
     register("invocation", f"{recipes}:invocation", description="where along an answer memory is invoked (Figure 5)")
     register("efficiency", f"{recipes}:efficiency", description="accuracy against the time of an answer (Figure 6)")

@@ -62,6 +62,6 @@ class EndsLate(StoppingCriteria):
     def __init__(self, width: int, given: Sequence[int], first: int, ends: Sequence[int]) -> None:
         self.width, self.given, self.first, self.ends = width, torch.tensor(given), first, torch.tensor(ends)
 
-    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         written = (input_ids[:, self.width :] < self.first).sum(1)
         return torch.isin(input_ids[:, -1], self.ends.to(input_ids)) & (written > self.given.to(input_ids))

@@ -64,15 +64,16 @@ def run(
 def _done(left: Mapping[str, Cell], place: Path, jobs: int) -> Iterator[tuple[Cell, str | None]]:
     """Cells as they are done, each with what went wrong. What needs a cell that failed is not tried."""
     waiting, failed = dict(left), set[str]()
+    done = {need.key for cell in left.values() if (need := cell.needs) is not None and need.key not in left}
     running: dict[Future[None], Cell] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin) as pool:
         while waiting or running:
-            for key, cell in list(waiting.items()):
+            for key, cell in sorted(waiting.items(), key=lambda own: own[1].row is None):  # what is short comes first
                 need = cell.needs
                 if need is not None and need.key in failed:
                     failed.add(key)
                     yield waiting.pop(key), f"{need.title} failed"
-                elif need is None or need.key not in left or work.result(need, place) is not None:
+                elif len(running) < jobs and (need is None or need.key in done):
                     running[pool.submit(work.run, waiting.pop(key), place)] = cell
             finished = wait(running, return_when=FIRST_COMPLETED).done if running else set()
             for future in finished:
@@ -80,8 +81,7 @@ def _done(left: Mapping[str, Cell], place: Path, jobs: int) -> Iterator[tuple[Ce
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
                     raise TrainingError(f"{cell.title}: a process was killed (out of memory?); use fewer --jobs")
-                if error is not None:
-                    failed.add(cell.key)
+                (done if error is None else failed).add(cell.key)
                 yield cell, None if error is None else reason(error)
 
 

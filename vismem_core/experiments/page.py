@@ -42,9 +42,9 @@ def write(told: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     )
     page = folder / PAGE
     atomically(page, lambda place: place.write_text("\n".join(_page(shown, folder)), encoding="utf-8"))
-    text = folder / TEXT
-    atomically(text, lambda place: place.write_text("\n".join(_text(shown)), encoding="utf-8"))
-    return [*written, text, page]
+    words = folder / TEXT
+    atomically(words, lambda place: place.write_text("\n".join(_text(shown)), encoding="utf-8"))
+    return [*written, words, page]
 
 
 def read(path: Path) -> dict[str, Any]:

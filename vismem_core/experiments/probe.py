@@ -123,7 +123,8 @@ def verdict(kind: str, told: Mapping[str, Any]) -> str:
     Latents *matter* where noise of their size makes the right answer clearly less likely. They are a *constant prompt*
     where neither their mean over questions nor noise like them does. They hold the *image* where another image's memory
     makes it less likely, and the *question* where another question's does. "Clearly" is an interval that leaves zero
-    out, and a cost of at least a twentieth of that noise's. What the mean keeps, of the accuracy that memory adds to the markers alone, is a prompt's share.
+    out, and a cost of at least a twentieth of that noise's. What the mean keeps, of the accuracy that memory adds to
+    the markers alone, is a prompt's share.
     """
     table = told["conditions"]
     costs = {name: -own["likelihood"]["mean"] for name, own in table.items()}
