@@ -28,6 +28,7 @@ from vismem_core.errors import TrainingError
 from vismem_core.experiments import cells, engine, page, rivals
 from vismem_core.experiments.cells import Base
 from vismem_core.experiments.recipe import Data, Recipe, Row, Trained, find
+from vismem_core.experiments.recipe import names as recipe_names
 from vismem_core.files.samples import open_dataset
 
 BASE = Base("qwen2_5_vl")
@@ -113,6 +114,7 @@ def test_a_cell_that_fails_keeps_the_others(tmp_path: Path) -> None:
     assert cells.result(cells.of(odd, BASE, rows["base"], 0), tmp_path) is not None
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     """Killed in the middle of a training that never ends by itself; what was done before stays done."""
     path = tmp_path / "mine.yaml"
@@ -226,6 +228,7 @@ def test_plots_name_their_axes(done: tuple[Path, dict[str, Any]], tmp_path: Path
         assert len(drawn.convert("RGB").getcolors(1 << 20) or ()) > 10
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium is installed")
 def test_the_page_opens_in_a_browser(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     place, _ = done
@@ -253,3 +256,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "cells", "experiments.md", "index.html", "mine.json", "mine.png", "mine.svg"
     }  # fmt: skip
+
+
+@pytest.mark.long
+def test_all_that_ships_runs(tmp_path: Path) -> None:
+    """Every recipe in its quick form: all methods, settings, data, figures."""
+    told = CliRunner().invoke(app, ["experiment", "all", "--quick", "--output", str(tmp_path), "--json"])
+    assert told.exit_code == 0, told.output
+    found = {own["experiment"]: own for own in json.loads(told.stdout)["experiments"]}
+    assert set(found) == set(recipe_names())
+    for name, own in found.items():
+        assert own["rows"], name
+        assert {f"{name}.json", f"{name}.png", f"{name}.svg"} <= {path.name for path in tmp_path.iterdir()}

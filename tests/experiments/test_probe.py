@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vismem_core import Memory
 from vismem_core.base.embedded import embedded
+from vismem_core.base.loading import load_base
 from vismem_core.decoding.attach import attach
 from vismem_core.errors import DataError
 from vismem_core.experiments import probe as probing
@@ -168,6 +169,15 @@ def test_verdicts_follow_fixed_rules(changes: dict[str, float], said: str) -> No
     told = verdict("long", {"conditions": table})
     assert said in told
     assert ("keeps 50% of the accuracy" in told) is ("hold" in said)
+
+
+def test_models_whose_images_stay() -> None:
+    """Gemma's windows cannot be read again without images: the probe leaves that part out."""
+    base = embedded("gemma3")[1]
+    model, processor, name = load_base("gemma3")
+    memory = attach(model, processor, base.memory, backbone=name)
+    found = probe(memory, open_dataset("mosaic", "heldout"), types=["right", "most"], per_type=3, max_new_tokens=3)
+    assert all("hidden" not in own and own["conditions"].keys() == CONDITIONS.keys() for own in found["kinds"].values())
 
 
 def test_there_must_be_something_to_probe(shipped: Memory) -> None:

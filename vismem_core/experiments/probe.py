@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from vismem_core.answers.evaluation import pick, swapped
 from vismem_core.answers.inference import answers
+from vismem_core.base import cache as kv
+from vismem_core.base import outlook
 from vismem_core.config import KINDS, Kind
 from vismem_core.decoding.replay import read_prompts
 from vismem_core.errors import DataError
@@ -303,10 +306,9 @@ def _alike(latents: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _drops(memory: Memory) -> bool:
-    """Whether images can leave this model's cache."""
-    from vismem_core.base import outlook
-
-    return not outlook.keeps_images(memory.model.config)
+    """Whether images can leave this model's cache, in decoding and in replay."""
+    kept: Any = DynamicCache(config=memory.model.config.get_text_config(decoder=True))
+    return not outlook.keeps_images(memory.model.config) and kv.whole(kept)
 
 
 def _content(
