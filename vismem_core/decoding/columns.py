@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class RoomLayer(DynamicLayer):
 
     def __init__(self, cache: Rows, layer: Any, rows: Sequence[int], room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cache, self.is_initialized = cache, True
+        self.cache, self.is_initialized = cache, True  # the setter below
         self._staying: Tensor | None = None
         self.window = int(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else None
         self.is_sliding = self.window is not None
@@ -68,6 +69,18 @@ class RoomLayer(DynamicLayer):
             self.prompts, self.first = tuple(held.values()), cache.used
             held = {name: own[:, :, :0] for name, own in held.items()}
         self._hold({name: roomy(rows_of(own, rows), room - self.first, dim=2) for name, own in held.items()})
+
+    @property
+    def cache(self) -> Rows:
+        """The cache that it belongs to, which holds it. The way back holds nothing: in a circle, what a call has cached
+        would stay until the garbage collector comes by."""
+        found = self._cache()
+        assert found is not None
+        return found
+
+    @cache.setter
+    def cache(self, cache: Rows) -> None:
+        self._cache = ref(cache)
 
     def _held(self) -> dict[str, Tensor]:
         plain = {"keys": self.keys, "values": self.values}
