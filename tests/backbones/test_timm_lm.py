@@ -250,6 +250,16 @@ def test_language_models_that_do_not_fit(kind: str, options: dict[str, Any], rea
         compose(VIT, lm, tokenizer=words, pretrained=False, **SIZES)
 
 
+def test_a_language_model_is_loaded_in_its_precision_and_not_cast(tmp_path: Path) -> None:
+    """``to(dtype)`` rounds the frequencies of rotary embeddings too, which composed models have in float32."""
+    lm, words = language(initializer_range=1.0)
+    lm.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert compose(VIT, loaded, tokenizer=words, pretrained=False, **SIZES)[0].dtype == torch.bfloat16
+    with pytest.raises(AttachError, match="load it with dtype=, do not cast it"):
+        compose(VIT, lm.to(torch.bfloat16), tokenizer=words, pretrained=False, **SIZES)
+
+
 def test_a_model_needs_its_tokenizer() -> None:
     with pytest.raises(AttachError, match="needs tokenizer="):
         compose(VIT, language()[0], pretrained=False, **SIZES)
