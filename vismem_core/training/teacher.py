@@ -94,7 +94,7 @@ def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Ten
         places, beside = session.positions[..., index, :] + steps, backbone.companions(ids)
         grown = backbone.continue_(embeds, mask, places, cache, **beside)
         hidden = torch.cat([last, grown], dim=1)[:, -longest:]
-    logits = backbone.logits(hidden).float()
+    logits = backbone.logits(hidden.contiguous()).float()  # for part of a tensor torch copies the head for each row
     targets = targets.to(logits.device)
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return -losses.to(backbone.device)
