@@ -87,7 +87,7 @@ def compose(
     words = AutoTokenizer.from_pretrained(lm) if tokenizer is None else tokenizer
     words.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     words.pad_token = words.pad_token or words.eos_token
-    words.padding_side = "left"
+    words.init_kwargs["padding_side"] = words.padding_side = "left"  # only the former is saved
     if len(words) > source.get_input_embeddings().weight.shape[0]:
         source.resize_token_embeddings(len(words), mean_resizing=False)
     token: Any = words.convert_tokens_to_ids(image_token)
@@ -99,7 +99,7 @@ def compose(
         "tie_word_embeddings": source.config.tie_word_embeddings,
     }
     if made.mapped:
-        config: Any = FastVlmConfig(image_token_index=token, **shared)
+        config: Any = FastVlmConfig(image_token_index=token, image_seq_length=made.grid**2, **shared)
     else:
         config = PerceptionLMConfig(
             vision_use_cls_token=made.class_token,
