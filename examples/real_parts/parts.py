@@ -150,10 +150,6 @@ def write_questions(source: Any, output: Path) -> dict[str, int]:
     counts = {}
     for split, name in SPLITS.items():
         asked = json.loads((source / split / "questions.json").read_text(encoding="utf-8"))
-        images = output / "images" / split
-        images.mkdir(parents=True, exist_ok=True)
-        for image in sorted({number for _, _, number in asked}):
-            (images / f"{image}.png").write_bytes((source / split / "images" / f"{image}.png").read_bytes())
         rows = [
             {"id": f"{split}-{at}", "image": f"images/{split}/{image}.png", "prompt": prompt, "answer": answer}
             | {"type": kind(prompt, answer)}
@@ -161,6 +157,9 @@ def write_questions(source: Any, output: Path) -> dict[str, int]:
         ]
         Random(0).shuffle(rows)  # the first ones are then about many images
         rows = balanced(rows)
+        (output / "images" / split).mkdir(parents=True, exist_ok=True)
+        for image in sorted({row["image"] for row in rows}):
+            (output / image).write_bytes((source / split / "images" / Path(image).name).read_bytes())
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (output / f"{name}.jsonl").write_text(text, encoding="utf-8")
         counts[name] = len(rows)
