@@ -155,8 +155,10 @@ def write_questions(source: Any, output: Path) -> dict[str, int]:
             | {"type": kind(prompt, answer)}
             for at, (prompt, answer, image) in enumerate(asked)
         ]
-        Random(0).shuffle(rows)  # the first ones are then about many images
+        order = Random(0)
+        order.shuffle(rows)
         rows = balanced(rows)
+        order.shuffle(rows)  # the first ones are then about many images, and of either answer
         (output / "images" / split).mkdir(parents=True, exist_ok=True)
         for image in sorted({row["image"] for row in rows}):
             (output / image).write_bytes((source / split / "images" / Path(image).name).read_bytes())
