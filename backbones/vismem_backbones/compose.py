@@ -87,7 +87,7 @@ def compose(
     words = AutoTokenizer.from_pretrained(lm) if tokenizer is None else tokenizer
     words.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     words.pad_token = words.pad_token or words.eos_token
-    words.padding_side = "left"
+    words.init_kwargs["padding_side"] = words.padding_side = "left"  # only the former is saved
     if len(words) > source.get_input_embeddings().weight.shape[0]:
         source.resize_token_embeddings(len(words), mean_resizing=False)
     token: Any = words.convert_tokens_to_ids(image_token)
@@ -99,7 +99,7 @@ def compose(
         "tie_word_embeddings": source.config.tie_word_embeddings,
     }
     if made.mapped:
-        model = _join(FastVlmConfig(image_token_index=token, **shared), vit, source)
+        config: Any = FastVlmConfig(image_token_index=token, image_seq_length=made.grid**2, **shared)
     else:
         config = PerceptionLMConfig(
             vision_use_cls_token=made.class_token,
@@ -108,7 +108,6 @@ def compose(
             video_token_id=token,  # there are no videos, and it must name one
             **shared,
         )
-        model = _join(config, vit, source)
     processor = LlavaProcessor(
         _images(vit, made),
         words,
@@ -118,7 +117,7 @@ def compose(
         image_token=image_token,
         chat_template=JOINED.replace("IMAGE", image_token) + (words.chat_template or PLAIN),
     )
-    return model, processor
+    return _join(config, vit, source), processor
 
 
 class Seen(NamedTuple):
@@ -230,8 +229,11 @@ def _join(config: PerceptionLMConfig | FastVlmConfig, vit: Any, lm: Any) -> Any:
     model.generation_config = lm.generation_config
     ids = torch.arange(min(8, head.weight.shape[0]), device=lm.device)[None]
     with torch.no_grad():
-        if not torch.allclose(model.eval()(input_ids=ids).logits, lm.eval()(input_ids=ids).logits, atol=1e-4):
+        alone, together = (own.eval()(input_ids=ids).logits for own in (lm, model))
+        if not torch.allclose(alone, head(lm.base_model(input_ids=ids).last_hidden_state), atol=1e-4):
             raise AttachError(f"language model type {kind!r} makes its logits by more than one linear layer")
+    if not torch.allclose(alone, together, atol=1e-4):  # .to(dtype) casts what angles are made of, loading does not
+        raise AttachError(f"language model type {kind!r} says other things alone; load it with dtype=, do not cast it")
     return model
 
 

@@ -14,7 +14,13 @@ import towers
 from bases import QUESTIONS, Base, config
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from transformers import AutoConfig, AutoModelForCausalLM, PerceptionLMProcessor, PerceptionLMVideoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlavaProcessor,
+    PerceptionLMProcessor,
+    PerceptionLMVideoProcessor,
+)
 
 import vismem_core as vismem
 from vismem_backbones.compose import compose
@@ -114,6 +120,7 @@ def test_places_of_a_map_are_tokens(name: str, side: int) -> None:
     inputs = base.inputs(("?", [tiny.picture(64, 64, 0)]))
     seen = net.forward_features(inputs["pixel_values"])
     assert seen.shape == (1, 32, side, side)
+    assert base.model.config.image_seq_length == side * side
     rows = torch.stack([seen[0, :, at // side, at % side] for at in range(side * side)])
     projector = base.model.model.multi_modal_projector
     expected = projector.linear_2(torch.nn.functional.gelu(projector.linear_1(rows)))
@@ -124,9 +131,12 @@ def test_places_of_a_map_are_tokens(name: str, side: int) -> None:
 def test_a_language_model_from_a_folder(tmp_path: Path) -> None:
     lm, words = language()
     words.chat_template = TEMPLATE
+    words.init_kwargs.pop("padding_side")  # few language models come with any, which is the right side
     lm.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
     base = Base(*compose(VIT, tmp_path, pretrained=False, **SIZES))
+    base.processor.save_pretrained(tmp_path / "composed")
+    assert LlavaProcessor.from_pretrained(tmp_path / "composed").tokenizer.padding_side == "left"
     assert base.model.get_input_embeddings().weight[: len(words)].equal(lm.get_input_embeddings().weight)
     message = [{"type": "image"}, {"type": "text", "text": "a {boot} ?"}]
     chat = [{"role": "system", "content": "see"}, {"role": "user", "content": message}]
@@ -248,6 +258,16 @@ def test_language_models_that_do_not_fit(kind: str, options: dict[str, Any], rea
     lm, words = language(kind, **options)
     with pytest.raises(AttachError, match=reason):
         compose(VIT, lm, tokenizer=words, pretrained=False, **SIZES)
+
+
+def test_a_language_model_is_loaded_in_its_precision_and_not_cast(tmp_path: Path) -> None:
+    """``to(dtype)`` rounds the frequencies of rotary embeddings too, which composed models have in float32."""
+    lm, words = language(initializer_range=1.0)
+    lm.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert compose(VIT, loaded, tokenizer=words, pretrained=False, **SIZES)[0].dtype == torch.bfloat16
+    with pytest.raises(AttachError, match="load it with dtype=, do not cast it"):
+        compose(VIT, lm.to(torch.bfloat16), tokenizer=words, pretrained=False, **SIZES)
 
 
 def test_a_model_needs_its_tokenizer() -> None:

@@ -96,7 +96,7 @@ def test_what_trains_changes_and_nothing_else(make: Any, start: Any, settings: A
 
 
 class Copies(TorchDispatchMode):
-    """Notes operations that make a tensor of a weight's shape from that weight."""
+    """Notes operations that make a tensor of a weight's shape from that weight, or lay it out for each row."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -109,6 +109,8 @@ class Copies(TorchDispatchMode):
             return result
         places = {own.untyped_storage().data_ptr() for own in tree_leaves((args, kwargs)) if torch.is_tensor(own)}
         shapes = {self.shapes[place] for place in places & self.shapes.keys()}
+        if func.overloadpacket is torch.ops.aten.bmm and shapes:
+            self.made.append(str(func))
         for own in tree_leaves(result):
             if torch.is_tensor(own) and own.untyped_storage().data_ptr() not in places and own.shape in shapes:
                 self.made.append(str(func))
@@ -121,7 +123,8 @@ def test_no_second_copy_of_the_base_is_held(start: Any) -> None:
     copies = Copies(base.model)
     with copies:
         base.model.lm_head.weight.detach().clone()
-    assert copies.made == ["aten.clone.default"]
+        torch.nn.functional.linear(torch.zeros(2, 3, 32)[:, :2], base.model.lm_head.weight.detach())
+    assert copies.made == ["aten.clone.default", "aten.bmm.default"]
     copies.made.clear()
     memory = base.attach(config(policy=PolicyConfig("lora", rank=4)))
     memory.trigger = "policy"

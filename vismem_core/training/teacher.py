@@ -101,7 +101,7 @@ def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Ten
         places, beside = session.positions[..., index, :] + steps, backbone.companions(ids)
         grown = backbone.continue_(embeds, mask, places, cache, **beside)
         hidden = torch.cat([last, grown], dim=1)[:, -longest:]
-    logits = backbone.logits(hidden).float()
+    logits = backbone.logits(hidden.contiguous()).float()  # for part of a tensor torch copies the head for each row
     steps = torch.arange(longest, device=targets.device)
     given = torch.tensor([forced.given[row] for row in rows], device=targets.device)
     targets = targets.masked_fill(steps < given[:, None], IGNORED).to(logits.device)
