@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from vismem_core.experiments.probe import verdict
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = {
@@ -17,6 +20,7 @@ SHORT = {
     "--set train.grpo.formation.steps=1 --set train.grpo.formation.batch=2 "
     "--set train.grpo.invocation.steps=1 --set train.grpo.invocation.batch=2",
     "eval": "--per-type 4",
+    "probe": "--per-type 2",
     "examples/trainers.py": "--steps 2",
     "examples/benchmark.py": "--only a --tokens 16 --repeats 1 --set text.num_hidden_layers=1",
 }
@@ -79,6 +83,19 @@ def test_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8"))
     lost = [link for link in links if "://" not in link and not (path.parent / link).exists()]
     assert lost == []
+
+
+def test_the_probe_found_what_the_table_says() -> None:
+    text = (ROOT / "docs/evidence/README.md").read_text(encoding="utf-8")
+    part = text[text.index("## What latents hold") :].split("\n## ")[0]
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line[:1] == "|"]
+    told = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs/evidence/probe").glob("*.json")}
+    assert {row[0].strip("`") for row in rows} == told.keys()
+    for name, kind, *figures in rows:
+        found = told[name.strip("`")]["kinds"][kind]
+        assert figures == [f"{found['conditions'][column]['accuracy']:.3f}" for column in head[2:]]
+        assert verdict(kind, found) == found["verdict"]
+        assert " ".join(found["verdict"].split()).lower() in " ".join(part.split()).lower()
 
 
 def test_ci_installs_and_tests_as_the_readme_says() -> None:

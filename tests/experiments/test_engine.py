@@ -249,10 +249,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert shown["rows"]["base"] == {"of": "the base", "trigger": "policy"}
     path = tmp_path / "mine.yaml"
     path.write_text("title: Mine\nasks: What?\ndata: mosaic\nrows: {base: {}}\nper_type: 1\n", encoding="utf-8")
-    told = run(app, ["experiment", str(path), "--output", str(tmp_path / "out"), "--jobs", "1", "--json"])
+    assert run(app, ["experiment", str(path), "--seeds", "one"]).exit_code == 2
+    told = run(
+        app, ["experiment", str(path), "--seeds", "4", "--output", str(tmp_path / "out"), "--jobs", "1", "--json"]
+    )
     assert told.exit_code == 0, told.output
     found = json.loads(told.stdout)["experiments"][0]
-    assert found["rows"]["base"]["accuracy"]["seen"]["error"] == 0.0
+    assert found["seeds"] == [4] and found["rows"]["base"]["accuracy"]["seen"]["error"] is None
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "cells", "experiments.md", "index.html", "mine.json", "mine.png", "mine.svg"
     }  # fmt: skip

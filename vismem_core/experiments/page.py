@@ -157,11 +157,13 @@ def _markdown(names: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:
 
 def _note(told: Mapping[str, Any]) -> str:
     versions, base = ", ".join(f"{key} {value}" for key, value in told["versions"].items()), told["base"]
+    seeds = ",".join(map(str, told["seeds"]))
     model = base["model"] or f"the model embedded for {base['backbone']}"
+    spread = f", ± standard errors over seeds {seeds}" if len(told["seeds"]) > 1 else f", seed {seeds} alone"
     return (
-        f"Means over types, ± standard errors over seeds {', '.join(map(str, told['seeds']))}; {told['per_type']} "
+        f"Means over types{spread}; {told['per_type']} "
         f"questions of each type; intervals by a bootstrap of questions. Base: {model}. {versions}. Again: "
-        f"vismem experiment {told['experiment']} --backbone {base['backbone']}"
+        f"vismem experiment {told['experiment']} --backbone {base['backbone']} --seeds {seeds}"
     )
 
 
