@@ -57,6 +57,8 @@ def experiment(
         _list(as_json)
         return
     if what[0] == "show":
+        if not what[1:]:
+            raise typer.BadParameter("show what? add a name, such as main", param_hint="NAME")
         for name in what[1:]:
             _show(recipe.find(name), as_json)
         return
@@ -111,15 +113,16 @@ def _list(as_json: bool) -> None:
 
 def _show(own: Recipe, as_json: bool) -> None:
     """What would be trained and asked."""
+    asked = {
+        name: (row.of or "the base", row.trigger or ("policy" if row.of else "never")) for name, row in own.rows.items()
+    }
     told = {
         "experiment": own.name,
         "title": own.title,
         "asks": own.asks,
         "seeds": list(own.seeds),
         "trained": {name: {"method": part.method, **part.settings} for name, part in own.trained.items()},
-        "rows": {
-            name: {"of": row.of or "the base", "trigger": row.trigger or "policy"} for name, row in own.rows.items()
-        },
+        "rows": {name: {"of": of, "trigger": trigger} for name, (of, trigger) in asked.items()},
     }
     if as_json:
         print_json(told)
@@ -130,7 +133,4 @@ def _show(own: Recipe, as_json: bool) -> None:
         for name, part in own.trained.items()
     ]
     print_table("Trained, under each seed", ("name", "method", "settings"), rows)
-    asked = [
-        (name, row.of or "the base", row.trigger or ("policy" if row.of else "never")) for name, row in own.rows.items()
-    ]
-    print_table("\nAsked", ("row", "of", "invoked by"), asked)
+    print_table("\nAsked", ("row", "of", "invoked by"), [(name, *row) for name, row in asked.items()])

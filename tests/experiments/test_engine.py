@@ -246,7 +246,8 @@ def test_the_command(tmp_path: Path) -> None:
     listed = run(app, ["experiment", "list", "--json"])
     assert {"main", "ablation", "forgetting"} <= json.loads(listed.stdout).keys()
     shown = json.loads(run(app, ["experiment", "show", "main", "--json"]).stdout)
-    assert shown["rows"]["base"] == {"of": "the base", "trigger": "policy"}
+    assert shown["rows"]["base"] == {"of": "the base", "trigger": "never"}
+    assert run(app, ["experiment", "show"]).exit_code == 2
     path = tmp_path / "mine.yaml"
     path.write_text("title: Mine\nasks: What?\ndata: mosaic\nrows: {base: {}}\nper_type: 1\n", encoding="utf-8")
     assert run(app, ["experiment", str(path), "--seeds", "one"]).exit_code == 2

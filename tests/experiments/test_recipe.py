@@ -86,6 +86,16 @@ def test_a_cell_is_named_by_all_that_it_depends_on(tmp_path: Path) -> None:
     assert len({cell.key, *others}) == 1 + len(others)
 
 
+def test_a_file_that_has_changed_is_another(tmp_path: Path) -> None:
+    told, data = recipe.find(str(written(tmp_path))), tmp_path / "rows.jsonl"
+    data.write_text("one", encoding="utf-8")
+    base = replace(BASE, train=str(data))
+    before = cells.of(told, base, told.rows["later"], 3).key
+    assert cells.of(told, base, told.rows["later"], 3).key == before
+    data.write_text("two", encoding="utf-8")
+    assert cells.of(told, base, told.rows["later"], 3).key != before
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

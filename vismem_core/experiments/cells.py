@@ -6,6 +6,7 @@ that was killed goes on with what is left.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -85,6 +86,9 @@ class Cell:
             told |= {"row": asdict(row), "asked": [asked.per_type, asked.max_new_tokens, asked.metric]}
         if self.base.model == "":
             told["model"] = _weights(self.backbone)
+        named = (self.base.model, self.base.train, self.base.heldout, self.base.config)
+        if held := [stamp(Path(own)) for own in named if own and Path(own).exists()]:
+            told["files"] = held
         return digest(told)
 
     @property
@@ -272,8 +276,13 @@ def _opened(backbone: str, model: str, dtype: str, device: str) -> tuple[Any, An
     return load_base(backbone or None, model or None, dtype=dtype, device=device)
 
 
+def stamp(path: Path) -> str:
+    """What tells a file from one of the same name: what it holds; of a folder, the names and sizes of its files."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return digest([(own.name, own.stat().st_size) for own in sorted(path.iterdir()) if own.is_file()])
+
+
 @lru_cache
 def _weights(backbone: str) -> str:
-    """A digest of an embedded model's files."""
-    folder = embedded(backbone)[1].model
-    return digest([(path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if path.is_file()])
+    return stamp(embedded(backbone)[1].model)

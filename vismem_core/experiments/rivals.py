@@ -1,7 +1,7 @@
 """What memory is compared with: a LoRA on all linear layers of the base, by cross-entropy or by GRPO.
 
-It sees the same samples in the same number of steps and batches as memory's stages do together, and its rank is such
-that it trains about as many parameters.
+It takes as many steps, of as large batches, as the settings have for memory's two stages together. On the embedded
+models its rank makes it about as many trained parameters; reports say how many there are of either.
 """
 
 from __future__ import annotations
