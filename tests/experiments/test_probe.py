@@ -88,6 +88,7 @@ def test_every_condition_is_told(told: dict[str, Any]) -> None:
     short, long = (told["kinds"][kind]["conditions"] for kind in ("short", "long"))
     assert short["other kind"]["log-likelihood"] != short[OWN]["log-likelihood"]
     assert long["another image"]["accuracy"] < long[OWN]["accuracy"]
+    assert all(-1 <= told["kinds"]["long"]["alike"][name] < 0.95 for name in ("another image", "both", "within"))
     assert {"visual tokens", "long-term latents", "shuffled labels"} <= told["content"].keys()
 
 

@@ -13,11 +13,13 @@ from bases import Base, config, mini
 from torch import Tensor
 
 from vismem_core.answers.inference import answers
-from vismem_core.config import StageConfig
+from vismem_core.config import KINDS, StageConfig
+from vismem_core.decoding.replay import read_prompts
 from vismem_core.errors import DataError
 from vismem_core.files.samples import Sample
 from vismem_core.training.batches import make_batch
 from vismem_core.training.formation import Formation, invocation_points
+from vismem_core.training.invocation import _rest
 from vismem_core.training.teacher import bring_up, likelihood
 from vismem_plugins.mosaic import mosaic
 
@@ -120,6 +122,27 @@ def test_what_is_given_is_not_learnt() -> None:
     for row, count in enumerate(batch.given):
         assert not some[row, :count].any() and everything[row, :count].all()
         torch.testing.assert_close(some[row, count:], everything[row, count:])
+
+
+@pytest.mark.parametrize("samples", [LATE, PLAIN], ids=["late", "plain"])
+@pytest.mark.parametrize("kind", [None, "short", "long"])
+@torch.no_grad()
+def test_stage_two_scores_what_is_chosen(samples: list[Sample], kind: Any) -> None:
+    """One reading of the prompts gives what a pass of its own for each choice gives: the mean over what was chosen."""
+    memory = mini().attach(config())
+    batch = make_batch(memory.backbone, samples)
+    points = [0 if given else at % 2 for at, given in enumerate(batch.given)]
+    prompts = read_prompts(memory, batch.inputs, kinds=KINDS)
+    found, states = _rest(memory, prompts, batch, kind, points, [False] * 6)
+    forced, opening = bring_up(memory, batch, [kind] * 6, points), None
+    if kind:
+        latents = forced.session.form(range(6), memory.builder, memory.former(kind))
+        ends = memory.tokens.vectors(torch.full((6, 1), memory.tokens.end(kind)), latents)
+        opening = torch.cat([latents, ends], dim=1)
+    told = likelihood(memory, forced, range(6), opening)
+    torch.testing.assert_close(found, told.sum(1) / torch.tensor(forced.counts(range(6))), atol=1e-4, rtol=1e-4)
+    before = bring_up(memory, batch, [None] * 6, points).session.hidden[:, -1]
+    torch.testing.assert_close(states, before, atol=1e-4, rtol=1e-4)
 
 
 def test_memory_comes_before_what_is_given() -> None:
