@@ -43,9 +43,12 @@ def test_the_cpu_backend_gives_the_same_tokens() -> None:
     assert len(memory.trace) > 8
     memory.detach()
     base.attach(config(compile=True))
-    for _ in range(2):
+    told = []
+    for _ in range(3):
         assert answers(base, 24, compile_config=CompileConfig(mode="default")) == expected
-        assert graphs() == 1 and not COUNTERS["graph_break"]
+        told.append(graphs())
+    assert told[1] == told[2] <= 7  # 1, 6 or 10 tokens a row; one row's image in the encoder, or several rows'
+    assert all("gather" in why for why in COUNTERS["graph_break"])
 
 
 @pytest.mark.parametrize(
@@ -63,9 +66,11 @@ def test_what_else_a_step_may_hold(settings: dict[str, Any]) -> None:
     expected = answers(base, 24)
     memory.detach()
     base.attach(config(compile=True, **settings))
-    assert answers(base, 24, **PLAIN) == expected
-    assert answers(base, 24, **PLAIN) == expected
-    assert graphs() == 1
+    told = []
+    for _ in range(3):
+        assert answers(base, 24, **PLAIN) == expected
+        told.append(graphs())
+    assert 0 < told[1] == told[2]
 
 
 @torch.no_grad()
@@ -89,8 +94,56 @@ def test_passes_under_an_adapter_are_other_ones() -> None:
     assert graphs() == 2
 
 
+def scored(base: Base, *rows: int) -> tuple[list[list[int]], torch.Tensor]:
+    """Answers, and the logits (B, T, V) of all steps."""
+    output = base.generate(
+        *(QUESTIONS[row] for row in rows), max_new_tokens=20, min_new_tokens=20, output_logits=True, **PLAIN
+    )
+    return output.answers.tolist(), torch.stack(output.logits, dim=1)
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2]], ids=["one", "ragged"])
+@pytest.mark.parametrize("trigger", ["anywhere:0.3", "schedule:2=short,9=long", "schedule:1=long,2=short,11=short"])
+def test_invocations_in_compiled_passes(rows: list[int], trigger: str) -> None:
+    base = untied()
+    memory = base.attach(config(trigger=trigger))
+    expected, logits = scored(base, *rows)
+    latents = [own.latents for own in memory.trace.invocations]
+    assert len(latents) >= 2
+    memory.detach()
+    memory = base.attach(config(trigger=trigger, compile=True))
+    found, others = scored(base, *rows)
+    assert found == expected and graphs() >= 2
+    torch.testing.assert_close(others, logits, rtol=1e-4, atol=1e-4)
+    for own, other in zip(memory.trace.invocations, latents, strict=True):
+        torch.testing.assert_close(own.latents, other, rtol=1e-4, atol=1e-4)
+
+
+def test_room_is_the_next_calls() -> None:
+    base = untied()
+    memory = base.attach(config(compile=True))
+
+    def places() -> list[int]:
+        return [own.data_ptr() for own in memory.compiler.room]
+
+    def call(*rows: int) -> list[list[int]]:
+        inputs = base.inputs(*(QUESTIONS[row] for row in rows))
+        return base.model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, **PLAIN).tolist()  # type: ignore[no-any-return]
+
+    first = call(0, 1)
+    kept = places()
+    assert len(kept) == 4 and call(0, 1) == first and places() == kept
+    other = call(0)
+    assert set(places()).isdisjoint(kept) and call(0) == other
+    cache = base.generate(QUESTIONS[0], max_new_tokens=12, **PLAIN).past_key_values
+    before = [layer.keys.clone() for layer in cache.layers]
+    call(0)
+    assert all(layer.keys.equal(own) for layer, own in zip(cache.layers, before, strict=True))
+
+
 def test_prompts_of_other_lengths_are_no_reason_to_compile_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "BLOCK", 32)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     base = untied()
     base.attach(config(compile=True))
     for rows in ([0], [0, 1, 2], [1], [3, 2], [0, 3, 1, 2], [2]):
@@ -99,7 +152,7 @@ def test_prompts_of_other_lengths_are_no_reason_to_compile_for_ever(monkeypatch:
     before = graphs()
     for rows in ([3], [1, 2], [2, 0, 1]):
         base.generate(*(QUESTIONS[row] for row in rows), max_new_tokens=20, **PLAIN)
-    assert graphs() == before < 8  # dynamo's own limit, from which on it compiles no more
+    assert graphs() == before
 
 
 def test_steps_are_compiled_where_generate_would() -> None:
@@ -115,7 +168,7 @@ def test_steps_are_compiled_where_generate_would() -> None:
     answers(base, 12, compile_config=settings, cache_implementation="static", disable_compile=True)
     assert graphs() == 0
     answers(base, 12, compile_config=settings, cache_implementation="static")
-    assert graphs() == 1
+    assert graphs() > 0
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -123,7 +176,7 @@ def test_the_model_is_left_as_it_was() -> None:
     own = dict(vars(base.model.model.language_model))
     memory = base.attach(config(compile=True))
     answers(base, 12, **PLAIN)
-    assert graphs() == 1
+    assert graphs() > 0
     memory.detach()
     assert vars(base.model.model.language_model) == own
 

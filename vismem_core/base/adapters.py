@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -26,8 +26,14 @@ FOREIGN = re.compile(r"\.(lora|ia3)_")
 
 
 def active() -> str:
-    """The names of the adapters that are on here."""
-    return " ".join(own.name for own in _ON.get())
+    """The names of the adapters that are on here, with a star where it is for some tokens of each row."""
+    return " ".join(own.name + "*" * isinstance(tokens, Tensor) for own, tokens in _ON.get().items())
+
+
+def share() -> None:
+    """Before a compiled pass: tell adapters for which tokens they are on, where that is an input of it."""
+    for own, tokens in _ON.get().items():
+        own.share = tokens if isinstance(tokens, Tensor) else None
 
 
 def foreign(name: str) -> bool:
@@ -52,19 +58,20 @@ class Adapter:
         if odd is not None or not found:
             why = f"{odd} is a {type(found[odd]).__name__}" if odd is not None else "no module has such a name"
             raise AttachError(f"the LoRA targets {targets!r} do not fit this model: {why}")
-        self.name = f"vismem_{name}"
+        self.name, self.share = f"vismem_{name}", cast("Tensor | None", None)
         self.layers = _lora_layers(found, self.name, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout))
         self._handles = [own.register_forward_hook(_Hook(self, path)) for path, own in found.items()]
         self.train(False)
 
     @contextmanager
-    def on(self, tokens: slice | None = None) -> Iterator[None]:
+    def on(self, tokens: slice | Tensor | None = None) -> Iterator[None]:
         """Apply the adapter to every forward pass inside the context, and no other of ours.
 
         Contexts may be nested: the innermost one counts. With ``tokens`` several count, each for its own.
 
         Args:
-            tokens: of a packed sequence (1, M, d), the ones it applies to; by default all.
+            tokens: the ones it applies to, of a packed sequence (1, M, d), or of rows (B, T, d) as a mask (B, T); by
+                default all.
         """
         others = {} if tokens is None else {own: part for own, part in _ON.get().items() if part is not None}
         before = _ON.set({**others, self: tokens})
@@ -79,8 +86,15 @@ class Adapter:
         return self in _ON.get()
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _tokens(self) -> slice | None:
-        return _ON.get()[self]
+    def _tokens(self) -> slice | bool | None:
+        tokens = _ON.get()[self]
+        return True if isinstance(tokens, Tensor) else tokens
+
+    def _shares(self) -> Tensor:
+        """The mask (B, T), which compiled passes take as an input."""
+        found = self.share if torch.compiler.is_compiling() else _ON.get()[self]
+        assert isinstance(found, Tensor)
+        return found
 
     def added(self, path: str, states: Tensor, output: Tensor) -> Tensor:
         """What a layer's output becomes where the adapter is on.
@@ -92,10 +106,10 @@ class Adapter:
         down, up = layer.lora_A[self.name], layer.lora_B[self.name]
         if down.weight.device != states.device:  # the model was moved after it was given memory
             layer.to(states.device)
-        own = states if tokens is None else states[:, tokens]
+        own = states[:, tokens] if isinstance(tokens, slice) else states
         made = up(down(layer.lora_dropout[self.name](own.to(down.weight.dtype)))) * layer.scaling[self.name]
-        if tokens is None:
-            whole: Tensor = output + made
+        if not isinstance(tokens, slice):
+            whole: Tensor = output + (made * self._shares()[..., None] if tokens else made)
             return whole.to(output.dtype)
         output = output.clone()
         output[:, tokens] += made.to(output.dtype)
@@ -121,7 +135,7 @@ class Adapter:
         self._handles = []
 
 
-_ON: ContextVar[Mapping[Adapter, slice | None]] = ContextVar("vismem_adapters_on", default={})  # noqa: B039 - never written
+_ON: ContextVar[Mapping[Adapter, slice | Tensor | None]] = ContextVar("vismem_adapters_on", default={})  # noqa: B039 - never written
 """The adapters that are on here, and for which tokens."""
 
 

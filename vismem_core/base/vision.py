@@ -76,20 +76,22 @@ class VisionStates:
                 for row in range(first, first + copies):
                     self.rows[row] += mine
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gather(self, rows: Sequence[int]) -> PatchIndex:
-        """Index of the patches of each of ``rows``, padded to the longest."""
+        """Index of the patches of each of ``rows``, padded to the longest, on the device of the first block."""
+        device = self.keys[0].device if self.keys else None
         starts = [0]
         for count in self.patches:
             starts.append(starts[-1] + count)
         images = self.rows[rows[0]] if len(rows) == 1 else []
         if images and images == list(range(images[0], images[-1] + 1)):
-            span = slice(starts[images[0]], starts[images[-1] + 1])
-            return PatchIndex(torch.arange(span.start, span.stop)[None], None, span)
+            first, stop = starts[images[0]], starts[images[-1] + 1]
+            return PatchIndex(torch.arange(first, stop, device=device)[None], None, first, stop - first)
         lists = [[p for image in self.rows[row] for p in range(starts[image], starts[image + 1])] for row in rows]
         longest = max(map(len, lists), default=0)
-        index = torch.tensor([row + [0] * (longest - len(row)) for row in lists], dtype=torch.long)
+        index = torch.tensor([row + [0] * (longest - len(row)) for row in lists], dtype=torch.long, device=device)
         ragged = any(len(row) != longest for row in lists)
-        mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in lists])
+        mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in lists], device=device)
         return PatchIndex(index, mask if ragged else None)
 
 
@@ -97,12 +99,19 @@ class VisionStates:
 class PatchIndex:
     """Patches of some rows: ``index`` (R, P) into the packed patches, ``mask`` (R, P) or None if none is padding.
 
-    ``span`` says the same of a single row whose images stand side by side, as they do: nothing need be copied for it.
+    ``first`` and ``count`` say the same of a single row whose images stand side by side, as they do: nothing need be
+    copied for it.
     """
 
     index: Tensor
     mask: Tensor | None
-    span: slice | None = None
+    first: int = 0
+    count: int = 0
+
+    def of(self, kept: Tensor) -> Tensor:
+        """The rows' part (R, heads, P, head width) of what is kept of all patches."""
+        own = kept[None].narrow(1, self.first, self.count) if self.count else kept[self.index.to(kept.device)]
+        return own.transpose(1, 2)
 
 
 def beside(extra: Tensor, block: nn.Module) -> Tensor:
@@ -122,19 +131,12 @@ def attend(
         (R, E, heads * head width)
     """
     mask = None
-    if states.keys and where.span and queries.dtype == torch.float32 and not torch.is_grad_enabled():
-        seen = (
-            kept.to(queries)[None, where.span].transpose(1, 2) for kept in (states.keys[block], states.values[block])
-        )
-        return _beside(queries, keys, values, *seen)
     if states.keys:
-        index = where.index.to(queries.device)
-        seen_keys, seen_values = (
-            (kept.to(queries)[None, where.span] if where.span else kept.to(queries)[index]).transpose(1, 2)
-            for kept in (states.keys[block], states.values[block])
-        )
+        seen_keys, seen_values = (where.of(kept.to(queries)) for kept in (states.keys[block], states.values[block]))
+        if where.count and queries.dtype == torch.float32 and not torch.is_grad_enabled():
+            return _beside(queries, keys, values, seen_keys, seen_values)
         if where.mask is not None:
-            extras = where.mask.new_ones(len(index), queries.shape[2])
+            extras = where.mask.new_ones(len(where.mask), queries.shape[2])
             mask = torch.cat([where.mask, extras], dim=1)[:, None, None, :].to(queries.device)
         keys, values = torch.cat([seen_keys, keys], dim=2), torch.cat([seen_values, values], dim=2)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2).flatten(2)

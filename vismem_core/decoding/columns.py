@@ -23,6 +23,7 @@ class Rows(Protocol):
     counted: bool
     still: bool
     passes: int
+    left: list[Tensor]
     sources: list[int] | None
     _same: bool
     _coming: int
@@ -68,7 +69,8 @@ class RoomLayer(DynamicLayer):
         if cache.sources is not None:
             self.prompts, self.first = tuple(held.values()), cache.used
             held = {name: own[:, :, :0] for name, own in held.items()}
-        self._hold({name: roomy(rows_of(own, rows), room - self.first, dim=2) for name, own in held.items()})
+        room -= self.first
+        self._hold({name: roomy(rows_of(own, rows), room, dim=2, left=cache.left) for name, own in held.items()})
 
     @property
     def cache(self) -> Rows:
@@ -279,10 +281,15 @@ def rows_of(states: Tensor, rows: Sequence[int]) -> Tensor:
     return states.index_select(0, torch.as_tensor(rows, device=states.device))
 
 
-def roomy(own: Tensor, size: int, dim: int) -> Tensor:
-    """The same in room of ``size`` along a dimension."""
+def roomy(own: Tensor, size: int, dim: int, left: list[Tensor] | None = None) -> Tensor:
+    """The same in room of ``size`` along a dimension: in the first that is ``left``, if that is just such room."""
     shape = list(own.shape)
     shape[dim] = size
-    larger = own.new_zeros(shape)
+    if left and (list(left[0].shape), left[0].dtype, left[0].device) == (shape, own.dtype, own.device):
+        larger = left.pop(0).zero_()
+    else:
+        if left:
+            left.clear()  # it is given back before more is asked for
+        larger = own.new_zeros(shape)
     larger.narrow(dim, 0, own.shape[dim]).copy_(own)
     return larger

@@ -58,7 +58,7 @@ class Decoder:
         self.rows: list[Row] = []
         self.due: dict[int, Kind] = {}
         self.order: list[int] = []  # number in the result of each row that is being decoded
-        self.ahead = 0  # columns to reserve, where that is known and pays
+        self.ahead, self.left = 0, list[Tensor]()  # columns to reserve where that is known and pays, and room for them
 
     @torch.no_grad()
     def __call__(
@@ -82,7 +82,8 @@ class Decoder:
         compiler, passes = self.memory.compiler, self.passes
         passes.compile = compiler.wanted(generation_config, model_kwargs, self.memory.config.compile)
         if passes.compile is not None and limit is not None:
-            self.ahead = limit - prompt + self.memory.config.budget * self.memory.longest
+            self.ahead = limit - prompt + self.memory.config.budget * self.memory.longest + passes.width
+            self.left, compiler.room = compiler.room, []
         output = self._begin(model, input_ids, generation_config, model_kwargs)
         process = Processors(logits_processor, self.tokens, len(input_ids))
         self.order, fed = list(range(len(input_ids))), [-1] * len(input_ids)
@@ -129,6 +130,8 @@ class Decoder:
             self.trace.blocked["forbidden"] += forbidden
         if self.streamer is not None:
             self.streamer.end()
+        if passes.compile is not None and not record.wanted:  # else its cache stays the caller's
+            compiler.room = self.session.room.reserved
         return record.result(input_ids, self.session.room)
 
     # What rollouts do otherwise
@@ -177,7 +180,8 @@ class Decoder:
             full = torch.ones_like(input_ids) if mask is None else mask
             positions = (full.cumsum(-1) - 1).clamp(min=0)
         self.session.start(input_ids, mask, self.session.places(positions), getattr(output, kv.NAME))
-        self.session.make_room(self.ahead)
+        self.session.make_room(self.ahead, self.left)
+        self.left = []
         setattr(output, kv.NAME, self.session.cache)
         self.rows = [Row(seed=seed) for seed in seeds(input_ids, mask, copies)]
 
@@ -193,7 +197,7 @@ class Decoder:
             if own[0] in self.passes.formed:
                 vectors = torch.stack([self.passes.formed.pop(row) for row in own])
             else:
-                vectors = self.memory.entering(self.session.form(own, self.memory.builder, self.memory.former(kind)))
+                vectors = self.passes.form(own, kind)
             latents[kind] = (own, vectors)
             self.trace.invocations += [
                 Invocation(self.order[row], kind, position, vectors[at]) for at, row in enumerate(own)

@@ -2,11 +2,13 @@
 
 One pass a step, whatever enters. Rows that take in the same number of vectors take them in side by side; else all of
 it is one packed sequence (:mod:`vismem_core.decoding.packing`), or latents enter by passes of their own before.
+Compiled passes have few shapes: there each row has as many places as the longest needs, and what a row does not need is
+gone after the pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,8 +60,18 @@ class Passes:
         rows = list(range(len(fed)))
         alike = not (session.room.ragged or session.room.sources or kv.states(session.room))
         if alike and not session.watched(model_kwargs):
-            vectors = session.form(rows, self.memory.builder, self.memory.former(kind), fed=False)
-            self.formed = dict(zip(rows, self.memory.entering(vectors), strict=True))
+            self.formed = dict(zip(rows, self.form(rows, kind, fed=False), strict=True))
+
+    def form(self, rows: Sequence[int], kind: Kind, fed: bool = True) -> Tensor:
+        """The latents (R, N, d) of ``rows`` (:meth:`Session.form`), as they enter the language model."""
+        with self.memory.compiler.forming(self.compile):
+            vectors = self.session.form(rows, self.memory.builder, self.memory.former(kind), fed)
+        return self.memory.entering(vectors)
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row in a compiled pass in which some row has more than one: its own, with riders or latents."""
+        return self.memory.config.query.length + self.memory.longest + 2
 
     def feed(
         self,
@@ -77,6 +89,8 @@ class Passes:
         if self.formed:
             ends = [self.tokens.end(kind) for kind in map(self.tokens.kind, fed) if kind]
             return self._at_once(model, input_ids, ends, model_kwargs, padded), padded
+        if self.compile is not None and self._alone(model, model_kwargs) and (latents or max(fed) >= self.tokens.first):
+            return self._wide(input_ids, latents, self._riders(fed)), padded or bool(latents)
         shared = session.room.sources is not None
         same = not session.room.ragged and not shared
         if together is not None and len(together[0]) == session.rows and same:
@@ -97,25 +111,36 @@ class Passes:
 
     def _one(self, model: Any, input_ids: Tensor, model_kwargs: dict[str, Any], padded: bool) -> Any:
         """Feed one token a row and nothing else."""
-        session = self.session
+        session, compiled = self.session, self.compile is not None
         model_kwargs["attention_mask"] = session.shown if padded else None
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
-        compiled, watched = self.compile is not None, session.watched(model_kwargs)
         masked = compiled or (session.room.ragged and session.room.windowed and not session.room.aligned)
-        if masked and not watched and not _hooked(model):  # not all models hand such masks on to their language model
-            with self._compiled_pass() if compiled else nullcontext():
-                last, beside = session.backbone.embed(input_ids[:, -1:]), self._beside(input_ids[:, -1:])
-                session.backbone.continue_(last, self._masks(), session.positions, session.cache, **beside)
-            output = CausalLMOutputWithPast(logits=session.backbone.logits(session.hidden))
-            setattr(output, kv.NAME, session.cache)
-            return output
+        if masked and self._alone(model, model_kwargs):
+            return self._continued(input_ids)
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
         inputs["position_ids"] = session.positions  # which some models leave out there, or change
         with self._compiled_pass() if compiled else nullcontext():
             if masked:
                 inputs["attention_mask"] = self._masks()
             return model(**inputs, return_dict=True)
+
+    def _alone(self, model: Any, model_kwargs: dict[str, Any]) -> bool:
+        """Whether the language model's pass is all that anybody asks of the model's."""
+        return not self.session.watched(model_kwargs) and not _hooked(model)
+
+    def _continued(self, input_ids: Tensor) -> Any:
+        """The same past the model's outer forward."""
+        session, ids = self.session, input_ids[:, -1:]
+        with self._compiled_pass() if self.compile is not None else nullcontext():
+            embeds, beside = session.backbone.embed(ids), self._beside(ids)
+            session.backbone.continue_(embeds, self._masks(), session.positions, session.cache, **beside)
+        return self._told(session.backbone.logits(session.hidden))
+
+    def _told(self, logits: Tensor) -> Any:
+        output = CausalLMOutputWithPast(logits=logits)
+        setattr(output, kv.NAME, self.session.cache)
+        return output
 
     @contextmanager
     def _compiled_pass(self) -> Iterator[None]:
@@ -182,9 +207,7 @@ class Passes:
         embeds = torch.cat([begin.to(latents), latents, end], dim=1)
         logits = self._vectors(model, embeds, model_kwargs, padded).logits
         self.fed = Fed(columns, logits, *session.part())
-        output = CausalLMOutputWithPast(logits=session.backbone.logits(session.hidden))
-        setattr(output, kv.NAME, session.cache)
-        return output
+        return self._told(session.backbone.logits(session.hidden))
 
     def _nothing(self, latents: Latents) -> Any:
         """The step of end tokens that were fed before."""
@@ -192,8 +215,7 @@ class Passes:
         session, ((rows, vectors),) = self.session, latents.values()
         session.took_in(rows, vectors, session.places_of(rows, vectors.shape[1]))
         session.hidden, session.embeds = self.fed.hidden, self.fed.embeds
-        output = CausalLMOutputWithPast(logits=self.fed.logits)
-        setattr(output, kv.NAME, session.cache)
+        output = self._told(self.fed.logits)
         self.fed = None
         return output
 
@@ -211,6 +233,9 @@ class Passes:
     def _vectors(self, model: Any, embeds: Tensor, model_kwargs: dict[str, Any], padded: bool) -> Any:
         """Feed every row several vectors (B, T, d); the logits are the last ones'."""
         session, length = self.session, embeds.shape[1]
+        if self.compile is not None and self._alone(model, model_kwargs):
+            self._spread(embeds, [length] * session.rows)
+            return self._told(session.backbone.logits(session.hidden[:, -1:]))
         session.room.aim(length)
         model_kwargs["attention_mask"] = session.shown if padded else None
         wanted = {
@@ -232,6 +257,72 @@ class Passes:
             if layers := getattr(output, name, None):
                 setattr(output, name, tuple(layer[..., -1:, :] for layer in layers))
         return output
+
+    def _wide(self, input_ids: Tensor, latents: Latents, riders: Latents) -> Any:
+        """Feed every row its next token, some of them latents before it, some of them riders behind it."""
+        session, ids = self.session, input_ids[:, -1:]
+        last, places = session.backbone.embed(ids), [0] * session.rows  # where in its row each next token stands
+        for rows, vectors in latents.values():
+            for row in rows:
+                places[row] = vectors.shape[1]
+        behind = max([vectors.shape[1] for _, vectors in riders.values()], default=0)
+        embeds = last.new_zeros(session.rows, 1 + max(*places, behind), last.shape[-1])
+        at = torch.tensor([range(session.rows), places], device=embeds.device)
+        embeds[tuple(at)] = last[:, 0]
+        for own, first in ((latents, 0), (riders, 1)):
+            for rows, vectors in own.values():
+                embeds[rows, first : first + vectors.shape[1]] = vectors.to(embeds)
+        tokens = torch.full(embeds.shape[:2], NO_TOKEN, device=ids.device)
+        tokens[tuple(at.to(ids.device))] = ids[:, 0]
+        self._spread(embeds, [place + 1 for place in places], riders, tokens)
+        for kind, (rows, vectors) in riders.items():
+            hidden = session.hidden[rows, 1 : 1 + vectors.shape[1]]
+            self.formed |= dict(
+                zip(rows, self.memory.entering(_riding(self.memory.former(kind)).read(hidden)), strict=True)
+            )
+        for rows, vectors in latents.values():
+            session.took_in(rows, vectors, session.places_of(rows, vectors.shape[1]))
+        session.hidden, session.embeds = session.hidden[tuple(at.to(session.hidden.device))][:, None], last
+        return self._told(session.backbone.logits(session.hidden))
+
+    def _spread(
+        self, embeds: Tensor, counts: list[int], riders: Latents | None = None, ids: Tensor | None = None
+    ) -> None:
+        """One compiled pass over vectors (B, T, d), of which rows keep so many; all such passes are equally wide.
+
+        The formers that may ride are on in all such passes, for no tokens where none ride: that is one pass to compile.
+
+        Args:
+            riders: what stands among the vectors behind each row's first.
+            ids: (B, T); by default none of them is a token of the model's.
+        """
+        session, length, told = self.session, embeds.shape[1], ids
+        if told is None:
+            told = torch.full(embeds.shape[:2], NO_TOKEN)
+        width = max(self.width, length)
+        embeds, told = F.pad(embeds, (0, 0, 0, width - length)), F.pad(told, (0, width - length), value=NO_TOKEN)
+        positions = session.positions + torch.arange(embeds.shape[1], device=session.positions.device)
+        session.room.aim(counts, width=embeds.shape[1])
+        ridden = {
+            former: torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device) for former in self._rides
+        }
+        for kind, (rows, vectors) in (riders or {}).items():
+            ridden[_riding(self.memory.former(kind))][rows, 1 : 1 + vectors.shape[1]] = True
+        with ExitStack() as stack:
+            if ridden:
+                stack.enter_context(self.memory.acting(~torch.stack(list(ridden.values())).any(0)))
+            for former, tokens in ridden.items():
+                stack.enter_context(former.on(tokens))
+            stack.enter_context(self._compiled_pass())
+            session.backbone.continue_(
+                embeds, self._masks(embeds.shape[1]), positions, session.cache, **self._beside(told)
+            )
+        session.room.landed()
+        session.hidden, session.embeds = session.hidden[:, :length], session.embeds[:, :length]
+
+    @property
+    def _rides(self) -> list[RidingFormer]:
+        return [_riding(former) for former in map(self.memory.former, KINDS) if former.rides]
 
     def _insert(self, latents: Latents) -> None:
         """Let some rows take in latents on their own, while their neighbours wait.
@@ -281,10 +372,10 @@ class Passes:
         session.hidden = session.hidden[:, :rows].transpose(0, 1)
         session.embeds = session.embeds[:, :rows].transpose(0, 1)
 
-    def _masks(self) -> Any:
-        """What the coming pass of one token a row may look at, where the model could not tell from the session's mask.
+    def _masks(self, width: int = 1) -> Any:
+        """What the coming pass (T tokens a row) may look at, where the model could not tell from the session's mask.
 
-        As the model takes it: (B, 1, 1, W), by kind of layer if it has several.
+        As the model takes it: (B, 1, T, W), by kind of layer if it has several.
         """
         config: Any = self.session.backbone.decoder.config
         kinds = set(getattr(config, "layer_types", None) or [""])
@@ -301,7 +392,7 @@ class Passes:
                 found[kind] = None
                 continue
             window = windows.get(kind, getattr(config, "sliding_window", None))
-            mask = self.session.room.seen(window, kind == CHUNKED)[:, None, None]
+            mask = self.session.room.seen(window, kind == CHUNKED, width)[:, None]
             if config._attn_implementation == "eager":
                 mask = torch.zeros_like(mask, dtype=self.session.backbone.dtype).masked_fill(
                     ~mask, torch.finfo(self.session.backbone.dtype).min

@@ -37,12 +37,14 @@ class RoomCache(DynamicCache):
         mask: (B, W) over ``cache``.
         rows: by default all of them.
         ahead: columns that rows may come to write, where that is known; a block or two by default.
+        left: what an earlier cache has left (:attr:`reserved`), to be written to where it fits.
         shared: rows of one prompt, which stand together, hold its columns once. Only a packed pass can read them then.
 
     Attributes:
         used: columns that some row has written, W.
         ends: (B,), the next column of each row.
         ragged: whether rows end in different columns.
+        reserved: the tensors of the first room, layer after layer, where it was known how many columns come.
         whole: whether every layer holds all tokens: none has a sliding window, or a state.
         sources: each row's row of the prompts' columns, where these are shared, or None.
         still: whether passes look at all the room, written or not, so that their shapes stay as they are.
@@ -59,6 +61,7 @@ class RoomCache(DynamicCache):
         rows: Sequence[int] | None = None,
         ahead: int = 0,
         shared: bool = False,
+        left: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         rows = list(range(len(mask))) if rows is None else rows
@@ -71,7 +74,10 @@ class RoomCache(DynamicCache):
         self._lengths = [self.used] * len(rows)
         self._coming, self._reach = 0, self.used
         self._columns: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.left = list(left)
         self.layers = [in_room(self, layer, rows, room) for layer in cache.layers]
+        self.left = []
+        self.reserved = [own for layer in self.grown for own in (layer.keys, layer.values)] if ahead else []
 
     @property
     def grown(self) -> list[RoomLayer]:
@@ -107,28 +113,42 @@ class RoomCache(DynamicCache):
         """The last so many columns of every row, (B, count), negative where it has fewer."""
         return self.ends[:, None] + torch.arange(-count, 0, device=self.ends.device)
 
-    def seen(self, window: int | None, chunked: bool = False) -> Tensor:
-        """What the last tokens of the rows may look at, (B, K), in layers with a window or none.
+    def seen(self, window: int | None, chunked: bool = False, width: int = 1) -> Tensor:
+        """What the last tokens of the rows may look at, (B, T, K), in layers with a window or none.
 
         A window counts from the rows' own places, and chunks of that length from the first that a row may see.
+
+        Args:
+            width: T. Of more than one, those count that the coming pass writes; what stands behind a row's end there
+                (riders, or nothing) sees the row and what is behind its end before it.
         """
         first = max(layer.first for layer in self.grown if layer.window == window)
         stop = self._seen.shape[1] if self.still else self.used
-        places = torch.arange(first, stop, device=self.ends.device)
-        seen, last = self._seen[:, first:stop], self.ends[:, None] - 1
+        seen = self._seen[:, None, first:stop]
+        if width == 1 and window is None:
+            return seen
+        places, last = torch.arange(first, stop, device=self.ends.device), self.ends[:, None] - 1
+        if width > 1:
+            last = self._starts[:, None] + torch.arange(width, device=last.device)
+            seen = (seen | (places >= self.ends[:, None, None])) & (places <= last[..., None])
         if window is None:
             return seen
         begin = last - (last - self._seen.int().argmax(1)[:, None]) % window if chunked else last + 1 - window
-        return seen & (places >= begin)
+        return seen & (places >= begin[..., None])
 
-    def aim(self, counts: int | Sequence[int], beyond: Sequence[int] = ()) -> None:
-        """The coming pass writes so many tokens to every row, and so many ``beyond`` that are gone after it."""
+    def aim(self, counts: int | Sequence[int], beyond: Sequence[int] = (), width: int = 0) -> None:
+        """The coming pass writes so many tokens to every row, and so many ``beyond`` that are gone after it.
+
+        Args:
+            width: the pass is of so many tokens in every row, and those beyond its count are gone after it.
+        """
         rows = len(self._lengths)
         same = isinstance(counts, int) and not self.ragged
         counts = [counts] * rows if isinstance(counts, int) else list(counts)
+        beyond = [width - count for count in counts] if width else beyond
         starts = self.ends
         self._starts, self._same, self._columns = starts, same, {}
-        self._coming, self.passes = max(counts), self.passes + 1
+        self._coming, self.passes = width or max(counts), self.passes + 1
         self._lengths = [own + count for own, count in zip(self._lengths, counts, strict=True)]
         before, self.used = self.used, max(self._lengths)
         self.ragged = min(self._lengths) != self.used

@@ -78,9 +78,13 @@ class Session:
         """B"""
         return len(self._segment)
 
-    def make_room(self, ahead: int = 0) -> None:
-        """From now on rows may grow apart, and come to write so many columns, where that is known."""
-        self.cache = RoomCache(self.cache, self._mask, ahead=ahead)
+    def make_room(self, ahead: int = 0, left: Sequence[Tensor] = ()) -> None:
+        """From now on rows may grow apart, and come to write so many columns, where that is known.
+
+        Args:
+            left: room of an earlier call (:class:`RoomCache`).
+        """
+        self.cache = RoomCache(self.cache, self._mask, ahead=ahead, left=left)
 
     @contextmanager
     def listen(self) -> Iterator[None]:

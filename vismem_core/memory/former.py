@@ -135,5 +135,9 @@ class RidingFormer(MemoryFormer):
         """The riders' last states (R, E, d) -> the latents (R, N, d)."""
 
     @abstractmethod
-    def on(self, tokens: slice) -> AbstractContextManager[None]:
-        """The former's adapters for those tokens of a packed sequence (1, M, d) alone, inside the context."""
+    def on(self, tokens: slice | Tensor) -> AbstractContextManager[None]:
+        """The former's adapters for those tokens alone, inside the context (:meth:`vismem_core.base.Adapter.on`).
+
+        Args:
+            tokens: of a packed sequence (1, M, d), or of rows (B, T, d) as a mask (B, T).
+        """

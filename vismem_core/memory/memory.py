@@ -220,7 +220,7 @@ class Memory(nn.Module):
         return self._switched(enabled=False)
 
     @contextmanager
-    def acting(self, tokens: slice | None = None) -> Iterator[None]:
+    def acting(self, tokens: slice | Tensor | None = None) -> Iterator[None]:
         """Passes inside the context are the policy's own: its LoRA is on, if it has one.
 
         These are the passes after the prompt: latents, end tokens, text, invocation tokens. Prompts are read by the
@@ -228,7 +228,7 @@ class Memory(nn.Module):
         formed without it too, from a cache in which it acted.
 
         Args:
-            tokens: of a packed sequence, the policy's own; by default all.
+            tokens: the policy's own, of a packed sequence or a mask (B, T) over rows; by default all.
         """
         with self.policy.on(tokens) if self.policy else nullcontext():
             yield

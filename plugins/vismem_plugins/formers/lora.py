@@ -145,7 +145,7 @@ class LanguageLora(_LoraFormer, RidingFormer):
         left: Tensor = self.leave(latents) * self.gain
         return left.to(hidden.dtype)
 
-    def on(self, tokens: slice) -> AbstractContextManager[None]:
+    def on(self, tokens: slice | Tensor) -> AbstractContextManager[None]:
         return self.adapter.on(tokens)
 
 
