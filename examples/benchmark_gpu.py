@@ -17,19 +17,20 @@ from typing import Any
 
 import torch
 import transformers
-from measuring import Bench, Clock, Room, Turn, Variant, attached, build, shares
+from measuring import Bench, Clock, Room, Turn, attached, build, shares
 from rich.console import Console
 from rich.progress import track
 
 from vismem_core.config import GrpoConfig, TrainConfig
 from vismem_core.files.samples import Sample
+from vismem_core.memory.memory import Memory
 from vismem_core.memory.trigger import Decision, Row, Trigger
 from vismem_core.training.batches import make_batch
 from vismem_core.training.formation_grpo import FormationGrpo
 from vismem_core.training.invocation_grpo import InvocationGrpo
 
 MODES: dict[str, dict[str, Any]] = {"eager": {}, "compiled": {"cache_implementation": "static"}}
-TURNS = 3
+TURNS = 4
 GROUP = 16
 Line = dict[str, Any]
 
@@ -91,10 +92,14 @@ def _measures(bench: Bench, batches: Sequence[int]) -> Iterator[tuple[str, Any]]
 
 def _decoding(bench: Bench, rows: int, mode: str) -> list[Line]:
     """Plain ``generate``, memory that never invokes, and rows that invoke twice each, at different steps."""
-    variants = {"never invoking": attached("policy"), "mixed": attached(_twice(bench.tokens))}
-    turns = bench.turns(rows, variants, **MODES[mode])
-    plain = turns.pop("plain")
-    inside = _inside(bench, rows, variants, MODES[mode])
+    options, inputs = MODES[mode], bench.inputs(rows)
+    plain = _turns(bench, inputs, None, options, TURNS // 2)
+    turns, inside = dict[str, list[Turn]](), dict[str, dict[str, float]]()
+    for name, variant in {"never invoking": attached("policy"), "mixed": attached(_twice(bench.tokens))}.items():
+        with variant(bench) as memory:  # for all turns, since each attachment is compiled anew
+            turns[name] = _turns(bench, inputs, memory, options, TURNS)
+            inside[name] = _inside(bench, inputs, memory, options)
+    plain += _turns(bench, inputs, None, options, TURNS - TURNS // 2)
     step = median(own.decoding / len(own.steps) for own in plain)
     lines: list[Line] = [{"what": f"batch {rows}, {mode}: plain", **_told(plain, plain)}]
     for name, own in turns.items():
@@ -106,13 +111,15 @@ def _decoding(bench: Bench, rows: int, mode: str) -> list[Line]:
     return lines
 
 
-def _inside(bench: Bench, rows: int, variants: dict[str, Variant], options: dict[str, Any]) -> dict[str, Any]:
-    """Where the time goes, in turns of their own."""
-    inputs, found = bench.inputs(rows), {}
+def _turns(bench: Bench, inputs: Any, memory: Memory | None, options: dict[str, Any], count: int) -> list[Turn]:
+    """So many turns, after two in which everything is compiled and recorded."""
+    return [bench.turn(inputs, memory, **options) for _ in range(2 + count)][2:]
+
+
+def _inside(bench: Bench, inputs: Any, memory: Memory, options: dict[str, Any]) -> dict[str, float]:
+    """Where the time goes, in a turn of its own."""
     bench.watched, before = True, bench.watched
-    for name, variant in variants.items():
-        with variant(bench) as memory:
-            found[name] = shares([bench.turn(inputs, memory, **options)])
+    found = shares([bench.turn(inputs, memory, **options)])
     bench.watched = before
     return found
 

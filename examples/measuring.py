@@ -109,7 +109,7 @@ class Turn:
         seconds: of all of it.
         steps: seconds of each step but the first.
         invoked: positions of the invocation tokens.
-        inside: seconds in the model, the query builder, the formers and the choice of tokens.
+        inside: seconds in the language model, the query builder, the formers and the choice of tokens.
         peak: bytes over the loaded base.
     """
 
@@ -158,7 +158,7 @@ class Bench:
         clock, inside = Clock(self.device), dict[str, float]()
         settings = {"max_new_tokens": self.tokens, "do_sample": False} | self.options | options
         room = Room(self.device)
-        with timed(self.model, memory, clock, inside) if self.watched else nullcontext():
+        with timed(memory, clock, inside) if self.watched else nullcontext():
             start = clock.now()
             self.model.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([clock]))
             seconds = clock.now() - start
@@ -178,8 +178,8 @@ class Bench:
 
 
 @contextmanager
-def timed(model: Any, memory: Memory | None, clock: Clock, inside: dict[str, float]) -> Iterator[None]:
-    """Add up the seconds inside the model, the query builder, the formers, and where tokens are chosen."""
+def timed(memory: Memory | None, clock: Clock, inside: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds inside the language model, the query builder, the formers, and where tokens are chosen."""
     parts = [("query", memory.builder), ("formation", memory.short), ("formation", memory.long)] if memory else []
     begun: list[float] = []
 
@@ -200,7 +200,8 @@ def timed(model: Any, memory: Memory | None, clock: Clock, inside: dict[str, flo
     for name, part in parts:
         handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(partial(leave, name))]
     if memory:
-        handles += [model.register_forward_pre_hook(enter), model.register_forward_hook(partial(leave, "model"))]
+        decoder = memory.backbone.decoder
+        handles += [decoder.register_forward_pre_hook(enter), decoder.register_forward_hook(partial(leave, "model"))]
         for (owner, name), own in zip(CHOICE, before, strict=True):
             setattr(owner, name, _method(watched, own))
     try:
