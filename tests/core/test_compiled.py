@@ -141,6 +141,37 @@ def test_room_is_the_next_calls() -> None:
     assert all(layer.keys.equal(own) for layer, own in zip(cache.layers, before, strict=True))
 
 
+def test_what_cuda_graphs_take_for_fixed_stays_where_it_is() -> None:
+    """They are recorded anew when it moves, which takes longer than the pass."""
+    moved, fixed = list[str](), set[str]()
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        names = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        static = [
+            at for at, node in enumerate(names) if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+        ]
+        known: dict[int, int] = {}
+
+        def run(*args: Any) -> Any:
+            for at in static:
+                place = args[at].data_ptr()
+                fixed.add(names[at].name)
+                moved.extend([names[at].name] if known.setdefault(at, place) != place else [])
+                known[at] = place
+            return graph(*args)
+
+        return run
+
+    base = untied()
+    base.attach(config(compile=True, trigger="schedule:2=long,9=short,14=long"))
+    settings = CompileConfig(backend=backend, mode="default")
+    inputs = base.inputs(QUESTIONS[0])
+    for _ in range(3):
+        base.model.generate(**inputs, max_new_tokens=20, min_new_tokens=20, compile_config=settings)
+    assert any("share" in name for name in fixed) and any("keys" in name for name in fixed)
+    assert not moved
+
+
 def test_prompts_of_other_lengths_are_no_reason_to_compile_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "BLOCK", 32)
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)

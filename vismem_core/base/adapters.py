@@ -31,9 +31,18 @@ def active() -> str:
 
 
 def share() -> None:
-    """Before a compiled pass: tell adapters for which tokens they are on, where that is an input of it."""
+    """Before a compiled pass: tell adapters for which tokens they are on, where that is an input of it.
+
+    It is told in the same place each time: dynamo takes what hangs on a module for something that stays where it is,
+    and CUDA graphs would be recorded anew whenever it has moved.
+    """
     for own, tokens in _ON.get().items():
-        own.share = tokens if isinstance(tokens, Tensor) else None
+        if not isinstance(tokens, Tensor):
+            continue
+        if own.share is not None and own.share.shape == tokens.shape and own.share.device == tokens.device:
+            own.share.copy_(tokens)
+        else:
+            own.share = tokens.clone()
 
 
 def foreign(name: str) -> bool:
