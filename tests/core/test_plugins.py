@@ -27,7 +27,7 @@ BROKEN = {
     "bad_target": (GOOD.replace("{target}", "no colon"), "'no colon' is not of the form package.module:attribute"),
     "too_new": (
         "VISMEM_API = 99\n" + GOOD,
-        "for version 99 of vismem's plugin interface, and this is 2; install a newer",
+        f"for version 99 of vismem's plugin interface, and this is {API_VERSION}; install a newer",
     ),
     "too_old": ("VISMEM_API = 0\n" + GOOD, "install a newer release of the plugin"),
     "no_version": ("VISMEM_API = '1'\n" + GOOD, "for version '1' of vismem's"),

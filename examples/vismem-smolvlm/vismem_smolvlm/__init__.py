@@ -2,7 +2,7 @@
 
 from vismem_core.hookspecs import Register, hookimpl
 
-VISMEM_API = 2
+VISMEM_API = 3
 
 
 @hookimpl
