@@ -31,6 +31,8 @@ Run = Callable[[], Any]
 """The attention that a block would have run."""
 LOOKED_AT = 32
 """How many of the blank image's language tokens are looked into, at most."""
+IMAGES = 16
+"""Copies of the blank image in one pass of the projector, at most."""
 
 
 class Encoder:
@@ -45,13 +47,14 @@ class Encoder:
         stack: the encoder's blocks.
         layers: the blocks that the projector reads.
         merge: patches that make up one language token.
+        images: blank images that vectors pass the projector in at a time, at most; 1 where they do not pass alike.
 
     Raises:
         AttachError: extra tokens have no way through it, and why.
     """
 
     def __init__(self, model: Any, batch: dict[str, Any], found: dict[str, str]) -> None:
-        self.found = found
+        self.found, self.images = found, IMAGES
         self._names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
         self._find_stack(model)
         self._find_calls(batch)
@@ -159,7 +162,8 @@ class Encoder:
     def _try_projector(self) -> None:
         """Extra tokens must pass, and each vector be made of its own tokens alone."""
         generator, kind = torch.Generator().manual_seed(1), self.dtype
-        noise = torch.randn(1, 2 * self.merge, self.width * len(self.layers), generator=generator)
+        count = (len(self.groups) + 1) * self.merge
+        noise = torch.randn(1, count, self.width * len(self.layers), generator=generator)
         extra = noise.to(self.device, kind)
         zeros = extra.new_zeros(2, self.merge, self.width)
         try:
@@ -167,11 +171,18 @@ class Encoder:
                 with self.record(VisionStates(), keep=False, inputs=False):
                     self.encode(self.blank)
                 self.project(self.carry(zeros, VisionStates(rows=[[], []]), [0, 1]))
-                whole = self.project(extra)
-                alone = torch.cat([self.project(own) for own in extra.split(self.merge, dim=1)], dim=1)
+                parts = extra.split(self.merge, dim=1)
+                told = [0, 1, len(parts) - 1]  # the last one in an image of its own
+                alone = torch.cat([self.project(parts[at]) for at in told], dim=1)
+                try:
+                    if not _alike(self.project(extra)[:, told], alone):
+                        self.images = 1
+                except Exception:  # blank images do not pass side by side
+                    self.images = 1
+                whole = self.project(extra)[:, told]
         except Exception as error:  # as models do
             raise AttachError(f"extra tokens do not pass its vision encoder or projector: {reason(error)}") from error
-        if not torch.allclose(whole, alone, atol=1e-2, rtol=1e-2):
+        if not _alike(whole, alone):
             raise AttachError("its projector makes a vector of more than the vector's own tokens")
 
     # Memory's ways in
@@ -241,24 +252,30 @@ class Encoder:
 
     def project(self, tokens: Tensor) -> Tensor:
         vectors = rearrange(tokens, "r (n patches) D -> (r n) patches D", patches=self.merge)
-        made = torch.cat([self._in_place(own) for own in vectors.split(len(self.groups))])
+        made = torch.cat([self._in_place(own) for own in vectors.split(len(self.groups) * self.images)])
         return rearrange(made, "(r n) d -> r n d", r=len(tokens))
 
     def _in_place(self, vectors: Tensor) -> Tensor:
-        """(n, merge, D), at most as many as the blank image has groups of patches -> (n, d)."""
-        index = torch.tensor(self.groups[: len(vectors)], device=vectors.device).flatten()
+        """(n, merge, D), at most as many as the blank images have groups of patches -> (n, d)."""
+        images, shape = -(-len(vectors) // len(self.groups)), self.calls[0].shape
+        patches = torch.arange(images)[:, None] * shape[:-1].numel() + torch.tensor(self.groups).flatten()
+        index = patches.flatten()[: len(vectors) * self.merge].to(vectors.device)
         outputs: list[Tensor | None] = [None] * len(self.calls)
         for layer, own in zip(self.layers, vectors.flatten(0, 1).split(self.width, dim=-1), strict=True):
-            whole = own.new_zeros(self.calls[layer].shape[:-1].numel(), self.width)
-            outputs[layer] = whole.index_copy(0, index, own).view(self.calls[layer].shape)
-        return self._behind(outputs)[self.places[: len(vectors)]]
+            whole = own.new_zeros(images * shape[:-1].numel(), self.width)
+            outputs[layer] = whole.index_copy(0, index, own).view(images * shape[0], *shape[1:])
+        made: Tensor = self._behind(outputs, images).unflatten(0, (images, -1))
+        return made[:, self.places].flatten(0, 1)[: len(vectors)]
 
-    def _behind(self, outputs: Sequence[Tensor | None]) -> Tensor:
-        """The blank image's language tokens (T, d) with other outputs of the blocks; None: their input."""
+    def _behind(self, outputs: Sequence[Tensor | None], images: int = 1) -> Tensor:
+        """So many blank images' language tokens (T, d) with other outputs of the blocks; None: their input."""
         with ExitStack() as stack:
             for block, call, output in zip(self.stack, self.calls, outputs, strict=True):
                 stack.enter_context(call.instead(block, output))
-            blank = {name: cast(self.dtype, own) for name, own in self.blank.items()}
+            blank = {
+                name: torch.cat([cast(self.dtype, own)] * images) if isinstance(own, Tensor) else own
+                for name, own in self.blank.items()
+            }
             return torch.cat(features(self.owner.get_image_features(**blank)))
 
     @contextmanager
@@ -287,3 +304,7 @@ class Encoder:
 
                 stack.enter_context(entry(ALL_ATTENTION_FUNCTIONS._local_mapping, kind, attention))
             yield
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, atol=1e-2, rtol=1e-2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +123,10 @@ class Sampler:
         return self._permutation
 
 
+Made = tuple[Batch | None, int, "list[Skipped] | None"]
+"""A batch, where the sampler stands behind it, and the samples that were left out so far."""
+
+
 class Draws:
     """Gives so many samples of the data as a batch, this process's part of them; None if that is none.
 
@@ -128,6 +134,9 @@ class Draws:
         batch: samples of a step, in all processes.
         left_out: bad samples are left out and added here, and further ones take their places; without it the first one
             raises.
+
+    Attributes:
+        position: where the samples stand that are yet to be given.
     """
 
     def __init__(
@@ -140,7 +149,9 @@ class Draws:
         left_out: list[Skipped] | None,
     ) -> None:
         self.backbone, self.data, self.processes, self.left_out = backbone, data, processes, left_out
-        self.sampler = Sampler(len(data), batch, seed)
+        self.sampler, self.position = Sampler(len(data), batch, seed), 0
+        self._worker = ThreadPoolExecutor(1, "vismem-batches")
+        self._coming: tuple[tuple[int, int], Future[Made]] | None = None
 
     def __call__(self, count: int) -> Batch | None:
         """All processes ask for the same number.
@@ -148,21 +159,46 @@ class Draws:
         Raises:
             DataError: a bad sample, or no good one is left.
         """
+        coming, self._coming = self._coming, None
+        if coming and coming[0] == (count, self.position):
+            batch, self.position, left_out = coming[1].result()
+        else:
+            wait([coming[1]] if coming else [])  # there is one sampler
+            batch, self.position, left_out = self._make(count, self.position, self._left_out())
+        if self.left_out is not None:
+            self.left_out[:] = left_out or []
+        return batch
+
+    def ahead(self, count: int) -> None:
+        """Begin to make the next batch beside what else is done: images are decoded while a step is taken.
+
+        Not where there are several processes, which agree on bad samples as they meet them.
+        """
+        if self.processes.count == 1:
+            made = self._worker.submit(copy_context().run, self._make, count, self.position, self._left_out())
+            self._coming = (count, self.position), made
+
+    def _left_out(self) -> list[Skipped] | None:
+        return None if self.left_out is None else list(self.left_out)
+
+    def _make(self, count: int, position: int, left_out: list[Skipped] | None) -> Made:
         good: list[Sample] = []
         batch, wanted, looked = None, count, 0
+        self.sampler.position = position
         while wanted:
             if looked > len(self.data) + count:
-                one = f"; one of the faults: {self.left_out[0]}" if self.left_out else ""
+                one = f"; one of the faults: {left_out[0]}" if left_out else ""
                 raise DataError(f"no usable sample is left in the data{one}")
             drawn = sorted((self.data[at] for at in self.sampler.draw(wanted)), key=lambda own: -len(own.answer or ""))
             looked += wanted
             own = self.processes.part(drawn)
-            batch = usable_batch(self.backbone, own, self.left_out) if own else None
+            batch = usable_batch(self.backbone, own, left_out) if own else None
             lost = len(own) - (len(batch) if batch else 0)
             wanted = int(self.processes.total(torch.tensor(float(lost))).item())
-            if wanted and self.left_out is not None:  # an epoch later they are met again
-                self.left_out[:] = dict.fromkeys(self.processes.everyones(self.left_out))
+            if wanted and left_out is not None:  # an epoch later they are met again
+                left_out = list(dict.fromkeys(self.processes.everyones(left_out)))
             if wanted or good:
                 good += batch.samples if batch else []
                 batch = None
-        return usable_batch(self.backbone, good, self.left_out) if good else batch
+        batch = usable_batch(self.backbone, good, left_out) if good else batch
+        return batch, self.sampler.position, left_out

@@ -66,7 +66,7 @@ class Loop:
         self.first, self.finished = done.step, done.finished
         restore(self.optimizer, done.tensors)
         self.stage.restore(part(done.tensors, "stage."))
-        self.draws.sampler.position = int(done.tensors["sampler.position"])
+        self.draws.position = int(done.tensors["sampler.position"])
 
     def run(self, metrics: Metrics, note: Callable[[dict[str, Any]], None]) -> None:
         """Take the steps that are left, and finish the stage.
@@ -94,7 +94,7 @@ class Loop:
                 with interrupt.held(), self.saver.torn():
                     self._step(step, norm)
                     metrics.add(row)
-                    self.saver.whole(step + 1, self.draws.sampler.position)
+                    self.saver.whole(step + 1, self.draws.position)
                 note(row)
                 if skipped == TRIES:
                     raise TrainingError(
@@ -112,7 +112,7 @@ class Loop:
             if not self.finished:
                 self.stage.finish()
             with interrupt.held():
-                self.saver.whole(steps, self.draws.sampler.position, finished=True)
+                self.saver.whole(steps, self.draws.position, finished=True)
                 self._save(metrics)
             if interrupt.agreed():
                 raise KeyboardInterrupt
@@ -121,7 +121,10 @@ class Loop:
         """The gradients of a step, of all processes and clipped; its figures, and the gradients' norm before."""
         key = f"{self.config.seed}/{self.name}/{step}"
         torch.manual_seed(Random(key).getrandbits(63))
-        batch = self.draws(self.draws.sampler.batch)
+        size = self.draws.sampler.batch
+        batch = self.draws(size)
+        if step + 1 < self.stage.settings.steps:
+            self.draws.ahead(size)
         self.memory.zero_grad()
         self.optimizer.zero_grad()
         figures = self.stage.accumulate(_some(batch, self.name), key, step / self.stage.settings.steps)
