@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import Any, NoReturn, cast
@@ -14,6 +15,7 @@ import typer.main
 from vismem_core.errors import RunInterruptedError, VismemError
 
 from .app import app
+from .console import warn
 
 USAGE = cast(type[Exception], typer.BadParameter.__mro__[1])
 """UsageError, of click or of the copy that newer typers bring along."""
@@ -31,7 +33,9 @@ def run(args: Sequence[str]) -> NoReturn:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not cost the answer
     try:
-        code = typer.main.get_command(app).main(list(args) or ["--help"], prog_name="vismem", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _shown
+            code = typer.main.get_command(app).main(list(args) or ["--help"], prog_name="vismem", standalone_mode=False)
         if code == INTERRUPTED:  # as newer typers tell of Ctrl-C
             _fail("interrupted", INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
@@ -46,6 +50,17 @@ def run(args: Sequence[str]) -> NoReturn:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}{ADVICE.get(error.errno or 0, '')}")
+
+
+USUAL = warnings.showwarning
+
+
+def _shown(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+    """Warnings to the user are one line; those to developers are left as they are."""
+    if issubclass(category, UserWarning):
+        warn(" ".join(str(message).split()))
+    else:
+        USUAL(message, category, *rest, **named)
 
 
 def _usage(error: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from vismem_core import Memory
 
 
+SMALL = 10_000_000
+"""Parameters below which a model is one for a single thread."""
 SHOWN = 5
 """Words that a warning names."""
 
@@ -86,10 +89,16 @@ def with_base(options: LoadOptions) -> LoadOptions:
 
 
 def open_base(options: LoadOptions) -> tuple[Any, Any, str]:
-    """The model, its processor, and the name of its backbone."""
+    """The model, its processor, and the name of its backbone.
+
+    Small ones run on one thread of a CPU, unless ``OMP_NUM_THREADS`` says otherwise: their operations end before
+    several threads have met, and training on two takes longer by two thirds.
+    """
+    import torch
+
     from vismem_core.base.loading import load_base
 
-    return load_base(
+    model, processor, name = load_base(
         options.backbone,
         options.model,
         dtype=options.dtype,
@@ -97,6 +106,10 @@ def open_base(options: LoadOptions) -> tuple[Any, Any, str]:
         trust_remote_code=options.trust_remote_code,
         revision=options.revision,
     )
+    parameters = sum(own.numel() for own in model.parameters())
+    if model.device.type == "cpu" and parameters < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return model, processor, name
 
 
 def check_rows(memory: Memory, data: Dataset, on_bad: OnBad, check: str, *, answers: bool = False) -> Dataset:
