@@ -62,7 +62,10 @@ class Slow(list[Sample]):
 
 def drawing(data: Sequence[Sample], left_out: list[Skipped] | None = None) -> Draws:
     base = untied()
-    return Draws(find_backbone(base.model)(base.model, base.processor), data, 4, 0, Processes(), left_out)
+    draws = Draws(find_backbone(base.model)(base.model, base.processor), data, 4, 0, Processes(), left_out)
+    assert not draws.beside  # on a CPU
+    draws.beside = True
+    return draws
 
 
 def samples(count: int = 12) -> list[Sample]:

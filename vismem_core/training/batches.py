@@ -150,6 +150,7 @@ class Draws:
     ) -> None:
         self.backbone, self.data, self.processes, self.left_out = backbone, data, processes, left_out
         self.sampler, self.position = Sampler(len(data), batch, seed), 0
+        self.beside = backbone.device.type != "cpu"
         self._worker = ThreadPoolExecutor(1, "vismem-batches")
         self._coming: tuple[tuple[int, int], Future[Made]] | None = None
 
@@ -170,11 +171,12 @@ class Draws:
         return batch
 
     def ahead(self, count: int) -> None:
-        """Begin to make the next batch beside what else is done: images are decoded while a step is taken.
+        """Begin to make the next batch beside what else is done: images are decoded while a GPU takes a step.
 
-        Not where there are several processes, which agree on bad samples as they meet them.
+        Not where there are several processes, which agree on bad samples as they meet them; nor on a CPU, where the
+        step is slower by more than what is won.
         """
-        if self.processes.count == 1:
+        if self.beside and self.processes.count == 1:
             made = self._worker.submit(copy_context().run, self._make, count, self.position, self._left_out())
             self._coming = (count, self.position), made
 
