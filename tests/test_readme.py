@@ -1,4 +1,4 @@
-"""The README's commands and its Python run as they stand; training is only made shorter."""
+"""The README's and the guides' commands and the README's Python run as they stand; training is only made shorter."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vismem_core.experiments.probe import verdict
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("python.md", "training.md")]
 SHORT = {
     "train": "--set train.formation.steps=2 --set train.invocation.steps=2 --set train.eval_samples=2 "
     "--set train.grpo.formation.steps=1 --set train.grpo.formation.batch=2 "
@@ -27,14 +28,14 @@ SHORT = {
 """What makes a command of minutes one of seconds."""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, *texts: str) -> list[str]:
+    return [found for text in texts for found in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
 
 
 def commands() -> list[list[str]]:
     return [
         shlex.split(line, comments=True)
-        for block in blocks("sh")
+        for block in blocks("sh", README, *GUIDES)
         for line in block.replace("\\\n", " ").splitlines()
         if line.strip()
     ]
@@ -71,7 +72,7 @@ def test_the_other_commands_run(place: Path) -> None:
 
 
 def test_the_python_runs(place: Path) -> None:
-    (code,) = blocks("python")
+    (code,) = blocks("python", README)
     ran = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "Invocation(" in ran.stdout or "[]" in ran.stdout
