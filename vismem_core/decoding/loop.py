@@ -30,7 +30,8 @@ from vismem_core.errors import AttachError
 from vismem_core.memory.trace import Invocation, Trace
 from vismem_core.memory.trigger import Row, Trigger
 
-from .passes import Latents, Passes
+from .inner import Latents
+from .passes import Passes
 from .processors import Processors
 from .record import Record
 from .session import Session
@@ -80,9 +81,10 @@ class Decoder:
         padded = mask is not None and not bool(mask.all())
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         compiler, passes = self.memory.compiler, self.passes
-        passes.compile = compiler.wanted(generation_config, model_kwargs, self.memory.config.compile)
-        if passes.compile is not None and limit is not None:
-            self.ahead = limit - prompt + self.memory.config.budget * self.memory.longest + passes.width
+        inner = passes.inner
+        inner.compile = compiler.wanted(generation_config, model_kwargs, self.memory.config.compile)
+        if inner.compile is not None and limit is not None:
+            self.ahead = limit - prompt + self.memory.config.budget * self.memory.longest + inner.width
             self.left, compiler.room = compiler.room, []
         output = self._begin(model, input_ids, generation_config, model_kwargs)
         process = Processors(logits_processor, self.tokens, len(input_ids))
@@ -130,7 +132,7 @@ class Decoder:
             self.trace.blocked["forbidden"] += forbidden
         if self.streamer is not None:
             self.streamer.end()
-        if passes.compile is not None and not record.wanted:  # else its cache stays the caller's
+        if inner.compile is not None and not record.wanted:  # else its cache stays the caller's
             compiler.room = self.session.room.reserved
         return record.result(input_ids, self.session.room)
 

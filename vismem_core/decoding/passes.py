@@ -2,53 +2,44 @@
 
 One pass a step, whatever enters. Rows that take in the same number of vectors take them in side by side; else all of
 it is one packed sequence (:mod:`vismem_core.decoding.packing`), or latents enter by passes of their own before.
-Compiled passes have few shapes: there each row has as many places as the longest needs, and what a row does not need is
-gone after the pass.
+Compiled passes go past the model's outer forward (:mod:`vismem_core.decoding.inner`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers.generation import CompileConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vismem_core.base import cache as kv
 from vismem_core.base.backbone import NO_TOKEN
 from vismem_core.config import KINDS, Kind
-from vismem_core.memory.former import MemoryFormer, RidingFormer
 from vismem_core.memory.tokens import text_alone
 
+from .inner import Inner, Latents, riding
 from .packing import Packing
 from .session import Session
 
 if TYPE_CHECKING:
     from vismem_core.memory.memory import Memory
 
-CHUNKED = "chunked_attention"
-"""Of layers in which a token sees those before it in its own chunk."""
-Latents = dict[Kind, tuple[list[int], Tensor]]
-"""Rows and the vectors (R, N, d) they take in, by kind."""
-
 
 class Passes:
     """The passes of one call.
 
     Attributes:
-        compile: how steps without memory are compiled, or None.
+        inner: passes of the language model alone.
         formed: latents (N, d) that are there when their invocation token has been fed, by row.
         fed: the step of end tokens that were fed with their invocation tokens.
     """
 
     def __init__(self, memory: Memory, session: Session) -> None:
         self.memory, self.session, self.tokens = memory, session, memory.tokens
-        self.compile: CompileConfig | None = None
+        self.inner = Inner(memory, session)
         self.formed: dict[int, Tensor] = {}
         self.fed: Fed | None = None
 
@@ -64,14 +55,9 @@ class Passes:
 
     def form(self, rows: Sequence[int], kind: Kind, fed: bool = True) -> Tensor:
         """The latents (R, N, d) of ``rows`` (:meth:`Session.form`), as they enter the language model."""
-        with self.memory.compiler.forming(self.compile):
+        with self.memory.compiler.forming(self.inner.compile):
             vectors = self.session.form(rows, self.memory.builder, self.memory.former(kind), fed)
         return self.memory.entering(vectors)
-
-    @property
-    def width(self) -> int:
-        """Tokens of a row in a compiled pass in which some row has more than one: its own, with riders or latents."""
-        return self.memory.config.query.length + self.memory.longest + 2
 
     def feed(
         self,
@@ -89,8 +75,10 @@ class Passes:
         if self.formed:
             ends = [self.tokens.end(kind) for kind in map(self.tokens.kind, fed) if kind]
             return self._at_once(model, input_ids, ends, model_kwargs, padded), padded
-        if self.compile is not None and self._alone(model, model_kwargs) and (latents or max(fed) >= self.tokens.first):
-            return self._wide(input_ids, latents, self._riders(fed)), padded or bool(latents)
+        if self._compiled(model, model_kwargs) and (latents or max(fed) >= self.tokens.first):
+            output, formed = self.inner.wide(input_ids, latents, self._riders(fed))
+            self.formed |= formed
+            return output, padded or bool(latents)
         shared = session.room.sources is not None
         same = not session.room.ragged and not shared
         if together is not None and len(together[0]) == session.rows and same:
@@ -111,43 +99,26 @@ class Passes:
 
     def _one(self, model: Any, input_ids: Tensor, model_kwargs: dict[str, Any], padded: bool) -> Any:
         """Feed one token a row and nothing else."""
-        session, compiled = self.session, self.compile is not None
+        session, compiled = self.session, self.inner.compile is not None
         model_kwargs["attention_mask"] = session.shown if padded else None
         if "position_ids" in model_kwargs:
             model_kwargs["position_ids"] = session.positions
         masked = compiled or (session.room.ragged and session.room.windowed and not session.room.aligned)
         if masked and self._alone(model, model_kwargs):
-            return self._continued(input_ids)
+            return self.inner.one(input_ids)
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
         inputs["position_ids"] = session.positions  # which some models leave out there, or change
-        with self._compiled_pass() if compiled else nullcontext():
+        with self.inner.compiled():
             if masked:
-                inputs["attention_mask"] = self._masks()
+                inputs["attention_mask"] = self.inner.masks()
             return model(**inputs, return_dict=True)
 
     def _alone(self, model: Any, model_kwargs: dict[str, Any]) -> bool:
         """Whether the language model's pass is all that anybody asks of the model's."""
         return not self.session.watched(model_kwargs) and not _hooked(model)
 
-    def _continued(self, input_ids: Tensor) -> Any:
-        """The same past the model's outer forward."""
-        session, ids = self.session, input_ids[:, -1:]
-        with self._compiled_pass() if self.compile is not None else nullcontext():
-            embeds, beside = session.backbone.embed(ids), self._beside(ids)
-            session.backbone.continue_(embeds, self._masks(), session.positions, session.cache, **beside)
-        return self._told(session.backbone.logits(session.hidden))
-
-    def _told(self, logits: Tensor) -> Any:
-        output = CausalLMOutputWithPast(logits=logits)
-        setattr(output, kv.NAME, self.session.cache)
-        return output
-
-    @contextmanager
-    def _compiled_pass(self) -> Iterator[None]:
-        assert self.compile is not None
-        with self.session.room.held(), self.memory.compiler.on(self.compile):
-            yield
-        self.session.hidden = self.session.hidden.clone()  # the next compiled pass writes its own in the same place
+    def _compiled(self, model: Any, model_kwargs: dict[str, Any]) -> bool:
+        return self.inner.compile is not None and self._alone(model, model_kwargs)
 
     def _riders(self, fed: list[int]) -> Latents:
         """For rows whose next token is an invocation: what their memory is formed of, where it may ride along."""
@@ -156,7 +127,7 @@ class Passes:
             rows = [row for row, token in enumerate(fed) if self.tokens.kind(token) == kind]
             former = self.memory.former(kind)
             if rows and former.rides:
-                riders[kind] = (rows, self.session.rider(rows, self.memory.builder, _riding(former)))
+                riders[kind] = (rows, self.session.rider(rows, self.memory.builder, riding(former)))
         return riders
 
     def _packed(
@@ -168,7 +139,7 @@ class Passes:
         model_kwargs: dict[str, Any],
         padded: bool,
     ) -> Any:
-        session, formers = self.session, [_riding(self.memory.former(kind)) for kind in riders]
+        session, formers = self.session, [riding(self.memory.former(kind)) for kind in riders]
         last = session.backbone.embed(input_ids[:, -1])
         packing, positions = self._pack(latents, riders)
         model_kwargs["attention_mask"] = session.shown if padded else None
@@ -188,7 +159,7 @@ class Passes:
                 logits_to_keep=slice(len(last)),  # not a tensor: the states may be on another device than these ids
                 return_dict=True,
                 packing=packing,
-                **self._beside(input_ids[:, -1][None], behind=sum(map(len, behind))),
+                **self.inner.beside(input_ids[:, -1][None], behind=sum(map(len, behind))),
             )
         for former, (rows, _), hidden in zip(formers, riders.values(), packing.ridden(session.hidden[0]), strict=True):
             self.formed |= dict(zip(rows, self.memory.entering(former.read(hidden)), strict=True))
@@ -207,7 +178,7 @@ class Passes:
         embeds = torch.cat([begin.to(latents), latents, end], dim=1)
         logits = self._vectors(model, embeds, model_kwargs, padded).logits
         self.fed = Fed(columns, logits, *session.part())
-        return self._told(session.backbone.logits(session.hidden))
+        return self.inner.told(session.backbone.logits(session.hidden))
 
     def _nothing(self, latents: Latents) -> Any:
         """The step of end tokens that were fed before."""
@@ -215,7 +186,7 @@ class Passes:
         session, ((rows, vectors),) = self.session, latents.values()
         session.took_in(rows, vectors, session.places_of(rows, vectors.shape[1]))
         session.hidden, session.embeds = self.fed.hidden, self.fed.embeds
-        output = self._told(self.fed.logits)
+        output = self.inner.told(self.fed.logits)
         self.fed = None
         return output
 
@@ -233,9 +204,8 @@ class Passes:
     def _vectors(self, model: Any, embeds: Tensor, model_kwargs: dict[str, Any], padded: bool) -> Any:
         """Feed every row several vectors (B, T, d); the logits are the last ones'."""
         session, length = self.session, embeds.shape[1]
-        if self.compile is not None and self._alone(model, model_kwargs):
-            self._spread(embeds, [length] * session.rows)
-            return self._told(session.backbone.logits(session.hidden[:, -1:]))
+        if self._compiled(model, model_kwargs):
+            return self.inner.vectors(embeds)
         session.room.aim(length)
         model_kwargs["attention_mask"] = session.shown if padded else None
         wanted = {
@@ -249,7 +219,7 @@ class Passes:
             use_cache=True,
             logits_to_keep=slice(-1, None),  # no number, by which some language models compute few to the end
             return_dict=True,
-            **self._beside(torch.full(embeds.shape[:2], NO_TOKEN)),
+            **self.inner.beside(torch.full(embeds.shape[:2], NO_TOKEN)),
             **wanted,
         )
         session.room.landed()
@@ -257,72 +227,6 @@ class Passes:
             if layers := getattr(output, name, None):
                 setattr(output, name, tuple(layer[..., -1:, :] for layer in layers))
         return output
-
-    def _wide(self, input_ids: Tensor, latents: Latents, riders: Latents) -> Any:
-        """Feed every row its next token, some of them latents before it, some of them riders behind it."""
-        session, ids = self.session, input_ids[:, -1:]
-        last, places = session.backbone.embed(ids), [0] * session.rows  # where in its row each next token stands
-        for rows, vectors in latents.values():
-            for row in rows:
-                places[row] = vectors.shape[1]
-        behind = max([vectors.shape[1] for _, vectors in riders.values()], default=0)
-        embeds = last.new_zeros(session.rows, 1 + max(*places, behind), last.shape[-1])
-        at = torch.tensor([range(session.rows), places], device=embeds.device)
-        embeds[tuple(at)] = last[:, 0]
-        for own, first in ((latents, 0), (riders, 1)):
-            for rows, vectors in own.values():
-                embeds[rows, first : first + vectors.shape[1]] = vectors.to(embeds)
-        tokens = torch.full(embeds.shape[:2], NO_TOKEN, device=ids.device)
-        tokens[tuple(at.to(ids.device))] = ids[:, 0]
-        self._spread(embeds, [place + 1 for place in places], riders, tokens)
-        for kind, (rows, vectors) in riders.items():
-            hidden = session.hidden[rows, 1 : 1 + vectors.shape[1]]
-            self.formed |= dict(
-                zip(rows, self.memory.entering(_riding(self.memory.former(kind)).read(hidden)), strict=True)
-            )
-        for rows, vectors in latents.values():
-            session.took_in(rows, vectors, session.places_of(rows, vectors.shape[1]))
-        session.hidden, session.embeds = session.hidden[tuple(at.to(session.hidden.device))][:, None], last
-        return self._told(session.backbone.logits(session.hidden))
-
-    def _spread(
-        self, embeds: Tensor, counts: list[int], riders: Latents | None = None, ids: Tensor | None = None
-    ) -> None:
-        """One compiled pass over vectors (B, T, d), of which rows keep so many; all such passes are equally wide.
-
-        The formers that may ride are on in all such passes, for no tokens where none ride: that is one pass to compile.
-
-        Args:
-            riders: what stands among the vectors behind each row's first.
-            ids: (B, T); by default none of them is a token of the model's.
-        """
-        session, length, told = self.session, embeds.shape[1], ids
-        if told is None:
-            told = torch.full(embeds.shape[:2], NO_TOKEN)
-        width = max(self.width, length)
-        embeds, told = F.pad(embeds, (0, 0, 0, width - length)), F.pad(told, (0, width - length), value=NO_TOKEN)
-        positions = session.positions + torch.arange(embeds.shape[1], device=session.positions.device)
-        session.room.aim(counts, width=embeds.shape[1])
-        ridden = {
-            former: torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device) for former in self._rides
-        }
-        for kind, (rows, vectors) in (riders or {}).items():
-            ridden[_riding(self.memory.former(kind))][rows, 1 : 1 + vectors.shape[1]] = True
-        with ExitStack() as stack:
-            if ridden:
-                stack.enter_context(self.memory.acting(~torch.stack(list(ridden.values())).any(0)))
-            for former, tokens in ridden.items():
-                stack.enter_context(former.on(tokens))
-            stack.enter_context(self._compiled_pass())
-            session.backbone.continue_(
-                embeds, self._masks(embeds.shape[1]), positions, session.cache, **self._beside(told)
-            )
-        session.room.landed()
-        session.hidden, session.embeds = session.hidden[:, :length], session.embeds[:, :length]
-
-    @property
-    def _rides(self) -> list[RidingFormer]:
-        return [_riding(former) for former in map(self.memory.former, KINDS) if former.rides]
 
     def _insert(self, latents: Latents) -> None:
         """Let some rows take in latents on their own, while their neighbours wait.
@@ -372,38 +276,6 @@ class Passes:
         session.hidden = session.hidden[:, :rows].transpose(0, 1)
         session.embeds = session.embeds[:, :rows].transpose(0, 1)
 
-    def _masks(self, width: int = 1) -> Any:
-        """What the coming pass (T tokens a row) may look at, where the model could not tell from the session's mask.
-
-        As the model takes it: (B, 1, T, W), by kind of layer if it has several.
-        """
-        config: Any = self.session.backbone.decoder.config
-        kinds = set(getattr(config, "layer_types", None) or [""])
-        found: dict[str, Tensor | None] = {}
-        chunk = getattr(config, "attention_chunk_size", None)
-        windows = {
-            "full_attention": None,
-            "indexed_attention": None,
-            "": self.session.room.grown[0].window,
-            CHUNKED: chunk,
-        }
-        for kind in kinds:
-            if kind in ("conv", "linear_attention"):  # their states know no columns
-                found[kind] = None
-                continue
-            window = windows.get(kind, getattr(config, "sliding_window", None))
-            mask = self.session.room.seen(window, kind == CHUNKED, width)[:, None]
-            if config._attn_implementation == "eager":
-                mask = torch.zeros_like(mask, dtype=self.session.backbone.dtype).masked_fill(
-                    ~mask, torch.finfo(self.session.backbone.dtype).min
-                )
-            found[kind] = mask
-        return found if len(found) > 1 else next(iter(found.values()))
-
-    def _beside(self, ids: Tensor, before: int = 0, behind: int = 0) -> dict[str, Tensor]:
-        """What comes with tokens (R, E) and so many vectors before and behind them (:meth:`Backbone.companions`)."""
-        return self.session.backbone.companions(F.pad(ids, (before, behind), value=NO_TOKEN))
-
 
 @dataclass(frozen=True)
 class Fed:
@@ -429,8 +301,3 @@ def _hooked(model: Any) -> bool:
         for hook in (*own._forward_pre_hooks.values(), *own._forward_hooks.values())
     )
     return any(not hook.__module__.startswith("vismem_core.") for hook in hooks)
-
-
-def _riding(former: MemoryFormer) -> RidingFormer:
-    assert isinstance(former, RidingFormer), f"{type(former).__name__}.rides, and is no RidingFormer"
-    return former
