@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers
 from model_types import TYPES
-from survey import DOCUMENT, recorded, survey, table
+from survey import DOCUMENT, contract, recorded, survey, table
 
 SAMPLE = {
     "qwen2_vl": "passes",
@@ -40,3 +40,7 @@ def test_the_document_names_every_type() -> None:
     outcomes = [own["outcome"] for own in lines.values()]
     assert outcomes.count("passes") >= 59
     assert "fails" not in outcomes, "what breaks a promise must be refused when memory is attached"
+
+
+def test_compiled_passes_where_a_layer_works_on_all_that_is_cached() -> None:
+    contract("generic", "kimi_k25").test_static_caches(compiled=True)  # it expands what it keeps of each token

@@ -129,7 +129,10 @@ class Inner:
 
     @property
     def _rides(self) -> list[RidingFormer]:
-        return [riding(former) for former in map(self.memory.former, KINDS) if former.rides]
+        """The formers that may ride, if any may: some layers work on all that is cached, and adapters cannot be on for
+        single tokens there."""
+        formers = map(self.memory.former, KINDS) if self.session.backbone.packs else ()
+        return [riding(former) for former in formers if former.rides]
 
     def masks(self, width: int = 1) -> Any:
         """What the coming pass (T tokens a row) may look at, where the model could not tell from the session's mask.

@@ -76,7 +76,8 @@ class Passes:
             ends = [self.tokens.end(kind) for kind in map(self.tokens.kind, fed) if kind]
             return self._at_once(model, input_ids, ends, model_kwargs, padded), padded
         if self._compiled(model, model_kwargs) and (latents or max(fed) >= self.tokens.first):
-            output, formed = self.inner.wide(input_ids, latents, self._riders(fed))
+            riders = self._riders(fed) if session.backbone.packs else {}
+            output, formed = self.inner.wide(input_ids, latents, riders)
             self.formed |= formed
             return output, padded or bool(latents)
         shared = session.room.sources is not None
