@@ -105,17 +105,21 @@ class Choices:
         hidden, plain, better, worth = (own.double().to(head.device) for own in self._known())
         if not len(hidden):
             return
-        rows = head.detach().double().requires_grad_()
-        began = rows.detach().clone()
+        began, spread = head.detach().double(), hidden.T @ hidden / len(hidden)
+        # In directions along which the states vary alike the solver needs few steps.
+        variances, directions = torch.linalg.eigh(spread + TETHER * torch.eye(len(spread)).to(spread))
+        basis = directions / variances.clamp(min=TETHER).sqrt()
+        steps = torch.zeros_like(began, requires_grad=True)
 
         def minimise(loss: Callable[[Tensor], Tensor]) -> None:
             solver = torch.optim.LBFGS(
-                [rows], max_iter=1000, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+                [steps], max_iter=1000, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
             )
 
             def closure() -> Tensor:
                 solver.zero_grad()
-                total = loss(_logprobs(plain, hidden @ rows.T)) + TETHER * (rows - began).pow(2).sum()
+                turned = steps @ basis.T
+                total: Tensor = loss(_logprobs(plain, hidden @ (began + turned).T)) + TETHER * turned.pow(2).sum()
                 total.backward()
                 return total
 
@@ -123,7 +127,7 @@ class Choices:
 
         minimise(lambda own: _cross_entropy(better, own))
         minimise(lambda own: -(own.exp() * (worth / self.temperature - own)).sum(1).mean())
-        head.data.copy_(rows.detach())
+        head.data.copy_(began + steps.detach() @ basis.T)
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must know."""
