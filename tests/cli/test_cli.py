@@ -176,7 +176,8 @@ class Core:
 
     def load_base(self, backbone: str | None, model: str | None, **how: Any) -> tuple[Any, Any, str]:
         self.calls["load_base"] = (backbone, model, how)
-        return "model", self, backbone or "qwen2_5_vl"
+        model = SimpleNamespace(device=SimpleNamespace(type="meta"), parameters=list)
+        return model, self, backbone or "qwen2_5_vl"
 
     unk_token_id = 0
 
@@ -184,7 +185,7 @@ class Core:
         """The tokenizer: it knows all words but one."""
         return {"input_ids": [int(text != "zebra")]}
 
-    def attach(self, model: str, processor: Any, source: str | None = None, **how: Any) -> Any:
+    def attach(self, model: Any, processor: Any, source: str | None = None, **how: Any) -> Any:
         self.calls["attach"] = (source, how)
         return SimpleNamespace(backbone=SimpleNamespace(processor=processor), trace=Trace())
 
