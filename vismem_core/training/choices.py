@@ -105,29 +105,30 @@ class Choices:
         hidden, plain, better, worth = (own.double().to(head.device) for own in self._known())
         if not len(hidden):
             return
-        began, spread = head.detach().double(), hidden.T @ hidden / len(hidden)
-        # In directions along which the states vary alike the solver needs few steps.
-        variances, directions = torch.linalg.eigh(spread + TETHER * torch.eye(len(spread)).to(spread))
-        basis = directions / variances.clamp(min=TETHER).sqrt()
-        steps = torch.zeros_like(began, requires_grad=True)
+        began, plainly = head.detach().double(), torch.eye(hidden.shape[1]).to(hidden)
+        variances, directions = torch.linalg.eigh(hidden.T @ hidden / len(hidden) + TETHER * plainly)
+        evenly = directions / variances.clamp(min=TETHER).sqrt()  # along these the states vary alike
 
-        def minimise(loss: Callable[[Tensor], Tensor]) -> None:
+        def minimise(loss: Callable[[Tensor], Tensor], rows: Tensor, basis: Tensor) -> Tensor:
+            steps = torch.zeros_like(rows, requires_grad=True)
             solver = torch.optim.LBFGS(
                 [steps], max_iter=1000, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
             )
 
             def closure() -> Tensor:
                 solver.zero_grad()
-                turned = steps @ basis.T
-                total: Tensor = loss(_logprobs(plain, hidden @ (began + turned).T)) + TETHER * turned.pow(2).sum()
+                own = rows + steps @ basis.T
+                total: Tensor = loss(_logprobs(plain, hidden @ own.T)) + TETHER * (own - began).pow(2).sum()
                 total.backward()
                 return total
 
             solver.step(closure)
+            return rows + steps.detach() @ basis.T
 
-        minimise(lambda own: _cross_entropy(better, own))
-        minimise(lambda own: -(own.exp() * (worth / self.temperature - own)).sum(1).mean())
-        head.data.copy_(began + steps.detach() @ basis.T)
+        # The first has one optimum, which even steps come to soonest. The second has several: plain ones end in better.
+        rows = minimise(lambda own: _cross_entropy(better, own), began, evenly)
+        rows = minimise(lambda own: -(own.exp() * (worth / self.temperature - own)).sum(1).mean(), rows, plainly)
+        head.data.copy_(rows)
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must know."""
