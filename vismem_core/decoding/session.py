@@ -261,9 +261,10 @@ class Session:
     def _query(self, rows: Sequence[int], builder: QueryBuilder, states: Tensor, mask: Tensor) -> Tensor:
         """Q (R, K, d); what can be computed of a prompt's visual tokens alone is computed once."""
         sources = [self._source[row] for row in rows]
-        for source in set(sources) - set(self._ahead):
-            own = slice(source, source + 1)
-            self._ahead[source] = builder.ahead(self._visual[own], self._visual_mask[own])
+        if new := sorted(set(sources) - set(self._ahead)):
+            index = torch.as_tensor(new, device=self._visual.device)
+            known = builder.ahead(self._visual[index], self._visual_mask[index])
+            self._ahead |= {source: tuple(own[at : at + 1] for own in known) for at, source in enumerate(new)}
         told = [self._ahead[source] for source in sources]
         ahead = told[0] if len(rows) == 1 else tuple(map(torch.cat, zip(*told, strict=True)))
         query: Tensor = builder(states, mask, ahead) if ahead else builder(states, mask)
