@@ -42,5 +42,6 @@ def test_the_document_names_every_type() -> None:
     assert "fails" not in outcomes, "what breaks a promise must be refused when memory is attached"
 
 
+@pytest.mark.long
 def test_compiled_passes_where_a_layer_works_on_all_that_is_cached() -> None:
     contract("generic", "kimi_k25").test_static_caches(compiled=True)  # it expands what it keeps of each token

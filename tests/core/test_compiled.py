@@ -172,6 +172,7 @@ def test_what_cuda_graphs_take_for_fixed_stays_where_it_is() -> None:
     assert not moved
 
 
+@pytest.mark.long
 def test_prompts_of_other_lengths_are_no_reason_to_compile_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "BLOCK", 32)
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
