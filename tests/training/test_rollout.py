@@ -8,6 +8,7 @@ import pytest
 import torch
 from bases import QUESTIONS, Base, config, tied
 from reference import one_pass
+from transformers.generation import CompileConfig
 
 from vismem_core import Memory, Trace
 from vismem_core.decoding.replay import Prompts, read_prompts
@@ -64,6 +65,21 @@ def test_a_trajectory_can_be_sampled_alone(
         assert alone.ids == together[number].ids
         assert alone.logprobs == pytest.approx(together[number].logprobs, abs=1e-4)
         assert alone.latents.keys() == together[number].latents.keys()
+
+
+@pytest.mark.parametrize("shared", [0, 256])
+def test_compiled_passes_sample_the_same(base: Base, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "SHARED", shared)
+    plain = CompileConfig(backend="eager", mode="default")  # traced, and run as it is
+    monkeypatch.setattr(base.model, "_default_compile_config", lambda: plain, raising=False)
+    memory = eager(base, "anywhere:0.3")
+    read, seeds = prompts(memory, base), list(range(12))
+    expected = rollouts(memory, read, COPIES, seeds, SAMPLING)
+    assert sum(len(own.latents) for own in expected) > 4
+    memory.config = replace(memory.config, compile=True)
+    for own, other in zip(rollouts(memory, read, COPIES, seeds, SAMPLING), expected, strict=True):
+        assert own.ids == other.ids
+        assert own.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("packs", [True, False])

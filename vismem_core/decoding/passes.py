@@ -119,7 +119,8 @@ class Passes:
         return not self.session.watched(model_kwargs) and not _hooked(model)
 
     def _compiled(self, model: Any, model_kwargs: dict[str, Any]) -> bool:
-        return self.inner.compile is not None and self._alone(model, model_kwargs)
+        shared = self.session.room.sources is not None  # which packed passes alone can read
+        return self.inner.compile is not None and not shared and self._alone(model, model_kwargs)
 
     def _riders(self, fed: list[int]) -> Latents:
         """For rows whose next token is an invocation: what their memory is formed of, where it may ride along."""

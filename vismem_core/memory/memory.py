@@ -265,7 +265,7 @@ class Memory(nn.Module):
             self.hook.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._frozen = []
+        self._frozen, self.compiler.room = [], []
 
     # Reading and writing
 
