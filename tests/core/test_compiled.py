@@ -102,7 +102,7 @@ def scored(base: Base, *rows: int) -> tuple[list[list[int]], torch.Tensor]:
     return output.answers.tolist(), torch.stack(output.logits, dim=1)
 
 
-@pytest.mark.parametrize("rows", [[0], [0, 1, 2]], ids=["one", "ragged"])
+@pytest.mark.parametrize("rows", [pytest.param([0], marks=pytest.mark.long), [0, 1, 2]], ids=["one", "ragged"])
 @pytest.mark.parametrize("trigger", ["anywhere:0.3", "schedule:2=short,9=long", "schedule:1=long,2=short,11=short"])
 def test_invocations_in_compiled_passes(rows: list[int], trigger: str) -> None:
     base = untied()

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from vismem_core import Memory
+from vismem_core.decoding import loop, room
 
 NO_END: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0}
 
@@ -61,6 +62,22 @@ def test_budget_and_distance(budget: int, distance: int) -> None:
     for row in range(len(QUESTIONS)):
         places = [own.position for own in memory.trace.row(row)]
         assert places == list(range(0, 22, 2 + distance))[:budget]
+        assert memory.columns(24) == 24 + len(places) * memory.longest
+
+
+@pytest.mark.parametrize(("budget", "distance"), [(8, 2), (2, 0), (99, 0)])
+def test_room_is_reserved_once(budget: int, distance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tied()
+    base.attach(config(trigger="anywhere:1@long", budget=budget, distance=distance))
+    rooms: list[int] = []
+    own = room.RoomLayer.reserve
+    monkeypatch.setattr(room.RoomLayer, "reserve", lambda *args: (rooms.append(args[1]), own(*args)))
+    base.generate(*QUESTIONS, max_new_tokens=24, **NO_END)
+    assert not rooms
+    monkeypatch.setattr(loop, "BLOCK", 1)
+    monkeypatch.setattr(room, "STEP", 1)
+    base.generate(*QUESTIONS, max_new_tokens=24, **NO_END)
+    assert rooms
 
 
 def test_end_tokens_are_never_sampled(base: Base) -> None:

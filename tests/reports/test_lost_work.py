@@ -205,6 +205,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.long  # it is away for seconds
 def test_a_judge_that_is_away_is_waited_for(judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [*GRPO, judge]
     run(tmp_path / "whole", settings)

@@ -34,6 +34,7 @@ from .inner import Latents
 from .passes import Passes
 from .processors import Processors
 from .record import Record
+from .room import BLOCK
 from .session import Session
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Decoder:
         self.rows: list[Row] = []
         self.due: dict[int, Kind] = {}
         self.order: list[int] = []  # number in the result of each row that is being decoded
-        self.ahead, self.left = 0, list[Tensor]()  # columns to reserve where that is known and pays, and room for them
+        self.ahead, self.left = 0, list[Tensor]()  # columns to reserve where that is known, and room for them
+        self.reserved = list[Tensor]()
 
     @torch.no_grad()
     def __call__(
@@ -83,9 +85,12 @@ class Decoder:
         compiler, passes = self.memory.compiler, self.passes
         inner = passes.inner
         inner.compile = compiler.wanted(generation_config, model_kwargs, self.memory.config.compile)
-        if inner.compile is not None and limit is not None:
-            self.ahead = limit - prompt + self.memory.config.budget * self.memory.longest + inner.width
-            self.left, compiler.room = compiler.room, []
+        if limit is not None:
+            self.ahead = self.memory.columns(limit - prompt) + inner.width
+            if inner.compile is None:
+                self.ahead = min(self.ahead, BLOCK)  # more is cheap to reserve later
+            else:
+                self.left, compiler.room = compiler.room, []
         output = self._begin(model, input_ids, generation_config, model_kwargs)
         process = Processors(logits_processor, self.tokens, len(input_ids))
         self.order, fed = list(range(len(input_ids))), [-1] * len(input_ids)
@@ -133,7 +138,7 @@ class Decoder:
         if self.streamer is not None:
             self.streamer.end()
         if inner.compile is not None and not record.wanted:  # else its cache stays the caller's
-            compiler.room = self.session.room.reserved
+            compiler.room = self.reserved
         return record.result(input_ids, self.session.room)
 
     # What rollouts do otherwise
@@ -184,6 +189,8 @@ class Decoder:
         self.session.start(input_ids, mask, self.session.places(positions), getattr(output, kv.NAME))
         self.session.make_room(self.ahead, self.left)
         self.left = []
+        if self.passes.inner.compile is not None:
+            self.reserved = self.session.room.tensors
         setattr(output, kv.NAME, self.session.cache)
         self.rows = [Row(seed=seed) for seed in seeds(input_ids, mask, copies)]
 

@@ -37,14 +37,13 @@ class RoomCache(DynamicCache):
         mask: (B, W) over ``cache``.
         rows: by default all of them.
         ahead: columns that rows may come to write, where that is known; a block or two by default.
-        left: what an earlier cache has left (:attr:`reserved`), to be written to where it fits.
+        left: what an earlier cache has left (:attr:`tensors`), to be written to where it fits.
         shared: rows of one prompt, which stand together, hold its columns once. Only a packed pass can read them then.
 
     Attributes:
         used: columns that some row has written, W.
         ends: (B,), the next column of each row.
         ragged: whether rows end in different columns.
-        reserved: the tensors of the first room, layer after layer, where it was known how many columns come.
         whole: whether every layer holds all tokens: none has a sliding window, or a state.
         sources: each row's row of the prompts' columns, where these are shared, or None.
         still: whether passes look at all the room, written or not, so that their shapes stay as they are.
@@ -77,12 +76,16 @@ class RoomCache(DynamicCache):
         self.left = list(left)
         self.layers = [in_room(self, layer, rows, room) for layer in cache.layers]
         self.left = []
-        self.reserved = [own for layer in self.grown for own in (layer.keys, layer.values)] if ahead else []
 
     @property
     def grown(self) -> list[RoomLayer]:
         """The layers with room for tokens."""
         return [layer for layer in self.layers if isinstance(layer, RoomLayer)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is reserved, layer after layer."""
+        return [own for layer in self.grown for own in (layer.keys, layer.values)]
 
     @property
     def windowed(self) -> bool:

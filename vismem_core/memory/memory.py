@@ -240,6 +240,11 @@ class Memory(nn.Module):
         near = row.invocations > 0 and row.since_end < self.config.distance
         return "distance" if near else None
 
+    def columns(self, tokens: int) -> int:
+        """The most columns of a KV cache that an answer of so many tokens takes with its memory."""
+        invocations = min(self.config.budget, -(-tokens // (self.config.distance + 2)))
+        return tokens + invocations * self.longest
+
     def note(self, row: Row, token: int) -> None:
         """``row`` has written a token."""
         row.step += 1
