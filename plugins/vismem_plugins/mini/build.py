@@ -305,12 +305,15 @@ class Family(NamedTuple):
     teacher: str | None = None
     """The family whose `mini` its language model comes from (`align`); None starts from random weights."""
     align: int = 0
-    """Steps in which its encoder learns the teacher's language."""
+    """Steps in which its encoder learns the teacher's language; without any it starts as the teacher is."""
+    domains: tuple[str, ...] = ("clothes",)
+    """What its mosaics show."""
 
 
 FAMILIES = {
     # Its shipped weights were trained by the clock, for 40 minutes; so many steps take about as long.
     "qwen2_5_vl": Family(qwen2_5_vl, 7000),
+    "qwen2_5_vl_digits": Family(qwen2_5_vl, 3000, teacher="qwen2_5_vl", domains=("clothes", "digits")),
     "qwen3_vl": Family(qwen3_vl, 3000, teacher="qwen2_5_vl", align=2000),
     "gemma3": Family(gemma3, 1800, teacher="qwen2_5_vl", align=1000),
     "llava": Family(llava, 3000, teacher="qwen2_5_vl", align=2000),

@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vismem_plugins.mosaic import CELL, CLASSES, QUESTIONS, Grid, draw_grid, draw_photos
+from vismem_plugins.mosaic import CELL, DOMAINS, QUESTIONS, Domain, Grid, draw_grid, draw_photos
+from vismem_plugins.mosaic.domains import CLOTHES
 
 IGNORED = -100
 FOREIGN = -1
 """In place of an id: a vector that is no word's."""
-ARGUMENT = re.compile(rf"row \d column \d|\b(?:{'|'.join(CLASSES)})\b")
+NAMES = "|".join(name for domain in DOMAINS.values() for name in domain.classes)
+ARGUMENT = re.compile(rf"row \d column \d|\b(?:{NAMES})\b")
 """The part of a question that can be said elsewhere."""
 # How often a type is asked, relative to the others; "list" names every cell, and so is worth many.
 WEIGHTS = {
@@ -91,13 +93,13 @@ def layout(model: Any, processor: Any, size: int) -> Layout:
     return Layout(one[:cut], one[cut + 1 :], positions)
 
 
-def augment(cells: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Cells (N, 28, 28) flipped, moved by up to two pixels and brightened at random."""
+def augment(cells: NDArray[np.uint8], rng: np.random.Generator, mirrored: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Cells (N, 28, 28) flipped where they may be (N,), moved by up to two pixels and brightened at random."""
     count = len(cells)
     padded = np.pad(cells, ((0, 0), (2, 2), (2, 2)))
     rows = rng.integers(0, 5, (count, 1)) + np.arange(CELL)
     columns = rng.integers(0, 5, (count, 1)) + np.arange(CELL)
-    columns = np.where(rng.random((count, 1)) < 0.5, columns[:, ::-1], columns)
+    columns = np.where((rng.random((count, 1)) < 0.5) & mirrored[:, None], columns[:, ::-1], columns)
     moved = padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]].astype(np.float32)
     gain = rng.uniform(0.7, 1.2, (count, 1, 1)).astype(np.float32)
     return np.asarray(np.clip(moved * gain, 0, 255).round(), np.uint8)
@@ -122,9 +124,12 @@ def ask(grid: Grid, count: int, rng: Random) -> list[tuple[str, str]]:
 
 
 class Packer:
-    """Makes batches; a source of random numbers settles all of one."""
+    """Makes batches of mosaics of some domains; a source of random numbers settles all of one."""
 
-    def __init__(self, model: Any, processor: Any, sizes: Sequence[int]) -> None:
+    def __init__(
+        self, model: Any, processor: Any, sizes: Sequence[int], domains: Sequence[Domain] = (CLOTHES,)
+    ) -> None:
+        self._domains = domains
         self._layouts = {size: layout(model, processor, size) for size in sizes}
         self._words: dict[str, int] = processor.tokenizer.get_vocab()
         self._text = sorted(token for word, token in self._words.items() if not word.startswith("<"))
@@ -148,9 +153,10 @@ class Packer:
 
     def cells(self, rng: Random, size: int, count: int) -> tuple[list[Grid], Tensor]:
         """`count` mosaics of a size: what is on them, and the bytes (count * size**2, 28, 28)."""
-        grids = [draw_grid(size, rng) for _ in range(count)]
+        grids = [draw_grid(size, rng, self._domains[at % len(self._domains)]) for at in range(count)]
         photos = np.concatenate([draw_photos(grid, "train", rng) for grid in grids])
-        return grids, torch.from_numpy(augment(photos, np.random.default_rng(rng.getrandbits(32))))
+        mirrored = np.repeat([grid.domain.mirrored for grid in grids], size**2)
+        return grids, torch.from_numpy(augment(photos, np.random.default_rng(rng.getrandbits(32)), mirrored))
 
     def _aside(self, prompt: list[str], rng: Random) -> tuple[list[str], list[int]]:
         """What may stand between a question and its answer: words or foreign vectors that mean nothing.

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vismem_plugins.mosaic import GROUPS, mosaic
+from vismem_plugins.mosaic import DOMAINS, GROUPS, mosaic
 
 from . import path
 from .align import align, inherit
@@ -128,6 +128,7 @@ def train(
     first: int = 0,
     count: int = 32,
     questions: int = 8,
+    domains: Sequence[str] = ("clothes",),
     state: Path | None = None,
     save_every: int = 500,
 ) -> Iterator[tuple[int, float]]:
@@ -137,11 +138,12 @@ def train(
         first: the phase to begin with.
         count: mosaics in a step.
         questions: about each of them.
+        domains: what they show, in turn.
         state: a file to go on from, where there is one, and to save to every `save_every` steps.
     """
     optimizer = adamw(model)
     done = load(state, model, optimizer) if state is not None and state.is_file() else 0
-    pack = Packer(model, processor, SIZES)
+    pack = Packer(model, processor, SIZES, [DOMAINS[name] for name in domains])
     model.train()
     while done < steps:
         phase, progress = phase_at(done, steps, first)
@@ -174,11 +176,13 @@ def answers(model: Any, processor: Any, images: Sequence[Sequence[Any]], prompts
     return said
 
 
-def evaluate(model: Any, processor: Any, count: int = 200, size: int | None = None) -> dict[str, dict[str, float]]:
+def evaluate(
+    model: Any, processor: Any, count: int = 200, size: int | None = None, domain: str = "clothes"
+) -> dict[str, dict[str, float]]:
     """Held-out accuracy of every type, and that of its questions over the next sample's image ("blind")."""
     table: dict[str, dict[str, float]] = {}
     for name in (name for group in GROUPS.values() for name in group):
-        samples = list(mosaic("heldout", types=[name], size=size)[:count])
+        samples = list(mosaic("heldout", types=[name], size=size, domain=domain)[:count])
         images, prompts = [sample.images for sample in samples], [sample.prompt for sample in samples]
         table[name] = {}
         for column, shown in (("accuracy", images), ("blind", images[1:] + images[:1])):
@@ -227,20 +231,27 @@ def main() -> None:
     stages = []
     if family.teacher and not state.is_file():
         teacher = load_mini(path(family.teacher))
-        inherit(model, processor, *teacher)
-        lessons = align(model, processor, *teacher, steps=family.align, seed=args.seed)
-        stages.append(("align", family.align, lessons))
+        if family.align:
+            inherit(model, processor, *teacher)
+            lessons = align(model, processor, *teacher, steps=family.align, seed=args.seed)
+            stages.append(("align", family.align, lessons))
+        else:
+            model.load_state_dict(teacher[0].state_dict())
     steps, first = args.steps or family.steps, 1 if family.teacher else 0
-    stages.append(("train", steps, train(model, processor, steps=steps, seed=args.seed, first=first, state=state)))
+    lessons = train(model, processor, steps=steps, seed=args.seed, first=first, domains=family.domains, state=state)
+    stages.append(("train", steps, lessons))
     follow(stages)
     # Half the size on disk; the configuration still says float32, so that this is what a plain load gives.
     weights = {name: weight.bfloat16() for name, weight in model.named_parameters()}
     model.save_pretrained(args.output, state_dict=weights)
     processor.save_pretrained(args.output)
     state.unlink(missing_ok=True)
-    table = evaluate(*load_mini(args.output))
-    (args.output / "base.json").write_text(json.dumps(table, indent=1) + "\n")
-    Console().print(show(table))
+    saved = load_mini(args.output)
+    for domain in family.domains:
+        table = evaluate(*saved, domain=domain)
+        name = "base.json" if domain == family.domains[0] else f"base_{domain}.json"
+        (args.output / name).write_text(json.dumps(table, indent=1) + "\n")
+        Console().print(domain, show(table))
 
 
 if __name__ == "__main__":

@@ -10,19 +10,8 @@ from dataclasses import dataclass
 from random import Random
 from types import MappingProxyType
 
-KINDS: Mapping[str, str] = MappingProxyType(
-    {
-        "top": "clothing",
-        "trousers": "clothing",
-        "dress": "clothing",
-        "coat": "clothing",
-        "sandal": "footwear",
-        "sneaker": "footwear",
-        "boot": "footwear",
-        "bag": "accessory",
-    }
-)
-CLASSES: tuple[str, ...] = tuple(KINDS)
+from .domains import CLOTHES, KINDS, Domain
+
 _OPPOSITES = {
     "left": "right",
     "right": "left",
@@ -39,6 +28,7 @@ class Grid:
 
     size: int
     labels: tuple[str, ...]
+    domain: Domain = CLOTHES
 
     def at(self, row: int, column: int) -> str:
         """The class at `row`, `column`, both in 1..size."""
@@ -52,10 +42,10 @@ class Grid:
 Question = Callable[[Grid, Random], tuple[str, str] | None]
 
 
-def draw_grid(size: int, rng: Random) -> Grid:
+def draw_grid(size: int, rng: Random, domain: Domain = CLOTHES) -> Grid:
     """Labels from a palette of two to eight classes, so that repeats and single classes are both common."""
-    palette = rng.sample(CLASSES, rng.choice((2, 3, 4, 5, 6, 8)))
-    return Grid(size, tuple(rng.choices(palette, k=size * size)))
+    palette = rng.sample(domain.classes, rng.choice((2, 3, 4, 5, 6, 8)))
+    return Grid(size, tuple(rng.choices(palette, k=size * size)), domain)
 
 
 def _cell(grid: Grid, rng: Random) -> tuple[int, int]:
@@ -72,14 +62,14 @@ def _read(grid: Grid, rng: Random) -> tuple[str, str]:
 
 
 def _count(grid: Grid, rng: Random) -> tuple[str, str]:
-    counts = {name: grid.labels.count(name) for name in CLASSES}
+    counts = {name: grid.labels.count(name) for name in grid.domain.classes}
     count = rng.choice(sorted(set(counts.values())))  # every number that occurs is equally likely
-    name = rng.choice([name for name in CLASSES if counts[name] == count])
+    name = rng.choice([name for name in counts if counts[name] == count])
     return f"count the {name} cells .", str(count)
 
 
 def _where(grid: Grid, rng: Random) -> tuple[str, str] | None:
-    single = [name for name in CLASSES if grid.labels.count(name) == 1]
+    single = [name for name in grid.domain.classes if grid.labels.count(name) == 1]
     if not single:
         return None
     name = rng.choice(single)
@@ -104,7 +94,7 @@ def _list(grid: Grid, rng: Random) -> tuple[str, str]:
 
 def _fact(grid: Grid, rng: Random) -> tuple[str, str]:
     if rng.random() < 0.5:
-        name = rng.choice(CLASSES)
+        name = rng.choice(tuple(KINDS))
         return f"what kind is a {name} ?", KINDS[name]
     word = rng.choice(list(_OPPOSITES))
     return f"what is the opposite of {word} ?", _OPPOSITES[word]
