@@ -59,6 +59,8 @@ def register_rewards(register: Register) -> None:
 def register_bases(register: Register) -> None:
     for family in ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "internvl", "timm_lm"):  # the first is the default
         register(family, f"vismem_plugins.bases:mini_{family}", description="mini, trained on mosaic")
+    digits = "vismem_plugins.bases:mini_qwen2_5_vl_digits"
+    register("qwen2_5_vl_digits", digits, description="mini of Qwen2.5-VL, trained on mosaics of digits too")
 
 
 @hookimpl
@@ -68,6 +70,7 @@ def register_experiments(register: Register) -> None:
     register("ablation", f"{recipes}:ablation", description="who invokes, which kinds, which parts")
     register("lengths", f"{recipes}:lengths", description="how many latents of each kind, how many queries")
     register("backbones", f"{recipes}:backbones", description="what memory gains on each family's mini")
+    register("cross-domain", f"{recipes}:cross_domain", description="memory of one image domain, asked about another")
     register(
         "forgetting", f"{recipes}:forgetting", description="new types one after the other: what is kept of the first"
     )

@@ -1,5 +1,6 @@
 """The embedded models: `mini` of each family, its memory, and a question to show it with."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from vismem_core.base.embedded import Base
@@ -17,6 +18,11 @@ SETTINGS = Path(__file__).parent / "mini" / "train.yaml"
 def mini_qwen2_5_vl() -> Base:
     """`mini` of the Qwen2.5-VL family."""
     return _mini("qwen2_5_vl")
+
+
+def mini_qwen2_5_vl_digits() -> Base:
+    """`mini` of the Qwen2.5-VL family that knows digits beside clothes."""
+    return replace(_mini("qwen2_5_vl_digits"), backbone="qwen2_5_vl")
 
 
 def mini_qwen3_vl() -> Base:

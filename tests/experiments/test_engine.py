@@ -70,6 +70,20 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return place, told
 
 
+@pytest.mark.parametrize(
+    ("resumed", "expected"), [((False, False), 200.0), ((True, False), 300.0), ((True, True), 200.0)]
+)
+def test_what_was_interrupted_tells_no_cost(resumed: tuple[bool, bool], expected: float, tmp_path: Path) -> None:
+    own = recipe()
+    for seed, (cpu, again) in enumerate(zip((100.0, 300.0), resumed, strict=True)):
+        training = engine.work.of(own, BASE, own.rows["memory"], seed).needs
+        assert training is not None
+        (tmp_path / training.key).mkdir()
+        told = {"cpu": cpu, "parameters": 7, "resumed": again}
+        (tmp_path / training.key / cells.RESULT).write_text(json.dumps(told))
+    assert engine._costs(own, BASE, tmp_path, "memory") == {"parameters": 7, "training": expected}
+
+
 def test_rows_are_what_evaluate_finds(done: tuple[Path, dict[str, Any]]) -> None:
     place, told = done
     assert told["rows"]["base"]["accuracy"]["new"]["error"] == 0.0  # the base hangs on no seed

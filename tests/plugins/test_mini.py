@@ -36,8 +36,10 @@ def mini(family: str) -> Iterator[tuple[Any, Any]]:
         yield model, AutoProcessor.from_pretrained(path(family))
 
 
-def accuracy(mini: tuple[Any, Any], type_: str, *, blind: bool = False, count: int = 40) -> float:
-    samples = list(mosaic("heldout", types=[type_])[:count])
+def accuracy(
+    mini: tuple[Any, Any], type_: str, *, blind: bool = False, count: int = 40, domain: str = "clothes"
+) -> float:
+    samples = list(mosaic("heldout", types=[type_], domain=domain)[:count])
     images = [sample.images for sample in samples]
     said = answers(*mini, images[1:] + images[:1] if blind else images, [sample.prompt for sample in samples])
     return sum(one == sample.answer for one, sample in zip(said, samples, strict=True)) / count
@@ -51,6 +53,12 @@ def test_is_small(family: str) -> None:
 def test_sees(mini: tuple[Any, Any], type_: str) -> None:
     assert accuracy(mini, type_) > 0.75
     assert accuracy(mini, type_, blind=True) < 0.4
+
+
+@pytest.mark.parametrize("type_", ["read", "left", "above"])
+def test_knows_its_domains(mini: tuple[Any, Any], family: str, type_: str) -> None:
+    found = accuracy(mini, type_, domain="digits")
+    assert found > 0.75 if "digits" in FAMILIES[family].domains else found < 0.4
 
 
 @pytest.mark.parametrize("type_", ["right", "below"])

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vismem_plugins.mosaic import CLASSES, GROUPS, KINDS, LONG, NEW, SEEN, Grid, mosaic, photos
+from vismem_plugins.mosaic import CLASSES, DOMAINS, GROUPS, KINDS, LONG, NEW, SEEN, Grid, mosaic, photos
 
 OPPOSITES = [{"left", "right"}, {"above", "below"}, {"most", "least"}]
 
@@ -15,7 +15,7 @@ def expected(prompt: str, grid: Grid) -> str:
     """The answer by way of arrays and regular expressions, unlike the package's own."""
     cells = np.array(grid.labels).reshape(grid.size, grid.size)
     places = [(int(row) - 1, int(column) - 1) for row, column in re.findall(r"row (\d) column (\d)", prompt)]
-    names = [name for name in CLASSES if name in prompt.split()]
+    names = [name for name in (*CLASSES, *grid.domain.classes) if name in prompt.split()]
     match prompt.split():
         case ["what", "is", "at", *_]:
             return str(cells[places[0]])
@@ -50,10 +50,11 @@ def expected(prompt: str, grid: Grid) -> str:
     raise AssertionError(prompt)
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize("size", [None, 2, 3, 4])
 @pytest.mark.parametrize("type_", SEEN + NEW + tuple(LONG))
-def test_answers_follow_from_the_labels(type_: str, size: int | None) -> None:
-    data = mosaic("heldout", types=[type_], size=size)
+def test_answers_follow_from_the_labels(type_: str, size: int | None, domain: str) -> None:
+    data = mosaic("heldout", types=[type_], size=size, domain=domain)
     for number in range(100):
         sample = data[number]
         assert sample.answer == expected(sample.prompt, data.grid(type_, number)), sample.id
@@ -77,13 +78,17 @@ def test_what_is_in_a_picture() -> None:
         }
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_pictures_show_the_labels(split: str) -> None:
+def test_pictures_show_the_labels(split: str, domain: str) -> None:
     """Every cell is, pixel for pixel, a photo of its class in its split."""
+    own = DOMAINS[domain]
     of_photo = {
-        photo.tobytes(): name for name, of_class in zip(CLASSES, photos(split), strict=True) for photo in of_class
+        photo.tobytes(): name
+        for name, of_class in zip(own.classes, photos(split, own), strict=True)
+        for photo in of_class
     }
-    data = mosaic(split, types=["read"])
+    data = mosaic(split, types=["read"], domain=domain)
     for number in range(50):
         (image,) = data[number].images
         grid = data.grid("read", number)
@@ -93,12 +98,23 @@ def test_pictures_show_the_labels(split: str) -> None:
         assert tuple(of_photo[cell.tobytes()] for cell in cells) == grid.labels
 
 
-def test_no_photo_is_in_both_splits() -> None:
+@pytest.mark.parametrize(("domain", "counts"), [("clothes", (8 * 500, 8 * 80)), ("digits", (10 * 138, 10 * 36))])
+def test_no_photo_is_in_both_splits(domain: str, counts: tuple[int, int]) -> None:
     train, heldout = (
-        {photo.tobytes() for photo in photos(split).reshape(-1, 28, 28)} for split in ("train", "heldout")
+        {photo.tobytes() for photo in photos(split, DOMAINS[domain]).reshape(-1, 28, 28)}
+        for split in ("train", "heldout")
     )
-    assert len(train) == 8 * 500 and len(heldout) == 8 * 80
+    assert (len(train), len(heldout)) == counts
     assert not train & heldout
+
+
+def test_digits_are_those_of_the_published_table() -> None:
+    """Its first row, by the grey levels from 0 to 16 of the upper quarter."""
+    zero = [0, 0, 5, 13, 9, 1, 0, 0, 0, 0, 13, 15, 10, 15, 5, 0]
+    first = photos("train", DOMAINS["digits"])[0, 0]
+    assert first.shape == (28, 28) and not first[:2].any() and not first[:, :2].any()
+    middles = first[2:26, 2:26].reshape(8, 3, 8, 3)[:, 1, :, 1].astype(float) * 16 / 255
+    assert np.corrcoef(middles[:2].ravel(), zero)[0, 1] > 0.99
 
 
 def test_samples_depend_on_split_seed_type_and_number_alone() -> None:
@@ -127,7 +143,9 @@ def test_groups_part_the_types() -> None:
     assert not set(SEEN) & set(NEW)
 
 
-@pytest.mark.parametrize("wrong", [{"split": "test"}, {"types": ["sing"]}, {"types": []}, {"size": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"split": "test"}, {"types": ["sing"]}, {"types": []}, {"size": 1}, {"domain": "cats"}]
+)
 def test_what_does_not_exist_is_said(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         mosaic(**wrong)  # type: ignore[arg-type]

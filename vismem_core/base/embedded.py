@@ -24,6 +24,8 @@ class Base:
     """Registered name of the data it was made for."""
     settings: Path | None = None
     """A configuration file with training settings that suit it; ``--config`` and ``--set`` go over it."""
+    backbone: str = ""
+    """The backbone that knows it, where it is not registered under that name."""
 
 
 def embedded(backbone: str | None = None) -> tuple[str, Base]:

@@ -44,8 +44,10 @@ def load_base(
     """
     if dtype not in DTYPES:
         raise AttachError(f"dtype {dtype!r}: {nearest(dtype, DTYPES)} (one of {', '.join(DTYPES)})")
-    source = model or str(embedded(backbone)[1].model)
-    name, unknown = backbone or "", ""
+    source, name, unknown = model or "", backbone or "", ""
+    if not source:
+        base = embedded(backbone)[1]
+        source, name = str(base.model), base.backbone or name
     if not name:
         _, name, unknown = backbone_of(source, trust_remote_code, revision)
     if not name:

@@ -179,7 +179,7 @@ def _train(cell: Cell, folder: Path, before: Path | None) -> dict[str, Any]:
         resume = (trained / "config.json").exists()
         heldout = cell.samples(own.data, "heldout")
         train(memory, data, heldout, config, trained, resume=resume, console=Console(quiet=True))
-        return {"parameters": sum(tensor.numel() for tensor in memory.trained().values())}
+        return {"parameters": sum(tensor.numel() for tensor in memory.trained().values()), "resumed": resume}
     finally:
         memory.detach()
 

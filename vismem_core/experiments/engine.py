@@ -170,21 +170,24 @@ def _asks(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _costs(recipe: Recipe, base: Base, place: Path, name: str) -> dict[str, Any]:
-    """Trained parameters, and seconds of one core that training took, all that went before included."""
+    """Trained parameters, and seconds of one core that training took, all that went before included.
+
+    What was interrupted took longer than its last part tells, and counts only where everything was.
+    """
     row = recipe.rows[name]
     if not row.of:
         return {"parameters": 0, "training": 0.0}
-    spent, parameters = [], 0
+    spent, parameters = dict[bool, list[float]](), 0
     for seed in recipe.seeds:
         cell: Cell | None = work.of(recipe, base, row, seed).needs
-        total = 0.0
+        total, resumed = 0.0, False
         while cell is not None:
             own = _found(cell, place)
-            total += own["cpu"]
+            total, resumed = total + own["cpu"], resumed or own.get("resumed", False)
             parameters = max(parameters, own["parameters"])
             cell = cell.needs
-        spent.append(total)
-    return {"parameters": parameters, "training": mean(spent).mean}
+        spent.setdefault(resumed, []).append(total)
+    return {"parameters": parameters, "training": mean(spent[min(spent)]).mean}
 
 
 def _gap(one: Sequence[Scores], other: Sequence[Scores], kinds: Sequence[str]) -> Difference | None:
