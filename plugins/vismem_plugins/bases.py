@@ -20,9 +20,9 @@ def mini_qwen2_5_vl() -> Base:
     return _mini("qwen2_5_vl")
 
 
-def mini_qwen2_5_vl_digits() -> Base:
-    """`mini` of the Qwen2.5-VL family that knows digits beside clothes."""
-    return replace(_mini("qwen2_5_vl_digits"), backbone="qwen2_5_vl")
+def mini_qwen2_5_vl_wide() -> Base:
+    """`mini` of the Qwen2.5-VL family that knows digits beside clothes, and questions that do not follow the image at once."""
+    return replace(_mini("qwen2_5_vl_wide"), backbone="qwen2_5_vl")
 
 
 def mini_qwen3_vl() -> Base:

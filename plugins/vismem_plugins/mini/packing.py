@@ -124,12 +124,21 @@ def ask(grid: Grid, count: int, rng: Random) -> list[tuple[str, str]]:
 
 
 class Packer:
-    """Makes batches of mosaics of some domains; a source of random numbers settles all of one."""
+    """Makes batches of mosaics of some domains; a source of random numbers settles all of one.
+
+    Args:
+        between: share of the questions that something meaningless stands in front of, behind the image.
+    """
 
     def __init__(
-        self, model: Any, processor: Any, sizes: Sequence[int], domains: Sequence[Domain] = (CLOTHES,)
+        self,
+        model: Any,
+        processor: Any,
+        sizes: Sequence[int],
+        domains: Sequence[Domain] = (CLOTHES,),
+        between: float = 0.0,
     ) -> None:
-        self._domains = domains
+        self._domains, self._between = domains, between
         self._layouts = {size: layout(model, processor, size) for size in sizes}
         self._words: dict[str, int] = processor.tokenizer.get_vocab()
         self._text = sorted(token for word, token in self._words.items() if not word.startswith("<"))
@@ -165,8 +174,8 @@ class Packer:
         to read past what does not matter and to use what does, as a large model does with its own thoughts. One that
         saw bare answers only loses the question over the first thing that comes between, memory included.
         """
-        length = rng.choice((1, 2, 4, 8, 10, 13, 17, 19))
-        aside = [FOREIGN] * length if rng.random() < 0.6 else rng.choices(self._text, k=length)
+        aside = self._nothing(rng)
+        length = len(aside)
         if rng.random() < 0.5 and (part := ARGUMENT.search(" ".join(prompt))):
             at = rng.randint(0, length)
             aside[at:at] = [self._words[word] for word in part[0].split()]
@@ -174,6 +183,10 @@ class Packer:
         if rng.random() < 0.7:
             aside.append(self._words[rng.choice((",", "."))])
         return prompt, aside
+
+    def _nothing(self, rng: Random) -> list[int]:
+        length = rng.choice((1, 2, 4, 8, 10, 13, 17, 19))
+        return [FOREIGN] * length if rng.random() < 0.6 else rng.choices(self._text, k=length)
 
     def _row(
         self, place: Layout, asked: list[tuple[str, str]], asides: float, rng: Random
@@ -186,7 +199,8 @@ class Packer:
             words, aside = prompt.split(), list[int]()
             if rng.random() < asides:
                 words, aside = self._aside(words, rng)
-            question = [*(self._words[word] for word in words), *place.suffix, *aside]
+            before = self._nothing(rng) if self._between and rng.random() < self._between else []
+            question = [*before, *(self._words[word] for word in words), *place.suffix, *aside]
             said = [*(self._words[word] for word in answer.split()), self._end]
             ids += question + said
             labels += [IGNORED] * (len(question) - 1) + said + [IGNORED]

@@ -129,6 +129,7 @@ def train(
     count: int = 32,
     questions: int = 8,
     domains: Sequence[str] = ("clothes",),
+    between: float = 0.0,
     state: Path | None = None,
     save_every: int = 500,
 ) -> Iterator[tuple[int, float]]:
@@ -139,11 +140,12 @@ def train(
         count: mosaics in a step.
         questions: about each of them.
         domains: what they show, in turn.
+        between: share of the questions that do not follow the image at once.
         state: a file to go on from, where there is one, and to save to every `save_every` steps.
     """
     optimizer = adamw(model)
     done = load(state, model, optimizer) if state is not None and state.is_file() else 0
-    pack = Packer(model, processor, SIZES, [DOMAINS[name] for name in domains])
+    pack = Packer(model, processor, SIZES, [DOMAINS[name] for name in domains], between)
     model.train()
     while done < steps:
         phase, progress = phase_at(done, steps, first)
@@ -238,7 +240,8 @@ def main() -> None:
         else:
             model.load_state_dict(teacher[0].state_dict())
     steps, first = args.steps or family.steps, 1 if family.teacher else 0
-    lessons = train(model, processor, steps=steps, seed=args.seed, first=first, domains=family.domains, state=state)
+    shown = {"domains": family.domains, "between": family.between}
+    lessons = train(model, processor, steps=steps, seed=args.seed, first=first, **shown, state=state)
     stages.append(("train", steps, lessons))
     follow(stages)
     # Half the size on disk; the configuration still says float32, so that this is what a plain load gives.
