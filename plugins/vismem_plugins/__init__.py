@@ -60,7 +60,9 @@ def register_bases(register: Register) -> None:
     for family in ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "internvl", "timm_lm"):  # the first is the default
         register(family, f"vismem_plugins.bases:mini_{family}", description="mini, trained on mosaic")
     wide = "vismem_plugins.bases:mini_qwen2_5_vl_wide"
-    register("qwen2_5_vl_wide", wide, description="mini of Qwen2.5-VL that knows digits too, and asides before a question")
+    register(
+        "qwen2_5_vl_wide", wide, description="mini of Qwen2.5-VL that knows digits too, and asides before a question"
+    )
 
 
 @hookimpl

@@ -21,7 +21,7 @@ def mini_qwen2_5_vl() -> Base:
 
 
 def mini_qwen2_5_vl_wide() -> Base:
-    """`mini` of the Qwen2.5-VL family that knows digits beside clothes, and questions that do not follow the image at once."""
+    """`mini` of Qwen2.5-VL that knows digits beside clothes, and questions that do not follow the image at once."""
     return replace(_mini("qwen2_5_vl_wide"), backbone="qwen2_5_vl")
 
 
