@@ -53,7 +53,7 @@ def check_names(
     from vismem_core.answers import reward
     from vismem_core.memory import trigger as triggers
 
-    if backbone is not None:
+    if backbone is not None and backbone not in registry("bases").names():
         registry("backbones").entry(backbone)
     if memory is not None:
         registry("query_builders").entry(memory.query.builder)
