@@ -74,6 +74,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "README.md": 0o640,
         "memory.safetensors": 0o640,
         "vismem.json": 0o640,
     }
@@ -84,7 +85,7 @@ def test_two_readable_files_and_what_was_trained(tmp_path: Path) -> None:
     memory = base.attach()
     memory.save(tmp_path)
     memory.save(tmp_path)  # again, over the first
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.safetensors", "vismem.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "memory.safetensors", "vismem.json"]
     tensors = load_file(tmp_path / "memory.safetensors")
     assert tensors.keys() == memory.trained().keys()
     own = {name for name, tensor in base.model.named_parameters()}

@@ -28,6 +28,7 @@ def attach(
     backbone: str | None = None,
     seed: int = 0,
     any_base: bool = False,
+    revision: str | None = None,
 ) -> Memory:
     """Give a model latent vision memory: its ordinary ``generate`` invokes it from now on.
 
@@ -35,11 +36,13 @@ def attach(
         model: a loaded vision-language model, also inside a ``PeftModel`` or of ``torch.compile``; its weights are
             not written. Adapters of its own act when memory is formed, as they do elsewhere.
         processor: its processor.
-        source: folder or hub id of a trained memory; without it memory is untrained.
+        source: folder or hub id (``user/name``, ``user/name@revision``) of a trained memory; without it memory is
+            untrained.
         config: its settings; by default those that a trained memory was saved with, or else :class:`MemoryConfig`'s.
         backbone: registered name; found from the model if not given.
         seed: of the initial values.
         any_base: load a memory that was trained on other weights of the same shape.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         AttachError: if these are no model and processor, no backbone knows the model, memory is attached already, or
@@ -61,7 +64,7 @@ def attach(
         raise AttachError(f"{away} is offloaded: memory needs all weights on devices; load fewer bits or use more GPUs")
     family = find_backbone(model, backbone)
     adapter = family(model, processor)
-    stored = checkpoint.read(source, adapter, any_base=any_base) if source is not None else None
+    stored = checkpoint.read(source, adapter, any_base=any_base, revision=revision) if source is not None else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         memory = put_on(adapter, config or (stored.config if stored else MemoryConfig()))

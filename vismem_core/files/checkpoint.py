@@ -1,4 +1,4 @@
-"""Trained memory on disk: ``memory.safetensors`` and ``vismem.json``, nothing else, written atomically."""
+"""Trained memory on disk: ``memory.safetensors`` and ``vismem.json``, written atomically, and a card for people."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from vismem_core.base.embedded import embedded
 from vismem_core.config import MemoryConfig, from_dict, to_dict
 from vismem_core.errors import CheckpointError, VismemError
 from vismem_core.plugins import registry
+
+from . import card, hub
 
 WEIGHTS, ABOUT = "memory.safetensors", "vismem.json"
 FORMAT = 1
@@ -54,6 +56,19 @@ def save(
         save_file(tensors, weights)
         written["weights"] = _digest(weights)
         description.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_card(folder)
+
+
+def write_card(folder: Path) -> None:
+    """Write or update the card of the memory in a folder, by what lies beside it. One that cannot be read stays."""
+    path = folder / card.CARD
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    try:
+        old = path.read_text(encoding="utf-8") if path.is_file() else ""
+        new = card.text(about, card.reported(folder), old=old)
+    except (CheckpointError, UnicodeDecodeError):
+        return
+    atomically(path, lambda place: place.write_text(new, encoding="utf-8"))
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -160,17 +175,18 @@ def fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Pa
             target.copy_(tensors[name])
 
 
-def read(source: str | Path, backbone: Backbone, *, any_base: bool = False) -> Stored:
+def read(source: str | Path, backbone: Backbone, *, any_base: bool = False, revision: str | None = None) -> Stored:
     """Find a checkpoint and check that it belongs to this base.
 
     Args:
         source: a folder, or a hub id.
         any_base: accept other weights of the same family and shape.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         CheckpointError: missing, damaged, or made for another base.
     """
-    folder = locate(source)
+    folder = locate(source, revision)
     about = description(folder)
     _compare(folder, about["base"], describe(backbone), any_base=any_base)
     return Stored(_settings(folder, about), about, folder / WEIGHTS)
@@ -193,21 +209,20 @@ def _settings(folder: Path, about: Mapping[str, Any]) -> MemoryConfig:
         raise CheckpointError(f"{folder / ABOUT}: {error}") from error
 
 
-def locate(source: str | Path) -> Path:
-    """The folder of a checkpoint; a hub id is downloaded (weights and description only)."""
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; of a hub id, ``user/name`` or ``user/name@revision``, weights and description are
+    downloaded.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     folder = Path(source)
     if folder.is_dir():
         return folder
-    if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    repo, _, own = str(source).partition("@")
+    if isinstance(source, Path) or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise CheckpointError(f"{source}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=[WEIGHTS, ABOUT]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{source}: no such folder here, and no memory on the hub ({reason})") from error
+    return hub.fetch(repo, (WEIGHTS, ABOUT), revision or own or None)
 
 
 def description(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from vismem_core.base.backbone import Backbone
 from vismem_core.base.compiled import Compiler
 from vismem_core.config import KINDS, Kind, MemoryConfig
 from vismem_core.errors import AttachError
-from vismem_core.files import checkpoint
+from vismem_core.files import checkpoint, publish
 from vismem_core.plugins import registry
 
 from . import tokens
@@ -301,8 +302,22 @@ class Memory(nn.Module):
         return tensors
 
     def save(self, folder: str | Path, **about: Any) -> None:
-        """Write ``memory.safetensors`` and ``vismem.json``; see :mod:`vismem_core.files.checkpoint`."""
+        """Write ``memory.safetensors``, ``vismem.json`` and a card; see :mod:`vismem_core.files.checkpoint`."""
         checkpoint.save(Path(folder), self.trained(), self.backbone, self.config, about)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        message: str = "",
+    ) -> str:
+        """Publish this memory; arguments, result and errors are those of :func:`vismem_core.files.publish.push`."""
+        with TemporaryDirectory() as folder:
+            self.save(folder)
+            return publish.push(folder, repo, private=private, revision=revision, license=license, message=message)
 
 
 def _rows(layer: nn.Module) -> int:

@@ -15,7 +15,7 @@ from vismem_core.files.samples import Sample, fingerprint
 if TYPE_CHECKING:
     from vismem_core.memory.memory import Memory
 
-METRICS, REPORT, SETTINGS, BASIS = "metrics.jsonl", "report.json", "config.json", "run.json"
+METRICS, SETTINGS, BASIS = "metrics.jsonl", "config.json", "run.json"
 
 
 @dataclass(frozen=True)

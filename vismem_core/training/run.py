@@ -19,7 +19,7 @@ from vismem_core.answers.inference import answers
 from vismem_core.answers.reward import parse
 from vismem_core.config import KINDS, Config, TrainConfig, to_dict
 from vismem_core.errors import ConfigError, TrainingError
-from vismem_core.files import checkpoint
+from vismem_core.files import card, checkpoint
 from vismem_core.files.lock import alone
 from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped
 from vismem_core.memory.memory import Memory
@@ -27,7 +27,7 @@ from vismem_core.memory.memory import Memory
 from . import state
 from .batches import Draws
 from .display import Display
-from .folder import BASIS, METRICS, REPORT, SETTINGS, Basis, basis, read_json, refuse
+from .folder import BASIS, METRICS, SETTINGS, Basis, basis, read_json, refuse
 from .formation import Formation
 from .formation_grpo import FormationGrpo
 from .invocation import InvocationStage
@@ -82,7 +82,7 @@ def train(
     run = Run(memory, config, output, console, on_bad)
     if run.finished(resume):
         run.say(f"{output}: this run is finished; nothing was left to do")
-        return read_json(output / REPORT)
+        return read_json(output / card.REPORT)
     run.say(f"training in {run.processes.told(memory.backbone.device)}")
     usable, asked = run.usable(train_data, check), run.usable(heldout, check)
     with ExitStack() as stack:
@@ -104,7 +104,8 @@ def train(
             return {}
         report |= run.told(usable, asked)
         report["seconds"] = round(time.monotonic() - began, 1)
-        checkpoint.atomically(output / REPORT, lambda path: path.write_text(finite_json(report, indent=2) + "\n"))
+        checkpoint.atomically(output / card.REPORT, lambda path: path.write_text(finite_json(report, indent=2) + "\n"))
+        checkpoint.write_card(output)
         (output / state.FILE).unlink(missing_ok=True)
     return report
 
@@ -149,7 +150,7 @@ class Run:
             if (was := before.get(key)) != (wanted := now.get(key)):
                 told = f"{key} is {was!r} there and {wanted!r} here"
                 raise TrainingError(f"{path}: {told}; give the same settings to --resume, or choose another --output")
-        return (self.output / REPORT).exists()
+        return (self.output / card.REPORT).exists()
 
     def usable(self, data: Sequence[Sample], check: Check) -> Sequence[Sample]:
         """The samples that this model can use; those of a file are looked at now, unless ``check`` is lazy."""
