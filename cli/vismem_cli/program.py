@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ ADVICE = {
 
 def run(args: Sequence[str]) -> NoReturn:
     """Run ``vismem`` with ``args``; always ends in SystemExit."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels when peft looks for it
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not cost the answer
     try:

@@ -95,9 +95,11 @@ def open_base(options: LoadOptions) -> tuple[Any, Any, str]:
     several threads have met, and training on two takes longer by two thirds.
     """
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from vismem_core.base.loading import load_base
 
+    disable_progress_bar()  # the command's own says that it loads
     model, processor, name = load_base(
         options.backbone,
         options.model,

@@ -95,6 +95,12 @@ finally: print({"torch", "numpy"} & set(sys.modules))"""
     assert "the command 'train' of vm_greet is hidden" in done.stderr
 
 
+def test_nothing_stands_between_the_lines_of_an_answer() -> None:
+    done = process(dict(os.environ), "infer")
+    assert done.code == 0 and len(done.out.splitlines()) == 1
+    assert [line.split()[0] for line in done.err.splitlines()] == ["image", "prompt", "memory"]
+
+
 def test_plugins_shows_what_is_broken(environment: dict[str, str]) -> None:
     done = process(environment, "plugins", "--json")
     states = {plugin["name"]: plugin for plugin in done.json["plugins"]}

@@ -37,7 +37,7 @@ def test_a_run_writes_memory_metrics_and_report(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     reports = {"metrics.jsonl", "config.json", "run.json", "report.json", "README.md"}
     assert names == {"memory.safetensors", "vismem.json", *reports}
-    assert "Measured on held-out questions" in (tmp_path / "README.md").read_text()
+    assert "Measured on held-out questions" in (finished / "README.md").read_text()
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [
         *(("formation", step) for step in range(1, 5)),

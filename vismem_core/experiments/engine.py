@@ -15,6 +15,7 @@ from threading import Thread
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from vismem_core.errors import TrainingError
 from vismem_core.plugins import reason
@@ -88,6 +89,7 @@ def _done(left: Mapping[str, Cell], place: Path, jobs: int) -> Iterator[tuple[Ce
 def _begin() -> None:
     """A worker's start: one thread, and an end when whoever waits for it is gone, however that came about."""
     torch.set_num_threads(1)
+    disable_progress_bar()
     parent = parent_process()
     assert parent is not None
 
