@@ -101,6 +101,19 @@ def test_nothing_stands_between_the_lines_of_an_answer() -> None:
     assert [line.split()[0] for line in done.err.splitlines()] == ["image", "prompt", "memory"]
 
 
+@pytest.mark.long  # all that can be imported is
+def test_doctor_says_what_loads_and_what_does_not(environment: dict[str, str]) -> None:
+    sick, well = process(environment, "doctor", "--json"), process(dict(os.environ), "doctor", "--json")
+    assert (sick.code, well.code) == (1, 0)
+    assert sick.json["broken"] == ["broken", "lost"] and well.json["broken"] == []
+    faults = {own["name"]: own["error"] for own in sick.json["plugins"] if own["error"]}
+    assert "not_installed" in faults["broken"] and "lost" in faults["lost"]
+    versions = {own["name"].lower(): own["version"] for own in well.json["packages"]}
+    assert versions["torch"] == version("torch") and versions["peft"] == version("peft")
+    assert {own["kind"] for own in well.json["plugins"]} == {"loaded"}
+    assert next(own["count"] for own in well.json["plugins"] if own["name"] == "formers") == 5
+
+
 def test_plugins_shows_what_is_broken(environment: dict[str, str]) -> None:
     done = process(environment, "plugins", "--json")
     states = {plugin["name"]: plugin for plugin in done.json["plugins"]}
