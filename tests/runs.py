@@ -10,7 +10,8 @@ from tiny import picture, qwen
 
 import vismem_core as vismem
 from vismem_core.config import Config, load
-from vismem_core.files.samples import Dataset, Sample, read_jsonl
+from vismem_core.files.samples import Dataset, Sample
+from vismem_core.files.samples import read as read_rows
 from vismem_core.training.run import train
 
 GROUPS = {"seen": ("colour",), "new": ("shape",)}
@@ -65,7 +66,7 @@ def written(path: Path, told: list[dict[str, Any]]) -> Path:
 
 def read(path: Path, **options: Any) -> Dataset:
     """What is in a file of rows."""
-    return read_jsonl(path, need_answer=True, **options)
+    return read_rows(path, need_answer=True, **options)
 
 
 GRPO = [

@@ -100,8 +100,13 @@ class LlavaOneVision15(Qwen2_5_VL):
     def merge(self) -> int:
         return int(self.visual.spatial_merge_size) ** 2
 
-    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]] = ()) -> BatchFeature:
-        batch = super().inputs(prompts, images)
+    def inputs(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Picture]] = (),
+        before: Sequence[Sequence[tuple[str, str]]] = (),
+    ) -> BatchFeature:
+        batch = super().inputs(prompts, images, before)
         batch.pop("mm_token_type_ids", None)  # its processor is Qwen's, whose later versions say more than it takes
         return batch
 

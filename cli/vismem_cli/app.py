@@ -12,7 +12,7 @@ from vismem_core import plugins
 from vismem_core.errors import PluginError
 from vismem_core.plugins import Entry
 
-from . import backbones, doctor, eval, experiment, infer, probe, push, train
+from . import backbones, data, doctor, eval, experiment, infer, probe, push, train
 from . import plugins as plugins_command
 from .console import warn
 
@@ -66,6 +66,7 @@ app.command("experiment", epilog=experiment.EXAMPLE)(experiment.experiment)
 app.command("probe", epilog=probe.EXAMPLE)(probe.probe)
 app.command("push", epilog=push.EXAMPLE)(push.push)
 app.command("plugins", epilog=plugins_command.EXAMPLE)(plugins_command.plugins)
+app.command("data", epilog=data.EXAMPLE)(data.data)
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command("backbones", epilog=backbones.EXAMPLE)(backbones.backbones)
 

@@ -29,6 +29,7 @@ def eval_(
     any_base: options.AnyBase = False,
     on_bad_sample: options.OnBad = options.OnBadSample.fail,
     check: options.Check = options.CheckRows.all,
+    columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
@@ -43,7 +44,13 @@ def eval_(
     """
     check_names(backbone)
     source = data or default_data(backbone, model)
-    samples = open_dataset(source, "heldout", on_bad=on_bad_sample.value, allow_outside=allow_outside)
+    samples = open_dataset(
+        source,
+        "heldout",
+        on_bad=on_bad_sample.value,
+        allow_outside=allow_outside,
+        columns=options.named_columns(columns),
+    )
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
     opened = open_memory(load)
 

@@ -55,6 +55,7 @@ def infer(
     any_base: options.AnyBase = False,
     on_bad_sample: options.OnBad = options.OnBadSample.fail,
     check: options.Check = options.CheckRows.all,
+    columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
@@ -76,7 +77,12 @@ def infer(
     ask: dict[str, Any] = {"trigger": trigger, "max_new_tokens": max_new_tokens, "batch": batch}
     if data is not None and output is not None:
         samples = open_dataset(
-            data, "heldout", need_answer=False, on_bad=on_bad_sample.value, allow_outside=allow_outside
+            data,
+            "heldout",
+            need_answer=False,
+            on_bad=on_bad_sample.value,
+            allow_outside=allow_outside,
+            columns=options.named_columns(columns),
         )
         left_out = list(samples.skipped)
         report = _answer_all(load, samples, output, ask, on_bad_sample.value, check.value, left_out)

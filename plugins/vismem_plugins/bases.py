@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vismem_core.base.embedded import Base
-from vismem_core.files.samples import read_jsonl
+from vismem_core.files.samples import read
 
 from .mini import path
 
@@ -53,7 +53,7 @@ def mini_timm_lm() -> Base:
 def _mini(family: str) -> Base:
     model = path(family)
     memory = model / "memory"
-    sample = read_jsonl(SAMPLE, need_answer=False)[0]
+    sample = read(SAMPLE, need_answer=False)[0]
     image = sample.images[0]
     assert isinstance(image, Path)
     return Base(

@@ -21,7 +21,7 @@ from vismem_cli.app import app
 from vismem_core import plugins
 from vismem_core.config import Config, MemoryConfig, TrainConfig, to_dict
 from vismem_core.errors import TrainingError
-from vismem_core.files.samples import read_jsonl
+from vismem_core.files.samples import read
 from vismem_core.memory.trace import Trace
 
 COMMANDS = ("train", "infer", "eval", "plugins", "backbones")
@@ -376,7 +376,7 @@ def test_questions_that_memory_was_trained_on_are_told(
     vismem: Callable[..., Run], core: Core, questions: Path, tmp_path: Path
 ) -> None:
     questions.write_text('{"id": "a", "prompt": "hm ?", "answer": "yes"}\n')
-    told = {"source": str(questions), "samples": 1, "digest": read_jsonl(questions, need_answer=True).told}
+    told = {"source": str(questions), "samples": 1, "digest": read(questions, need_answer=True).told}
     run = {"base": {}, "data": told, "heldout": told, "processes": 1, "rows": {}}
     (tmp_path / "run.json").write_text(json.dumps(run))
     done = vismem("eval", "--memory", tmp_path, "--data", questions)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from vismem_core.errors import DataError
-from vismem_core.files.samples import Sample, Skipped, open_dataset, question, read_jsonl
+from vismem_core.files.samples import Sample, Skipped, open_dataset, question, read
 
 ROW: dict[str, Any] = {"id": "a", "image": "red.png", "prompt": "what colour ?", "answer": "red", "type": "colour"}
 
@@ -38,7 +38,7 @@ def without(key: str) -> dict[str, Any]:
 def test_reads_rows(folder: Path) -> None:
     several = {"id": 2, "images": ["red.png", "red.png"], "prompt": "<image> and <image> ?", "answer": "yes"}
     text_only = {"id": "c", "prompt": "hello", "answer": "hi"}
-    data = read_jsonl(write(folder, ROW, "", several, text_only), need_answer=True)
+    data = read(write(folder, ROW, "", several, text_only), need_answer=True)
     assert data[0] == Sample("a", (folder / "red.png",), "what colour ?", "red", "colour")
     assert [(sample.id, len(sample.images), sample.type) for sample in data[1:]] == [("2", 2, None), ("c", 0, None)]
     assert data.skipped == ()
@@ -72,14 +72,14 @@ BAD: list[tuple[dict[str, Any] | str | bytes, str]] = [
 def test_bad_rows(folder: Path, row: dict[str, Any] | str | bytes, message: str) -> None:
     path = write(folder, ROW | {"id": "first"}, row)
     with pytest.raises(DataError) as error:
-        read_jsonl(path, need_answer=True)
+        read(path, need_answer=True)
     assert str(error.value).startswith(f"{path}:2: ")
     assert message in str(error.value)
 
 
 def test_bad_rows_are_skipped_and_listed(folder: Path) -> None:
     path = write(folder, *[row for row, _ in BAD if row != ROW | {"id": "first"}], ROW)
-    data = read_jsonl(path, need_answer=True, on_bad="skip")
+    data = read(path, need_answer=True, on_bad="skip")
     assert [sample.id for sample in data] == ["a"]
     assert [skipped.line for skipped in data.skipped] == list(range(1, len(BAD)))
     assert data.skipped[2] == Skipped(3, "expected a JSON object, got '[1]'", str(path))
@@ -88,25 +88,25 @@ def test_bad_rows_are_skipped_and_listed(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "\n\n"])
 def test_nothing_usable(folder: Path, text: str) -> None:
     with pytest.raises(DataError, match=r"data\.jsonl: no usable row"):
-        read_jsonl(write(folder, text), need_answer=True, on_bad="skip")
+        read(write(folder, text), need_answer=True, on_bad="skip")
 
 
 def test_answers_are_needed_in_training_only(folder: Path) -> None:
-    assert read_jsonl(write(folder, without("answer")), need_answer=False)[0].answer is None
+    assert read(write(folder, without("answer")), need_answer=False)[0].answer is None
 
 
 def test_images_outside_when_allowed(folder: Path) -> None:
     path = write(folder, ROW | {"image": "../outside.png"})
-    assert read_jsonl(path, need_answer=True, allow_outside=True)[0].images == (folder.parent / "outside.png",)
+    assert read(path, need_answer=True, allow_outside=True)[0].images == (folder.parent / "outside.png",)
 
 
 def test_links_inside_the_folder_may_lead_out(folder: Path) -> None:
     (folder / "link.png").symlink_to(folder.parent / "outside.png")
-    assert len(read_jsonl(write(folder, ROW | {"image": "link.png"}), need_answer=True)) == 1
+    assert len(read(write(folder, ROW | {"image": "link.png"}), need_answer=True)) == 1
 
 
 def test_images_that_do_not_decode_name_sample_and_file(folder: Path) -> None:
-    data = read_jsonl(write(folder, ROW), need_answer=True)
+    data = read(write(folder, ROW), need_answer=True)
     (folder / "red.png").write_text("replaced")
     with pytest.raises(DataError, match=r"data\.jsonl:1: the image .*red\.png does not decode"):
         data[0].load_images()

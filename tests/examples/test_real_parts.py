@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vismem_backbones.compose import compose
-from vismem_core.files.samples import read_jsonl
+from vismem_core.files.samples import read
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "real_parts"
 ENCODER = "tf_efficientnet_lite0"
@@ -100,7 +100,7 @@ def stand_in(place: Path) -> Path:
 def test_questions_become_rows(own: Any, tmp_path: Path) -> None:
     counts = own.parts.write_questions(stand_in(tmp_path / "theirs"), tmp_path / "data")
     assert counts == {"train": 6, "heldout": 6}
-    data = read_jsonl(tmp_path / "data" / "heldout.jsonl", need_answer=True)
+    data = read(tmp_path / "data" / "heldout.jsonl", need_answer=True)
     rows = {(row.prompt, row.answer, row.type) for row in data}
     assert ("what is the blue shape?", "circle", "shape") in rows
     assert ("what color is the shape?", "blue", "color") in rows
@@ -114,7 +114,7 @@ def test_questions_become_rows(own: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_projector_alone_learns(own: Any, tmp_path: Path, dtype: torch.dtype) -> None:
     own.parts.write_questions(stand_in(tmp_path / "theirs"), tmp_path / "data")
-    data = read_jsonl(tmp_path / "data" / "train.jsonl", need_answer=True)
+    data = read(tmp_path / "data" / "train.jsonl", need_answer=True)
     words = tiny._tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends = {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}

@@ -91,3 +91,29 @@ def test_a_row_without_images_among_others(family: Any) -> None:
     told = backbone(family())
     inputs = told.inputs(["a bag ?", "<image> a bag ?"], [[], IMAGES[:1]])
     assert [shape(told, inputs, row).count("[I]") for row in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize("family", [tied, *FAMILIES])
+def test_conversations(family: Any) -> None:
+    """Earlier turns stand in front, images where they are shown; the last turn is asked as it is alone."""
+    told = backbone(family())
+    before = [("system", "be brief"), ("user", "<image> this ?"), ("assistant", "red <image>")]
+    whole = told.prompt("and ?", 2, before)
+    alone = told.prompt("and ?", 0)
+    assert whole.endswith(alone[alone.index("and ?") :])
+    first, second = told.prompt("this ?", 1), told.prompt("x <image> ?", 1)
+    image = second[second.index("x ") + 2 : second.index(" ?")]
+    assert first[: first.index("this ?") + 6] in whole and f"red {image}" in whole
+    assert whole.index("be brief") < whole.index("this ?") < whole.index("red ") < whole.index("and ?")
+    assert told.prompt("and ?", 1, [("user", "<image>this ?"), ("assistant", "red")]) == told.prompt(
+        "and ?", 1, [("user", "this ?"), ("assistant", "red")]
+    )
+    with pytest.raises(AttachError, match="has 2 <image>, and images: 1"):
+        told.prompt("and ?", 1, before)
+    pictures = [picture(28, 28, 1), picture(28, 28, 2)]
+    turned = told.inputs(["and ?", "what ?"], [pictures, pictures[:1]], [before, ()])
+    plain = told.inputs(["what ?"], [pictures[:1]])
+    length = plain["input_ids"].shape[1]
+    assert turned["input_ids"][1, -length:].equal(plain["input_ids"][0])
+    words = told.processor.tokenizer.decode(turned["input_ids"][0])
+    assert words.index("be brief") < words.index("this ?") < words.index("red") < words.index("and ?")

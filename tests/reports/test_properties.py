@@ -20,7 +20,7 @@ from tiny import picture
 from vismem_core.base.images import decode
 from vismem_core.errors import CheckpointError, DataError, VismemError
 from vismem_core.files import checkpoint
-from vismem_core.files.samples import KEYS, read_jsonl
+from vismem_core.files.samples import KEYS, read
 
 ROWS, IMAGES, MEMORIES = 10_000, 2_000, 2_000
 TOGETHER = 50
@@ -120,7 +120,7 @@ def test_rows(folder: Path) -> None:
         path.write_bytes(b"\n".join(lines) + b"\n")
         told = [number for number, line in enumerate(lines, 1) if line.strip()]
         try:
-            data = read_jsonl(path, need_answer=True, on_bad="skip")
+            data = read(path, need_answer=True, on_bad="skip")
         except DataError as error:
             assert one_line(error).startswith(f"{path}: ")
             return
@@ -139,7 +139,7 @@ def test_rows(folder: Path) -> None:
                 assert one_line(error).startswith(f"{path}:")
         if left:
             with pytest.raises(DataError) as first:
-                read_jsonl(path, need_answer=True)
+                read(path, need_answer=True)
             assert one_line(first.value).startswith(f"{path}:{min(left)}: ")
 
     check()

@@ -288,10 +288,11 @@ def test_compressed_files_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{"id": "a", "prompt": "wh', r"Invalid control character at column 26, perhaps cut off"),
+        ('{"id": "a", "prompt": "wh', "Unterminated string starting at column 23, perhaps cut off"),
         ('{"id": "a",', "perhaps cut off"),
         ('{"id": a}', r"Expecting value at column 8;"),
-        ("[", "one JSON value over several lines"),
+        ("{", "one JSON value over several lines"),
+        ('{"id": ', "Expecting value at column 8, perhaps cut off"),
     ],
 )
 def test_lines_that_are_no_json_say_where(tmp_path: Path, text: str, told: str) -> None:

@@ -20,7 +20,7 @@ from transformers import BatchFeature
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.images import PLACEHOLDER, Picture
 from vismem_core.errors import AttachError, DataError, VismemError, cut
-from vismem_core.files.samples import HINT, Dataset, OnBad, Sample, Skipped
+from vismem_core.files.samples import HINT, Dataset, OnBad, Sample, Skipped, asked
 from vismem_core.memory.tokens import NAMES
 
 CHUNK = 256
@@ -150,7 +150,7 @@ def left_out(sample: Sample, why: str) -> Skipped:
 
 
 def _inputs(backbone: Backbone, samples: Sequence[Sample]) -> BatchFeature:
-    return backbone.inputs([own.prompt for own in samples], [own.load_images() for own in samples])
+    return backbone.inputs(*asked(samples))
 
 
 class _Checker:
@@ -171,7 +171,8 @@ class _Checker:
         """
         for at, sample in enumerate(samples):
             count = 0
-            parts = [("prompt", piece) for piece in sample.prompt.split(PLACEHOLDER)]
+            texts = [*(text for _, text in sample.turns), sample.prompt]
+            parts = [("prompt", piece) for text in texts for piece in text.split(PLACEHOLDER)]
             if self.answers:
                 parts.append(("answer", sample.answer or ""))
             for name, text in parts:

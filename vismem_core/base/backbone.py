@@ -167,15 +167,21 @@ class Backbone(ABC):
 
     # Inputs
 
-    def prompt(self, text: str, images: int) -> str:
+    def prompt(self, text: str, images: int, before: Sequence[tuple[str, str]] = ()) -> str:
         """The chat-formatted prompt for ``text`` over ``images`` images, ready for the answer to follow.
 
-        Each image stands where the text has its ``<image>``, as published data has it; without any, and where they
+        Each image stands where a text has its ``<image>``, as published data has it; without any, and where they
         lead, the images are in front as the chat template puts them.
+
+        Args:
+            before: earlier turns, role (``system``, ``user`` or ``assistant``) and text of each. Images without a mark
+                are the first user's.
 
         Raises:
             AttachError: the marks are not as many as the images, or the template has no place for images.
         """
+        if before:
+            return self._conversation([*before, ("user", text)], images)
         pieces = text.split(PLACEHOLDER)
         if len(pieces) == 1:
             return self._chat(images, text)
@@ -189,6 +195,29 @@ class Backbone(ABC):
         mark = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in text)
         chat = self._chat(leading, mark.join(pieces[leading:]))
         for image in range(leading, images):
+            chat = chat.replace(mark, self._markup(image).strip(), 1)
+        return chat
+
+    def _conversation(self, turns: Sequence[tuple[str, str]], images: int) -> str:
+        places = sum(text.count(PLACEHOLDER) for _, text in turns)
+        if places not in (0, images):
+            raise AttachError(f"the conversation has {places} {PLACEHOLDER}, and images: {images}")
+        first = next(at for at, (role, _) in enumerate(turns) if role == "user")
+        mark = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if not any(mark in text for _, text in turns))
+        messages: list[dict[str, Any]] = []
+        shown, marked = 0, list[int]()
+        for at, (role, text) in enumerate(turns):
+            pieces = text.split(PLACEHOLDER)
+            leading = next((at for at, piece in enumerate(pieces[:-1]) if piece.strip()), len(pieces) - 1)
+            rest = pieces[leading:]
+            rest[0] = rest[0].lstrip() if leading else rest[0]
+            leading = images if at == first and not places else leading
+            marked += range(shown + leading, shown + leading + len(rest) - 1)
+            shown += leading + len(rest) - 1
+            content: list[dict[str, str]] = [{"type": "image"} for _ in range(leading)]
+            messages.append({"role": role, "content": [*content, {"type": "text", "text": mark.join(rest)}]})
+        chat: str = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        for image in marked:
             chat = chat.replace(mark, self._markup(image).strip(), 1)
         return chat
 
@@ -249,13 +278,19 @@ class Backbone(ABC):
         ids: list[int] = self.processor.tokenizer(opening, add_special_tokens=False)["input_ids"]
         return ids
 
-    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Picture]] = ()) -> BatchFeature:
+    def inputs(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Picture]] = (),
+        before: Sequence[Sequence[tuple[str, str]]] = (),
+    ) -> BatchFeature:
         """Left-padded model inputs for ``generate``, on the model's device.
 
         Args:
             prompts: the questions of the rows.
             images: each row's images, none by default; the model sees them as a person does
                 (:mod:`vismem_core.base.images`).
+            before: each row's earlier turns, none by default (:meth:`prompt`).
 
         Raises:
             AttachError: the processor or its chat template does not take them.
@@ -269,7 +304,9 @@ class Backbone(ABC):
         decoded = [[_decoded(image, row, at) for at, image in enumerate(own)] for row, own in enumerate(images)]
         arguments: dict[str, Any] = {"images": decoded} if any(decoded) else {}
         try:
-            texts = [self.prompt(text, len(own)) for text, own in zip(prompts, decoded, strict=True)]
+            told = [own or () for own in before] or [()] * len(prompts)
+            asked = zip(prompts, decoded, told, strict=True)
+            texts = [self.prompt(text, len(own), turns) for text, own, turns in asked]
             self.processor.tokenizer.padding_side = "left"
             batch = self.processor(text=texts, padding=True, return_tensors="pt", **arguments)
         except Exception as error:  # the model's own code; often a chat template without a place for images

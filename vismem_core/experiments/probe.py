@@ -26,7 +26,7 @@ from vismem_core.base import outlook
 from vismem_core.config import KINDS, Kind
 from vismem_core.decoding.replay import read_prompts
 from vismem_core.errors import DataError
-from vismem_core.files.samples import Sample
+from vismem_core.files.samples import Sample, asked
 from vismem_core.memory.controls import noise, repeated, zero
 from vismem_core.memory.memory import Memory
 from vismem_core.memory.tokens import NAMES
@@ -178,15 +178,11 @@ def _latents(memory: Memory, samples: Sequence[Sample], kind: Kind) -> Tensor:
     formed = []
     for part in _batches(samples):
         with memory.triggered(f"schedule:0={kind}"):
-            inputs = memory.backbone.inputs(*_prompts(samples[part]))
+            inputs = memory.backbone.inputs(*asked(samples[part]))
             memory.model.generate(**inputs, max_new_tokens=3, do_sample=False)
         found = sorted(memory.trace.invocations, key=lambda own: own.row)
         formed.append(torch.stack([own.latents for own in found]))
     return torch.cat(formed)
-
-
-def _prompts(samples: Sequence[Sample]) -> tuple[list[str], list[list[Any]]]:
-    return [own.prompt for own in samples], [own.load_images() for own in samples]
 
 
 def _entering(memory: Memory, kind: Kind, latents: Mapping[Kind, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -343,7 +339,7 @@ def _visual(memory: Memory, samples: Sequence[Sample]) -> list[Tensor]:
     """Each question's projected visual tokens, (T, d)."""
     told = []
     for part in _batches(samples):
-        session = read_prompts(memory, memory.backbone.inputs(*_prompts(samples[part]))).session
+        session = read_prompts(memory, memory.backbone.inputs(*asked(samples[part]))).session
         seen, mask = session.visual(list(range(len(samples[part]))))
         told += [own[there] for own, there in zip(seen, mask, strict=True)]
     return told

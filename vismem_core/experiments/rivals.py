@@ -19,7 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 from vismem_core.answers import reward
 from vismem_core.base.families import find_backbone
 from vismem_core.config import Config, StageConfig
-from vismem_core.files.samples import Sample
+from vismem_core.files.samples import Sample, asked
 from vismem_core.training.batches import Batch, Sampler, extended, make_batch
 
 LR = {"sft": 2e-3, "grpo": 5e-4}
@@ -122,15 +122,11 @@ def _grpo(model: Any, backbone: Any, batch: Batch, config: Config) -> Tensor | N
     for row in live:  # a prompt's group at a time: its images are the same
         part = slice(row * count, (row + 1) * count)
         group = replace(
-            batch, samples=samples[part], inputs=backbone.inputs(*_asked(samples[part])), answers=written[part]
+            batch, samples=samples[part], inputs=backbone.inputs(*asked(samples[part])), answers=written[part]
         )
         logprobs, mask = _logprobs(model, backbone, group)
         losses.append(-(advantages[row][:, None].to(logprobs) * logprobs * mask).sum(1) / mask.sum(1))
     return torch.cat(losses).sum() / scores.numel()
-
-
-def _asked(samples: Sequence[Sample]) -> tuple[list[str], list[list[Any]]]:
-    return [own.prompt for own in samples], [own.load_images() for own in samples]
 
 
 def _logprobs(model: Any, backbone: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,11 @@
-"""Samples: what a question is made of, and the JSONL files and registered data sets they come from."""
+"""Samples: what a question is made of, and the files and registered data sets they come from."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -15,8 +13,10 @@ from typing import Any, Literal, overload
 from PIL import Image
 
 from vismem_core import plugins
-from vismem_core.base.images import PLACEHOLDER, Picture, decode, embedded, is_file, shown, verify
+from vismem_core.base.images import PLACEHOLDER, Picture, decode, embedded, shown, verify
 from vismem_core.errors import DataError, cut, nearest
+
+from . import formats, sources
 
 KEYS = ("id", "image", "images", "prompt", "answer", "type")
 SPREAD = 64
@@ -26,12 +26,16 @@ HINT = "mend it, or leave bad rows out with --on-bad-sample skip"
 OnBad = Literal["fail", "skip"]
 
 
+Turn = tuple[str, str]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One question over zero or more images.
 
     Attributes:
         late: memory comes between the images and the question: what is formed there does not know what is asked.
+        turns: what was said before, role (``system``, ``user``, ``assistant``) and text of each turn.
         place: where it stands, ``file:line``, for messages; empty for one that stands in no file.
     """
 
@@ -41,6 +45,7 @@ class Sample:
     answer: str | None = None
     type: str | None = None
     late: bool = False
+    turns: tuple[Turn, ...] = ()
     place: str = field(default="", compare=False)
 
     @property
@@ -65,7 +70,7 @@ class Sample:
 
     def digest(self) -> str:
         """A fingerprint of what is asked: the prompt and the images' bytes."""
-        told = hashlib.sha256(("late " * self.late + self.prompt).encode())
+        told = hashlib.sha256(("late " * self.late + self.prompt + (repr(self.turns) if self.turns else "")).encode())
         for image in self.images:
             told.update(_bytes(image))
         return told.hexdigest()[:16]
@@ -77,6 +82,12 @@ def _bytes(image: Picture) -> bytes:
     if isinstance(image, str):
         return image.encode()
     return image if isinstance(image, bytes) else image.tobytes()
+
+
+def asked(samples: Sequence[Sample]) -> tuple[Any, ...]:
+    """What :meth:`vismem_core.base.backbone.Backbone.inputs` takes of samples: prompts, images and earlier turns."""
+    told = [own.prompt for own in samples], [own.load_images() for own in samples]
+    return (*told, [own.turns for own in samples]) if any(own.turns for own in samples) else told
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ class Dataset(Sequence[Sample]):
     Attributes:
         told: digest of the file's rows, where they come from a file; see :func:`fingerprint`.
         source: path or registered name, for people.
+        columns: what the source calls some of our keys, where that was said.
     """
 
     def __init__(
@@ -106,14 +118,15 @@ class Dataset(Sequence[Sample]):
         groups: Mapping[str, Sequence[str]] | None = None,
         told: str = "",
         source: str = "",
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         self.samples, self.skipped, self.groups = samples, tuple(skipped), groups
-        self.told, self.source = told, source
+        self.told, self.source, self.columns = told, source, columns
 
     def only(self, samples: Sequence[Sample]) -> Dataset:
         """Some of its samples, as a data set of their own from which nothing was left out."""
         told = self.told and hashlib.sha256(repr((self.told, [own.id for own in samples])).encode()).hexdigest()[:16]
-        return Dataset(samples, (), self.groups, told, self.source)
+        return Dataset(samples, (), self.groups, told, self.source, self.columns)
 
     def type_of(self, index: int) -> str | None:
         """The type of a sample, which need not be made for it."""
@@ -164,115 +177,132 @@ def open_dataset(
     need_answer: bool = True,
     on_bad: OnBad = "fail",
     allow_outside: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """A registered data set's split, or a JSONL file, which is the same for both splits.
+    """A registered data set's split, or what :func:`read` reads; a file is the same for both splits.
 
     Raises:
         PluginError: a registered data set that does not load.
-        DataError: neither a registered name nor a file, or a bad row (see ``read_jsonl``).
+        DataError: neither a registered name nor a source, or a bad row (see :func:`read`).
     """
     names = plugins.registry("datasets").names()
     if str(source) in names:
         samples = plugins.registry("datasets").get(str(source))(split)
         return Dataset(samples, groups=getattr(samples, "groups", None), source=str(source))
-    if not is_file(Path(source)):
+    if not sources.known(source):
         raise DataError(f"{shown(Path(source))}: neither a file nor a data set; {nearest(str(source), names)}")
-    return read_jsonl(Path(source), need_answer=need_answer, on_bad=on_bad, allow_outside=allow_outside)
+    options: dict[str, Any] = {"on_bad": on_bad, "allow_outside": allow_outside, "columns": columns}
+    return read(source, split, need_answer=need_answer, **options)
 
 
-def read_jsonl(path: Path, *, need_answer: bool, on_bad: OnBad = "fail", allow_outside: bool = False) -> Dataset:
-    """Rows ``{"id", "image" or "images", "prompt", "answer", "type"?}`` of a file, which may be compressed by gzip.
+def read(
+    source: str | Path,
+    split: Literal["train", "heldout"] = "train",
+    *,
+    need_answer: bool,
+    on_bad: OnBad = "fail",
+    allow_outside: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> Dataset:
+    """The rows of a source (:mod:`vismem_core.files.sources`), in whatever format (:mod:`vismem_core.files.formats`).
 
-    Image paths are relative to the file; an image may also be a data URL or bare base64.
+    Image paths are relative to the file, or in the folder; an image may also be bytes, a data URL or bare base64.
 
     Args:
+        split: of a source that has several.
         need_answer: whether a row without an answer is bad.
         on_bad: stop at the first bad row, or leave bad rows out and list them in ``skipped``.
-        allow_outside: whether images may lie outside the file's folder.
+        allow_outside: whether images may lie outside the folder.
+        columns: what a source calls some of our keys, ``{"prompt": "question"}``.
 
     Raises:
         DataError: a bad row, as ``file:line: what is wrong``, or no usable row at all.
     """
-    reader = _Reader(path, need_answer, allow_outside)
+    reader = _Reader(source, need_answer, allow_outside, columns)
     samples: list[Sample] = []
     skipped: list[Skipped] = []
-    for line, text in _rows(path):
+    for line, row in sources.rows(source, split):
         try:
-            samples.append(reader.sample(line, text))
+            samples.append(reader.sample(line, row))
         except DataError as error:
             if on_bad == "fail":
-                raise DataError(f"{path}:{line}: {error}; {HINT}") from error
-            skipped.append(Skipped(line, str(error), str(path)))
+                raise DataError(f"{source}:{line}: {error}; {HINT}") from error
+            skipped.append(Skipped(line, str(error), str(source)))
     if not samples:
         first = f", the first on line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
-        raise DataError(f"{path}: no usable row; {len(skipped)} bad ones{first}")
-    return Dataset(samples, skipped, told=reader.told.hexdigest()[:16], source=os.path.abspath(path))
-
-
-def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Line numbers and lines, without empty ones."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-            file.seek(0)
-            if start in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError(f"{path}: is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
-            lines = gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file
-            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: is compressed by gzip and damaged: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{source}: no usable row; {len(skipped)} bad ones{first}")
+    where = str(source) if reader.remote else os.path.abspath(source)
+    return Dataset(samples, skipped, told=reader.told.hexdigest()[:16], source=where, columns=columns)
 
 
 class _Reader:
     """Turns the rows of one file into samples; raises DataError without the place."""
 
-    def __init__(self, path: Path, need_answer: bool, allow_outside: bool) -> None:
-        self.path = path
-        self.folder = Path(os.path.abspath(path.parent))  # unlike resolve: links may lead out of the folder
+    def __init__(
+        self, source: str | Path, need_answer: bool, allow_outside: bool, columns: Mapping[str, str] | None = None
+    ) -> None:
+        self.source, self.columns = source, columns
+        self.remote = str(source).startswith(sources.HUB)
+        path = Path(source)
+        folder = path if path.is_dir() else path.parent
+        self.folder = Path(os.path.abspath(folder))  # unlike resolve: links may lead out of the folder
         self.need_answer = need_answer
         self.allow_outside = allow_outside
         self.lines: dict[str, int] = {}
         self.sizes: dict[Path, int] = {}
         self.told = hashlib.sha256()
 
-    def sample(self, line: int, text: bytes) -> Sample:
-        row = self._row(text)
+    def sample(self, line: int, told: sources.Row) -> Sample:
+        row = self._row(told, line)
         sample_id, prompt = _text(row, "id"), _text(row, "prompt")
         answer = _text(row, "answer") if self.need_answer or row.get("answer") is not None else None
         kind = _text(row, "type") if row.get("type") is not None else None
         images = tuple(self._image(name) for name in _names(row))
-        _check_places(prompt, images)
+        turns = tuple((role, text) for role, text in row.get("turns") or ())
+        _check_places("".join(text for _, text in turns) + prompt, images)
         if sample_id in self.lines:
             raise DataError(f"the id {cut(sample_id)!r} is taken by line {self.lines[sample_id]}; ids must differ")
         self.lines[sample_id] = line
         sizes = [self.sizes[image] for image in images if isinstance(image, Path)]
-        self.told.update(text.strip() + repr(sizes).encode())
-        return Sample(sample_id, images, prompt, answer, kind, place=f"{self.path}:{line}")
+        if isinstance(told, bytes):
+            self.told.update(told.strip() + repr(sizes).encode())
+        else:
+            held = [hashlib.sha256(own).hexdigest() for own in images if isinstance(own, bytes)]
+            self.told.update(repr((sample_id, turns, prompt, answer, kind, sizes, held)).encode())
+        return Sample(sample_id, images, prompt, answer, kind, turns=turns, place=f"{self.source}:{line}")
 
-    def _row(self, text: bytes) -> dict[str, Any]:
+    def _row(self, told: sources.Row, line: int) -> dict[str, Any]:
+        if not isinstance(told, bytes):
+            return formats.ours(told, line, self.columns)
         try:
-            row = json.loads(text)
+            row = json.loads(told.rstrip(b"\r\n"))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON: {_told(error, text)}; each line must hold one object") from error
+            raise DataError(f"not JSON: {_told(error, told)}; each line must hold one object") from error
         if not isinstance(row, dict):
-            raise DataError(f"expected a JSON object, got {text.decode(errors='replace').strip()[:40]!r}")
+            raise DataError(f"expected a JSON object, got {told.decode(errors='replace').strip()[:40]!r}")
+        row = formats.ours(row, line, self.columns, whole=True)
         for key in row:
-            if key not in KEYS:
+            if key not in (*KEYS, "turns"):
                 raise DataError(f"unknown key {cut(key)!r}; {nearest(key, KEYS)}")
         return row
 
-    def _image(self, name: str) -> Picture:
-        if name.startswith(("http://", "https://")):
-            raise DataError(f"the image {cut(name)!r} is a URL; download it into the folder of the file")
-        if (held := embedded(name)) is not None:
+    def _image(self, named: Any) -> Picture:
+        if isinstance(named, Mapping):  # as the package datasets stores one
+            named = named.get("bytes") or named.get("path")
+        if isinstance(named, bytes):
+            verify(named)
+            return named
+        if not isinstance(named, str) or not named:
+            raise DataError(f"an image is a path or bytes, got {cut(repr(named))}")
+        if named.startswith(("http://", "https://")):
+            raise DataError(f"the image {cut(named)!r} is a URL; download it into the folder of the file")
+        if (held := embedded(named)) is not None:
             verify(held)
             return held
-        path = Path(os.path.abspath(self.folder / name))
-        if not self.allow_outside and not path.is_relative_to(self.folder):
+        path = Path(os.path.abspath(self.folder / named))
+        if not self.allow_outside and (self.remote or not path.is_relative_to(self.folder)):
             raise DataError(
-                f"the image {cut(name)!r} lies outside the folder of the file; move it there, or pass --allow-outside"
+                f"the image {cut(named)!r} lies outside the folder of the file; move it there, or pass --allow-outside"
             )
         if path not in self.sizes:
             verify(path)
@@ -305,12 +335,12 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _names(row: Mapping[str, Any]) -> Iterable[str]:
-    """The row's image paths; a row may have none."""
+def _names(row: Mapping[str, Any]) -> Iterable[Any]:
+    """The row's images; a row may have none."""
     if "image" in row and "images" in row:
         raise DataError("both 'image' and 'images'; keep one")
     names = [row["image"]] if row.get("image") is not None else row.get("images") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, (str, bytes, Mapping)) and name for name in names):
         raise DataError("'image' must be a path and 'images' a list of paths")
     return names
 

@@ -86,7 +86,9 @@ class Basis:
 
 
 def _told(data: Sequence[Sample]) -> dict[str, Any]:
-    return {"source": getattr(data, "source", ""), "samples": len(data), "digest": fingerprint(data)}
+    told = {"source": getattr(data, "source", ""), "samples": len(data), "digest": fingerprint(data)}
+    columns = getattr(data, "columns", None)
+    return told | {"columns": dict(columns)} if columns else told
 
 
 def _shown(told: Mapping[str, Any]) -> str:

@@ -240,7 +240,7 @@ def main() -> None:
         else:
             model.load_state_dict(teacher[0].state_dict())
     steps, first = args.steps or family.steps, 1 if family.teacher else 0
-    shown = {"domains": family.domains, "between": family.between}
+    shown: dict[str, Any] = {"domains": family.domains, "between": family.between}
     lessons = train(model, processor, steps=steps, seed=args.seed, first=first, **shown, state=state)
     stages.append(("train", steps, lessons))
     follow(stages)

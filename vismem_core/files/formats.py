@@ -1,0 +1,151 @@
+"""How published data writes a question, and what it means here.
+
+Formats are told by looking at a row's keys: our own (``prompt``, ``answer``), chat (``messages`` with typed content, or
+TRL's ``prompt`` and ``completion`` that hold messages), ``conversations`` of ``human`` and ``gpt``, and the columns of VQA data sets
+(``question``, ``answer`` or ``answers``). Each becomes a row of our own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vismem_core.base.images import PLACEHOLDER
+from vismem_core.errors import DataError, cut
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+IDS = ("id", "question_id", "uid", "sample_id")
+TYPES = ("type", "question_type", "category")
+ANSWERS = ("answer", "multiple_choice_answer", "answers", "label")
+IMAGES = ("image", "images", "img", "image_path")
+
+
+def ours(
+    row: Mapping[str, Any], number: int, columns: Mapping[str, str] | None = None, *, whole: bool = False
+) -> dict[str, Any]:
+    """The same row with our keys: ``id``, ``images``, ``prompt``, ``answer``, ``type``, ``turns``.
+
+    Args:
+        number: of the row, which is its id where it has none.
+        columns: the row's own name of some of our keys.
+        whole: a row of our own form stays as it is, with what is not known there. Others' columns are left aside.
+
+    Raises:
+        DataError: a named column is missing, or what is in one cannot be understood.
+    """
+    if columns:
+        if lost := [own for own in columns.values() if own not in row]:
+            raise DataError(f"there is no column {lost[0]!r}; there are {cut(', '.join(map(str, row)), 200)}")
+        taken = set(columns.values()) | set(columns)
+        row = {key: own for key, own in row.items() if key not in taken} | {
+            key: row[own] for key, own in columns.items()
+        }
+    kind = kind_of(row)
+    if kind == "ours" and whole and not columns:
+        return dict(row)
+    told = _known(row, number)
+    if kind in ("ours", "columns"):
+        told["prompt"] = row.get("prompt", row.get("question"))
+        told["answer"] = _agreed(next((row[key] for key in ANSWERS if row.get(key) is not None), None))
+        return told
+    images = list(told.get("images") or [])
+    turns = list(_turns(row, kind, images))
+    told["images"] = images
+    answer = turns.pop()[1] if turns and turns[-1][0] == "assistant" else None
+    if not turns or turns[-1][0] != "user":
+        raise DataError("the conversation has no question of a user in front of its end")
+    return told | {"answer": answer, "prompt": turns[-1][1], "turns": turns[:-1]}
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """``chat``, ``conversations``, ``columns`` or ``ours``."""
+    if isinstance(row.get("messages"), list) or isinstance(row.get("prompt"), list):
+        return "chat"
+    if isinstance(row.get("conversations"), list):
+        return "conversations"
+    return "columns" if "question" in row and "prompt" not in row else "ours"
+
+
+def _known(row: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """What all formats have in common; other columns are left aside."""
+    told: dict[str, Any] = {"id": next((row[key] for key in IDS if row.get(key) is not None), number)}
+    if (type_ := next((row[key] for key in TYPES if isinstance(row.get(key), str)), None)) is not None:
+        told["type"] = type_
+    images = next((row[key] for key in IMAGES if row.get(key) is not None), None)
+    if images is not None:
+        told["images"] = images if isinstance(images, list) else [images]
+    return told
+
+
+def _agreed(answers: Any) -> Any:
+    """The answer that most annotators gave, the first of those that as many did."""
+    if isinstance(answers, (int, float)):
+        return str(answers)
+    if not isinstance(answers, list):
+        return answers
+    texts = [own.get("answer") if isinstance(own, Mapping) else own for own in answers]
+    if not texts or not all(isinstance(own, str) for own in texts):
+        raise DataError("'answers' must be a list of texts, or of objects with an 'answer'")
+    return Counter(texts).most_common(1)[0][0]
+
+
+def _turns(row: Mapping[str, Any], kind: str, images: list[Any]) -> Iterator[tuple[str, str]]:
+    """Role and text of each turn. Images that stand in the turns themselves are put among ``images``, in order."""
+    if kind == "conversations":
+        messages: Sequence[Any] = row["conversations"]
+        role, content = "from", "value"
+    else:
+        written = row["messages"] if isinstance(row.get("messages"), list) else [*row["prompt"], *_completion(row)]
+        messages, role, content = written, "role", "content"
+    waiting, placed = iter(list(images)), list[Any]()
+    for at, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise DataError(f"turn {at} must be an object, got {cut(repr(message))}")
+        own = ROLES.get(str(message.get(role)))
+        if own is None:
+            raise DataError(
+                f"turn {at}: {role!r} is {cut(repr(message.get(role)))}; it must be one of {', '.join(ROLES)}"
+            )
+        yield own, _text(message.get(content), at, waiting, placed)
+    if placed:
+        images[:] = [*placed, *waiting]
+
+
+def _completion(row: Mapping[str, Any]) -> Sequence[Any]:
+    completion = row.get("completion")
+    return completion if isinstance(completion, list) else []
+
+
+def _text(content: Any, at: int, waiting: Iterator[Any], placed: list[Any]) -> str:
+    """The text of a turn, with a mark where an image stands."""
+    if isinstance(content, str):
+        for _ in range(content.count(PLACEHOLDER)):
+            placed.extend(own for own in [next(waiting, None)] if own is not None)
+        return content
+    if not isinstance(content, list):
+        raise DataError(f"turn {at}: its content must be a text or a list of parts, got {cut(repr(content))}")
+    pieces = []
+    for part in content:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        if not isinstance(part, Mapping):
+            raise DataError(f"turn {at}: a part must be an object, got {cut(repr(part))}")
+        kind = part.get("type")
+        if kind == "text" and isinstance(part.get("text"), str):
+            pieces.append(part["text"])
+        elif kind in ("image", "image_url"):
+            placed.append(_image(part, at, waiting))
+            pieces.append(PLACEHOLDER)
+        else:
+            raise DataError(f"turn {at}: a part of type {cut(repr(kind))}; parts are text or image")
+    return "".join(pieces)
+
+
+def _image(part: Mapping[str, Any], at: int, waiting: Iterator[Any]) -> Any:
+    named = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
+    if isinstance(named, Mapping) and isinstance(named.get("url"), str):
+        named = named["url"]
+    found = named if named is not None else next(waiting, None)
+    if found is None:
+        raise DataError(f"turn {at} shows more images than the row has")
+    return found
