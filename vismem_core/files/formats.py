@@ -1,8 +1,8 @@
 """How published data writes a question, and what it means here.
 
 Formats are told by looking at a row's keys: our own (``prompt``, ``answer``), chat (``messages`` with typed content, or
-TRL's ``prompt`` and ``completion`` that hold messages), ``conversations`` of ``human`` and ``gpt``, and the columns of VQA data sets
-(``question``, ``answer`` or ``answers``). Each becomes a row of our own.
+TRL's ``prompt`` and ``completion`` that hold messages), ``conversations`` of ``human`` and ``gpt``, and the columns of
+VQA data sets (``question``, ``answer`` or ``answers``). Each becomes a row of our own.
 """
 
 from __future__ import annotations
