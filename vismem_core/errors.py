@@ -65,4 +65,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, words, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(words)}" if words else "none are known"
+    return f"known: {cut(', '.join(words), 400)}" if words else "none are known"

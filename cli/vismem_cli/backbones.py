@@ -24,11 +24,17 @@ def backbones(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """List the families of models that memory can be attached to; --json names their model types too."""
+    """List the families of models that memory can be attached to; --json names their model types too.
+
+    --check exits with 1 if memory would not attach.
+    """
     if check is not None:
         from vismem_core.base.outlook import outlook  # torch comes with it
 
-        _check(outlook(check, trust_remote_code=trust_remote_code, revision=revision), as_json)
+        told = outlook(check, trust_remote_code=trust_remote_code, revision=revision)
+        _check(told, as_json)
+        if told.attaches is False:
+            raise typer.Exit(1)
         return
     entries = plugins.registry("backbones").entries()
     embedded = plugins.registry("bases").names()
@@ -56,8 +62,12 @@ def _check(told: Any, as_json: bool) -> None:
         print_json(asdict(told))
         return
     answer = {True: "yes", False: "no", None: "only the model itself can tell"}[told.attaches]
-    rows = [("model type", told.model_type), ("memory attaches", f"{answer}: {told.why}"), ("backbone", told.backbone)]
+    rows = [("model type", told.model_type), ("memory attaches", f"{answer}: {told.why}" if told.why else answer)]
+    if told.attaches is False:
+        print_table("Check", ("", ""), rows)
+        return
+    rows.append(("backbone", told.backbone))
     rows.append(("layers", ", ".join(f"{count} {kind}" for kind, count in told.layers.items())))
     rows.append(("features", ", ".join(told.features)))
-    rows += [(f"without {setting}", why) for setting, why in told.without.items()]
+    rows += [(f"not {setting}", why) for setting, why in told.without.items()]
     print_table("Check", ("", ""), rows)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vismem_core.base.embedded import embedded
 
 from . import options
-from .console import err, out, print_json, print_table, say
+from .console import err, out, print_json, print_table, say, warn
 
 if TYPE_CHECKING:
     from vismem_core.experiments.recipe import Recipe
@@ -91,6 +91,8 @@ def experiment(
     if as_json:
         print_json({"output": str(output), "experiments": told})
         return
+    if quick:
+        warn(page.TRIAL)
     for own in told:
         few = len(page.columns(own)) + 2  # what fits a terminal; the page has the rest
         rows = [row[:few] for row in page.table(own)]

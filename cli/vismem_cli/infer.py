@@ -94,8 +94,8 @@ def infer(
         from vismem_core.answers import picture as drawing
 
         drawing.check(picture)
-    if html is not None and not html.parent.is_dir():
-        raise VismemError(f"{html}: there is no folder {html.parent}")
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        raise VismemError(f"{html}: " + ("is a folder" if html.is_dir() else f"there is no folder {html.parent}"))
     sample = _sample(load, image or [], prompt)
     opened = open_memory(load)
     answer = _answer(opened, sample, ask)

@@ -47,7 +47,8 @@ AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Accept a model of the same shape whose weights differ from the memory's.")
 ]
 Device = Annotated[
-    str, typer.Option("--device", metavar="NAME", help="Such as cpu, cuda or cuda:1; or map or shard (see README).")
+    str,
+    typer.Option("--device", metavar="NAME", help="Such as cpu, cuda or cuda:1; or map or shard (docs/training.md)."),
 ]
 Dtype = Annotated[DType, typer.Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32.")]
 TrustRemoteCode = Annotated[

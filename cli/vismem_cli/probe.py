@@ -11,10 +11,12 @@ from rich.progress import Progress
 from vismem_core.files.samples import open_dataset
 
 from . import options
-from .console import err, out, print_json, print_table
+from .console import err, out, print_json, print_table, say
 from .sources import LoadOptions, check_names, check_rows, default_data, open_memory
 
 EXAMPLE = "Example: vismem probe --per-type 20"
+FEW = 100
+"""Questions below which intervals are wide."""
 
 
 def probe(
@@ -41,6 +43,10 @@ def probe(
     """Put other things in the latents' places, all else held fixed, and see what answers lose.
 
     Memory is invoked once, at the answer's start. Differences are from its own latents, with intervals of 95%.
+
+    In the latents' places: zeros; noise of their size, or of their mean and covariance; the first one repeated; the
+    mean over all questions; a word that means nothing (pause tokens); nothing (markers only); the memory of another
+    image or question, or of the other kind.
     """
     check_names(backbone)
     samples = open_dataset(
@@ -79,6 +85,7 @@ def probe(
     if as_json:
         print_json(told)
         return
+    say(f"{told['questions']} questions{'; too few to tell much' if told['questions'] < FEW else ''}")
     for kind, own in told["kinds"].items():
         head = ("in the latents' places", "accuracy", "difference", "log-likelihood, nats a token")
         print_table(f"\n{kind}-term memory", head, _rows(own["conditions"]), numbers=True)

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from accelerate.utils import disable_fsdp_ram_efficient_loading, get_max_memory
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from vismem_core.errors import AttachError, VismemError, nearest
 from vismem_core.plugins import registry
@@ -115,7 +118,14 @@ def backbone_of(source: str, trust_remote_code: bool = False, revision: str | No
         for entry in backbones.entries():
             if entry.facts.get("fallback"):
                 known.setdefault(config.model_type, entry.name)
-    hint = "" if config.model_type in known else nearest(config.model_type, known)
+    if config.model_type in known:
+        hint = ""
+    elif config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        hint = "it reads text alone; vismem_backbones.compose puts a vision encoder in front of it"
+    elif config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        hint = "transformers has no model of that type that answers questions about images"
+    else:
+        hint = nearest(config.model_type, known)
     return config, known.get(config.model_type, ""), f"no backbone knows model type {config.model_type!r}; {hint}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -90,6 +91,7 @@ def _begin() -> None:
     """A worker's start: one thread, and an end when whoever waits for it is gone, however that came about."""
     torch.set_num_threads(1)
     disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their developers
     parent = parent_process()
     assert parent is not None
 
@@ -142,6 +144,7 @@ def told(recipe: Recipe, base: Base, place: Path) -> dict[str, Any]:
         "also": recipe.also,
         "figure": recipe.figure,
         "axis": recipe.axis,
+        "trial": recipe.trial,
         "seeds": list(recipe.seeds),
         "per_type": recipe.per_type,
         "groups": groups,

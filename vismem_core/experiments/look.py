@@ -169,7 +169,7 @@ def _page(told: Look) -> Iterator[str]:
         yield f'<section><h2 class="{own.kind}">{number}. {own.kind}-term, at token {own.position}</h2>'
         if len(images) == 1 and own.looked:
             yield f"<figure>{_picture(images[0], own.looked)}<figcaption class='note'>where its query looked: how much "
-            yield "each visual token moves it (darker: more)</figcaption></figure>"
+            yield "each visual token moves it (bluer: more)</figcaption></figure>"
         yield "<table><thead><tr><th>latent</th><th>nearest words (cosine)</th>"
         yield "<th>nats a token lost without it</th></tr>"
         yield "</thead><tbody>"

@@ -104,6 +104,14 @@ def differences(told: Mapping[str, Any]) -> Iterator[list[str]]:
         ]
 
 
+LEGEND = (
+    "Accuracies are means over the types of question of a group, as the data set names groups (of mosaic, seen types "
+    "are what the base was trained on, and new ones what was kept from it). Invocations are per answer; trained are "
+    "parameters; a core's seconds are those of training; the time of an answer is relative to the first row's. Effect "
+    "is the mean difference over the standard deviation of the questions' differences; a difference is clear where its "
+    "interval leaves zero out."
+)
+TRIAL = "A trial run (--quick): it shows that everything runs, and is too small to tell anything."
 COMPARED = ["difference", "types", "mean", "95% interval", "effect (d)", "clear"]
 
 
@@ -112,7 +120,7 @@ def _page(shown: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[str]:
     yield f"<style>{STYLE}</style>"
     yield "<h1>Experiments</h1><nav>"
     yield from (f'<a href="#{escape(own["experiment"])}">{escape(own["experiment"])}</a>' for own in shown)
-    yield "</nav>"
+    yield f'</nav><p class="note">{escape(LEGEND)}</p>'
     for own in shown:
         yield from _section(own, folder)
 
@@ -120,6 +128,8 @@ def _page(shown: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[str]:
 def _section(told: Mapping[str, Any], folder: Path) -> Iterator[str]:
     name = told["experiment"]
     yield f'<section id="{escape(name)}"><h2>{escape(told["title"])}</h2><p>{escape(told["asks"])}</p>'
+    if told.get("trial"):
+        yield f"<p><strong>{escape(TRIAL)}</strong></p>"
     picture = folder / f"{name}.svg"
     if picture.exists():
         data = base64.b64encode(picture.read_bytes()).decode()
@@ -138,10 +148,12 @@ def _section(told: Mapping[str, Any], folder: Path) -> Iterator[str]:
 
 def _text(shown: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Markdown: what the page says, for places where people read files."""
-    yield "# Experiments\n"
+    yield f"# Experiments\n\n{LEGEND}\n"
     for told in shown:
         name = told["experiment"]
         yield f"## {told['title']}\n\n{told['asks']}\n\n![{told['title']}]({name}.png)\n"
+        if told.get("trial"):
+            yield f"**{TRIAL}**\n"
         yield from _markdown(headings(told), table(told))
         if told["compare"]:
             yield from _markdown(COMPARED, differences(told))
@@ -164,6 +176,7 @@ def _note(told: Mapping[str, Any]) -> str:
         f"Means over types{spread}; {told['per_type']} "
         f"questions of each type; intervals by a bootstrap of questions. Base: {model}. {versions}. Again: "
         f"vismem experiment {told['experiment']} --backbone {base['backbone']} --seeds {seeds}"
+        + (" --quick" if told.get("trial") else "")
     )
 
 

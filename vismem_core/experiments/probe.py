@@ -25,7 +25,7 @@ from vismem_core.base import cache as kv
 from vismem_core.base import outlook
 from vismem_core.config import KINDS, Kind
 from vismem_core.decoding.replay import read_prompts
-from vismem_core.errors import DataError
+from vismem_core.errors import DataError, nearest
 from vismem_core.files.samples import Sample, asked
 from vismem_core.memory.controls import noise, repeated, zero
 from vismem_core.memory.memory import Memory
@@ -152,6 +152,9 @@ def verdict(kind: str, told: Mapping[str, Any]) -> str:
 
 def _asked(samples: Sequence[Sample], types: Sequence[str] | None, per_type: int) -> Asked:
     chosen = pick(samples, per_type)
+    for kind in types or ():
+        if kind not in chosen:
+            raise DataError(f"there is no type or group of questions {kind!r}; {nearest(kind, chosen)}")
     chosen = {kind: own for kind, own in chosen.items() if types is None or kind in types}
     twins = {own.id: own for part in swapped(chosen).values() for own in part}
     everyone = [own for part in chosen.values() for own in part]

@@ -107,6 +107,7 @@ class Recipe:
             memory is invoked (``invocations``), or accuracy against cost (``costs``).
         axis: what ``x`` is.
         quick: what a trial run has instead: ``seeds``, ``per_type``, and ``settings`` for all that is trained.
+        trial: whether this is one.
     """
 
     name: str
@@ -125,13 +126,14 @@ class Recipe:
     figure: str = "bars"
     axis: str = ""
     quick: Mapping[str, Any] = field(default_factory=dict)
+    trial: bool = False
 
     def quickly(self) -> Recipe:
         """The same, too small to tell anything, to see that all of it runs."""
         settings = self.quick.get("settings", {})
         trained = {name: replace(own, settings={**own.settings, **settings}) for name, own in self.trained.items()}
         few = {key: self.quick[key] for key in ("seeds", "per_type", "max_new_tokens") if key in self.quick}
-        return replace(self, trained=trained, **few)
+        return replace(self, trained=trained, trial=True, **few)
 
     def lineage(self, name: str) -> list[Trained]:
         """What is trained before it and goes into it, the first first, itself last."""

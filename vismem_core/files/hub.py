@@ -23,8 +23,10 @@ def fetch(repo: str, names: Sequence[str], revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(names)))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        unreached = isinstance(error, LocalEntryNotFoundError)
+        why = "it was not asked or not reached, and the cache has none" if unreached else reason(error)
         at = f"{repo}@{revision}" if revision else repo
-        raise CheckpointError(f"{at}: no such folder here, and no memory on the hub ({reason(error)})") from error
+        raise CheckpointError(f"{at}: no such folder here, and no memory on the hub ({why})") from error
 
 
 def reason(error: Exception) -> str:

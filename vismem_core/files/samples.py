@@ -229,8 +229,8 @@ def read(
                 raise DataError(f"{source}:{line}: {error}; {HINT}") from error
             skipped.append(Skipped(line, str(error), str(source)))
     if not samples:
-        first = f", the first on line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
-        raise DataError(f"{source}: no usable row; {len(skipped)} bad ones{first}")
+        first = f"{len(skipped)} bad ones, the first on line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
+        raise DataError(f"{source}: no usable row; {first or 'it is empty'}")
     where = str(source) if reader.remote else os.path.abspath(source)
     return Dataset(samples, skipped, told=reader.told.hexdigest()[:16], source=where, columns=columns)
 
@@ -324,7 +324,7 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and key == "id":
         return str(value)
     if value is None:
-        raise DataError(f"{key!r} is missing; add it to the row")
+        raise DataError(f"{key!r} is missing")
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{key!r} must be a text that is not empty, got {cut(repr(value))}")
     try:
