@@ -288,7 +288,10 @@ def main(
     millions = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
     setting = {"parameters (M)": millions, "dtype": dtype, "device": device, "threads": threads, "new tokens": tokens}
     setting |= {"prompt": bench.inputs(1)["input_ids"].shape[1], "repeats": repeats}
-    figures = [own for letter in only for own in parts[letter](bench)]
+    figures: Figures = []
+    for number, letter in enumerate(only, 1):  # a line, since what moves beside a measurement disturbs it
+        Console(stderr=True).print(f"measuring {letter}, {number} of {len(only)}")
+        figures += parts[letter](bench)
     noisy = [own["figure"] for own in figures if own["most"] - own["least"] > NOISY * own["ratio"]]
     report = {"setting": setting, "figures": figures, "noisy": noisy}
     print(json.dumps(report)) if json_ else show(report)
