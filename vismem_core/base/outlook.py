@@ -81,6 +81,11 @@ def refused(config: Any) -> str:
     return ""
 
 
+def counts_columns(config: Any) -> bool:
+    """Whether a language model of this configuration looks at where the columns of its tokens stand."""
+    return kv.counted(DynamicCache(config=config))
+
+
 def keeps_images(config: Any) -> str:
     """Why images cannot leave the cache of a language model of this configuration; empty if they can."""
     if not kv.states(DynamicCache(config=config)):

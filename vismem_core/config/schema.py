@@ -72,6 +72,10 @@ class MemoryConfig(Section):
     """Tokens that must lie between an end token and the next invocation."""
     delimiters: tuple[str, ...] = (",", ".", ";", ":", "?", "!", "\n")
     """Where a thought ends: triggers may invoke there, and the four tokens start as copies of the first one."""
+    places: Literal["text", "image"] = "text"
+    """Where latents stand: behind what was written, or at the positions of the row's image tokens, spread over them,
+    with the text's positions going on as if nothing had come between. A base finds what stands where an image stood
+    with the circuits that read images; it costs the packed and compiled passes."""
     drop_image_after_invocation: bool = False
     """Image tokens leave a row's KV cache once its first memory is formed: long answers without them. Their columns are
     given up, unless the model has layers with a sliding window: there they are only masked."""

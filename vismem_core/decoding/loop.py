@@ -85,6 +85,8 @@ class Decoder:
         compiler, passes = self.memory.compiler, self.passes
         inner = passes.inner
         inner.compile = compiler.wanted(generation_config, model_kwargs, self.memory.config.compile)
+        if inner.compile is not None and self.session.needs.image_places:
+            raise AttachError("memory.places=image is not compiled: call generate without compiling or a static cache")
         if limit is not None:
             self.ahead = self.memory.columns(limit - prompt) + inner.width
             if inner.compile is None:

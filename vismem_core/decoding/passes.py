@@ -50,7 +50,7 @@ class Passes:
             return
         rows = list(range(len(fed)))
         alike = not (session.room.ragged or session.room.sources or kv.states(session.room))
-        if alike and not session.watched(model_kwargs):
+        if alike and not session.needs.image_places and not session.watched(model_kwargs):
             self.formed = dict(zip(rows, self.form(rows, kind, fed=False), strict=True))
 
     def form(self, rows: Sequence[int], kind: Kind, fed: bool = True) -> Tensor:
@@ -81,7 +81,7 @@ class Passes:
             self.formed |= formed
             return output, padded or bool(latents)
         shared = session.room.sources is not None
-        same = not session.room.ragged and not shared
+        same = not session.room.ragged and not shared and not session.needs.image_places
         if together is not None and len(together[0]) == session.rows and same:
             return self._together(model, input_ids, together[1], model_kwargs, padded), padded
         if session.packs(model_kwargs):
@@ -239,6 +239,8 @@ class Passes:
         session = self.session
         for rows, vectors in latents.values():
             length, positions = vectors.shape[1], session.places_of(rows, vectors.shape[1])
+            if (standing := session.standing(rows, length, positions[..., :1])) is not None:
+                positions = standing
             grown, mask = session.room.together(rows)
             mask = torch.cat([mask, mask.new_ones(len(rows), length)], dim=-1)
             with session.apart():

@@ -117,7 +117,8 @@ class Replay:
         device = self.prompts.mask.device
         fed = torch.tensor([[1] * slots[-1] + [0] * (self.length - slots[-1]) for slots in self.slots])
         self.columns = torch.cat([self.prompts.mask, fed.to(self.prompts.mask)], dim=1)
-        self.positions = self.prompts.positions + torch.arange(self.length, device=device)
+        self.before = self._before().to(device)  # (R, S + 1), how far the text's positions are before each slot
+        self.positions = self._positions()
         self._then: dict[int, list[Any]] = {}  # by columns read, the layers that forget as they were then
 
     def hidden(self, *, form: bool) -> Tensor:
@@ -140,6 +141,27 @@ class Replay:
         return self._context(places, *self._past)
 
     # The sequence
+
+    def _before(self) -> Tensor:
+        moves = torch.ones(len(self.slots), self.length + 1, dtype=torch.long)
+        for row, _, first, count in self._standing():
+            moves[row, first : first + count] = 0
+        return moves.cumsum(1) - moves
+
+    def _positions(self) -> Tensor:
+        """The position id of each slot, (.., R, S)."""
+        positions = self.prompts.positions + self.before[:, :-1]
+        for row, standing, first, count in self._standing():
+            positions[..., row, first : first + count] = standing
+        return positions
+
+    def _standing(self) -> Iterator[tuple[int, Tensor, int, int]]:
+        """Latents that stand where their row's images stood: row, position ids (.., N), first slot, N."""
+        for row, (own, slots) in enumerate(zip(self.answers, self.slots, strict=True)):
+            for index, latents in own.latents.items():
+                standing = self.prompts.standing([row], len(latents), self.prompts.positions[..., [row], :])
+                if standing is not None and self.prompts.passed([row], len(latents)) == [0]:
+                    yield row, standing[..., 0, :], slots[index] + 1, len(latents)
 
     @cached_property
     def _hidden_from(self) -> Tensor:
@@ -242,8 +264,11 @@ class Replay:
 
     def _form(self, kind: Kind, places: Sequence[tuple[int, int]]) -> Tensor:
         context = self._context(places, *self._past)
+        former = self.memory.former(kind)
         context.query = self.memory.builder(context.states, context.mask)
-        latents: Tensor = self.memory.former(kind)(context)
+        behind = context.next_position + context.query.shape[1]
+        context.standing = self.prompts.standing([row for row, _ in places], former.config.length, behind)
+        latents: Tensor = former(context)
         return self.memory.entering(latents)
 
     @cached_property
@@ -289,6 +314,7 @@ class Replay:
         visual, seen = self.prompts.visual(rows)
         index = torch.tensor(rows, device=self.positions.device)
         steps = torch.tensor(stops, device=self.positions.device)[:, None]
+        passed = self.before[index].gather(1, steps)
         width = self.prompts.mask.shape[1]
         late = steps > self._hidden_from[index, None]  # memory formed first still sees the images
         columns = self.columns[index].masked_fill(self._images[index] & late, 0)
@@ -307,7 +333,7 @@ class Replay:
             query=visual[:, :0],
             cache=cache,
             attention_mask=mask,
-            next_position=self.prompts.positions[..., index, :] + steps,
+            next_position=self.prompts.positions[..., index, :] + passed,
             vision=self.prompts.vision,
             rows=rows,
             history=history,

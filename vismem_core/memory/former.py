@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -22,11 +22,13 @@ class Needs:
     vision_cache: bool = False
     vision_inputs: bool = False
     history: bool = False
+    image_places: bool = False
+    """Latents stand where the row's images stood (``memory.places``)."""
 
     @staticmethod
     def union(needs: Iterable[Needs]) -> Needs:
         """All of what several formers need."""
-        flags = [(own.vision_cache, own.vision_inputs, own.history) for own in needs]
+        flags = [astuple(own) for own in needs]
         return Needs(*(any(column) for column in zip(*flags, strict=True)))
 
 
@@ -60,6 +62,7 @@ class MemoryContext:
         vision: the vision encoder's states of the whole batch.
         rows: the R rows' numbers in the batch, for ``vision``.
         history: where the former needs it; of all memory may look at, images included that the cache has no more.
+        standing: (.., R, N), the position ids that the latents will have, where these are not the next ones.
     """
 
     states: Tensor
@@ -72,6 +75,7 @@ class MemoryContext:
     vision: VisionStates
     rows: Sequence[int]
     history: History | None = None
+    standing: Tensor | None = None
 
 
 class MemoryFormer(nn.Module, ABC):

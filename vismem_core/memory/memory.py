@@ -120,7 +120,8 @@ class Memory(nn.Module):
     def needs(self, kinds: Sequence[Kind] | None = None) -> Needs:
         """What the formers want kept while a batch is decoded; by default those that the trigger may ask for."""
         kinds = self.active_trigger.kinds if kinds is None else kinds
-        return Needs.union(self.former(kind).needs for kind in kinds)
+        own = Needs(image_places=self.config.places == "image")
+        return Needs.union([own, *(self.former(kind).needs for kind in kinds)])
 
     def follow(self) -> None:
         """Go where the model is now, if it was moved after it was given memory."""
@@ -333,6 +334,14 @@ def _fitting(backbone: Backbone, config: MemoryConfig) -> MemoryConfig:
             f"model type {backbone.model.config.model_type!r} reads images with more than embeddings, so prompts are "
             "not read again: use memory.long.context=cache"
         )
+    if config.places == "image":
+        if outlook.counts_columns(backbone.model.config):
+            raise AttachError(
+                f"{backbone.model.config.model_type!r} goes by where tokens stand in the cache, not by positions: use "
+                "memory.places=text"
+            )
+        if config.compile:
+            raise AttachError("memory.places=image is not compiled: use memory.compile=false, or memory.places=text")
     if config.drop_image_after_invocation and (why := outlook.keeps_images(backbone.model.config)):
         raise AttachError(f"{why}: use memory.drop_image_after_invocation=false")
     if backbone.blind and config.short.name == "lora":

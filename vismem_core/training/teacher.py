@@ -99,6 +99,10 @@ def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Ten
         mask = torch.cat([session.mask[index], session.mask.new_ones(embeds.shape[:2])], dim=1)
         cache = kv.select(session.cache, rows)
         places, beside = session.positions[..., index, :] + steps, backbone.companions(ids)
+        count = opening.shape[1] - 1 if opening is not None else 0
+        if count and (standing := session.standing(rows, count, places[..., :1])) is not None:
+            passed = places.new_tensor(session.passed(rows, count))[:, None]
+            places = torch.cat([standing, places[..., count:] - count + passed], dim=-1)
         grown = backbone.continue_(embeds, mask, places, cache, **beside)
         hidden = torch.cat([last, grown], dim=1)[:, -longest:]
     logits = backbone.logits(hidden.contiguous()).float()  # for part of a tensor torch copies the head for each row

@@ -118,6 +118,8 @@ class LanguageLora(_LoraFormer, RidingFormer):
         extra = self.rider(context.query)
         steps = torch.arange(extra.shape[1], device=context.next_position.device)
         positions = context.next_position + steps
+        if context.standing is not None:
+            positions = torch.cat([positions[..., : -self.config.length], context.standing], dim=-1)
         mask = context.attention_mask
         cache: DynamicCache | None = context.cache
         ones = mask.new_ones(extra.shape[:2])
