@@ -95,6 +95,7 @@ finally: print({"torch", "numpy"} & set(sys.modules))"""
     assert "the command 'train' of vm_greet is hidden" in done.stderr
 
 
+@pytest.mark.long
 def test_nothing_stands_between_the_lines_of_an_answer() -> None:
     done = process(dict(os.environ), "infer")
     assert done.code == 0 and len(done.out.splitlines()) == 1

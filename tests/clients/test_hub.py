@@ -58,6 +58,7 @@ def command(place: Hub, home: Path, *args: str, **options: str) -> subprocess.Co
     return run(place, home, "-m", "vismem_cli", *args, **options)
 
 
+@pytest.mark.long
 def test_there_and_back(place: Hub, tmp_path: Path) -> None:
     done = command(place, tmp_path, "push", str(SHIPPED), "me/there", "--license", "apache-2.0", "--json")
     assert done.returncode == 0, done.stderr

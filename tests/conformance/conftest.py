@@ -6,7 +6,7 @@ import pytest
 
 COMPILED = "test_static_caches[compiled]"
 """Dynamo reads the whole model for it, some times over."""
-BY_DEFAULT = ("test_qwen2_5_vl.py::TestUntied", "test_gemma.py::TestGemma3", "test_suite.py::TestPlain")
+BY_DEFAULT = ("test_qwen2_5_vl.py::TestUntied", "test_suite.py::TestPlain")
 
 
 @pytest.hookimpl(tryfirst=True)

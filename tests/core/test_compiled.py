@@ -55,8 +55,8 @@ def test_the_cpu_backend_gives_the_same_tokens() -> None:
     "settings",
     [
         {"policy": PolicyConfig("lora", rank=4)},
-        {"builder": "cross", "context": "recompute"},
-        {"drop_image_after_invocation": True},
+        pytest.param({"builder": "cross", "context": "recompute"}, marks=pytest.mark.long),
+        pytest.param({"drop_image_after_invocation": True}, marks=pytest.mark.long),
     ],
     ids=["policy", "recompute", "drop"],
 )

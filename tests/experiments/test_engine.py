@@ -106,6 +106,7 @@ def test_rows_are_what_evaluate_finds(done: tuple[Path, dict[str, Any]]) -> None
     )
 
 
+@pytest.mark.long
 def test_what_was_done_is_not_done_again(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     place, told = done
     shutil.copytree(place / "cells", tmp_path / "cells")
@@ -119,6 +120,7 @@ def test_what_was_done_is_not_done_again(done: tuple[Path, dict[str, Any]], tmp_
     assert again["rows"]["noise"]["scores"] == told["rows"]["noise"]["scores"]
 
 
+@pytest.mark.long
 def test_a_cell_that_fails_keeps_the_others(tmp_path: Path) -> None:
     broken = Trained("broken", settings={**FEW, "memory.short.name": "no such former"})
     rows = {"base": Row("base"), "broken": Row("broken", of="broken")}

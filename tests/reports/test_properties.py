@@ -191,6 +191,7 @@ def tampered(tensors: dict[str, torch.Tensor], chance: Random) -> dict[str, torc
     return {key: value for key, value in tensors.items() if key != name} | {"new": own.clone()}
 
 
+@pytest.mark.long
 def test_memories(saved: Any) -> None:
     found = Counter[str]()
 

@@ -306,7 +306,7 @@ class Backbone(ABC):
         try:
             told = [own or () for own in before] or [()] * len(prompts)
             asked = zip(prompts, decoded, told, strict=True)
-            texts = [self.prompt(text, len(own), turns) for text, own, turns in asked]
+            texts = [self.prompt(text, len(own), *([turns] if turns else [])) for text, own, turns in asked]
             self.processor.tokenizer.padding_side = "left"
             batch = self.processor(text=texts, padding=True, return_tensors="pt", **arguments)
         except Exception as error:  # the model's own code; often a chat template without a place for images

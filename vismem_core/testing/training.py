@@ -15,6 +15,7 @@ from vismem_core.base import cache as kv
 from vismem_core.config import StageConfig
 from vismem_core.decoding.replay import read_prompts
 from vismem_core.errors import CheckpointError
+from vismem_core.files.card import CARD
 from vismem_core.files.checkpoint import ABOUT, WEIGHTS
 from vismem_core.files.samples import Sample
 
@@ -122,7 +123,7 @@ class Training(Contract):
             memory.save(folder)
             trained = set(memory.trained())
             memory.detach()
-            assert {path.name for path in Path(folder).iterdir()} == {ABOUT, WEIGHTS}
+            assert {path.name for path in Path(folder).iterdir()} == {ABOUT, WEIGHTS, CARD}
             assert set(load_file(Path(folder, WEIGHTS))) == trained, "it holds something else than what was trained"
             about: dict[str, Any] = json.loads(Path(folder, ABOUT).read_text(encoding="utf-8"))["base"]
             assert about["backbone"] == base.family.name, "it does not name its backbone"
