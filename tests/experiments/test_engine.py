@@ -84,6 +84,7 @@ def test_what_was_interrupted_tells_no_cost(resumed: tuple[bool, bool], expected
     assert engine._costs(own, BASE, tmp_path, "memory") == {"parameters": 7, "training": expected}
 
 
+@pytest.mark.long
 def test_rows_are_what_evaluate_finds(done: tuple[Path, dict[str, Any]]) -> None:
     place, told = done
     assert told["rows"]["base"]["accuracy"]["new"]["error"] == 0.0  # the base hangs on no seed
@@ -206,6 +207,7 @@ class Page(HTMLParser):
             self.rows[-1].append(data)
 
 
+@pytest.mark.long
 def test_the_page_needs_nothing_beside_itself(done: tuple[Path, dict[str, Any]]) -> None:
     place, told = done
     parsed = Page((place / page.PAGE).read_text(encoding="utf-8"))
@@ -223,6 +225,7 @@ def test_the_page_needs_nothing_beside_itself(done: tuple[Path, dict[str, Any]])
 
 
 @pytest.mark.parametrize("figure", ["bars", "lines", "stages", "invocations", "costs"])
+@pytest.mark.long
 def test_plots_name_their_axes(done: tuple[Path, dict[str, Any]], tmp_path: Path, figure: str) -> None:
     _, told = done
     rows = {name: {**own, "x": at, "series": "s"} for at, (name, own) in enumerate(told["rows"].items())}

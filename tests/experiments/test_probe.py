@@ -78,6 +78,7 @@ def test_likelihoods_are_those_of_a_plain_pass(shipped: Memory, count: int) -> N
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_every_condition_is_told(told: dict[str, Any]) -> None:
     for kind, own in told["kinds"].items():
         for part in ("conditions", "hidden"):
@@ -123,6 +124,7 @@ def test_noise_like_memory_has_its_mean_and_covariance() -> None:
     assert (drawn - own).abs().mean() > 1
 
 
+@pytest.mark.long
 def test_memory_that_is_constant_holds_nothing() -> None:
     """Soft prompts are the same for all images and questions, and the probe says so."""
     base: Base = mini()
@@ -172,6 +174,7 @@ def test_verdicts_follow_fixed_rules(changes: dict[str, float], said: str) -> No
     assert ("keeps 50% of the accuracy" in told) is ("hold" in said)
 
 
+@pytest.mark.long
 def test_models_whose_images_stay() -> None:
     """Gemma's windows cannot be read again without images: the probe leaves that part out."""
     base = embedded("gemma3")[1]
