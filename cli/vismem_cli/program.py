@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
+from types import FrameType
 from typing import Any, NoReturn, cast
 
 import typer
@@ -34,11 +38,12 @@ def run(args: Sequence[str]) -> NoReturn:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels when peft looks for it
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not cost the answer
+    came: list[int] = []
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _noted(came):
             warnings.showwarning = _shown
             code = typer.main.get_command(app).main(list(args) or ["--help"], prog_name="vismem", standalone_mode=False)
-        if code == INTERRUPTED:  # as newer typers tell of Ctrl-C
+        if code == INTERRUPTED or came:  # as newer typers tell of Ctrl-C
             _fail("interrupted", INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
     except USAGE as error:
@@ -52,6 +57,25 @@ def run(args: Sequence[str]) -> NoReturn:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}{ADVICE.get(error.errno or 0, '')}")
+
+
+@contextmanager
+def _noted(came: list[int]) -> Iterator[None]:
+    """Note that Ctrl-C came: while libraries are imported, some take any exception for a part that is missing."""
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 USUAL = warnings.showwarning

@@ -327,6 +327,26 @@ def test_ctrl_c_at_any_moment_is_one_line() -> None:
         assert "Traceback" not in told and told.splitlines()[-1] == "error: interrupted"
 
 
+def test_ctrl_c_that_a_library_swallows_ends_in_its_code() -> None:
+    code = """
+import os, signal
+from vismem_cli.app import app
+from vismem_cli.program import run
+
+@app.command("deaf")
+def deaf() -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        print("what interrupt ?")
+
+run(["deaf"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "what interrupt ?\n")
+    assert done.stderr.splitlines()[-1] == "error: interrupted"
+
+
 # Rewards of one's own
 
 
