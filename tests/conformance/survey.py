@@ -193,6 +193,8 @@ def recorded() -> dict[str, Line]:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
+    if unknown := [name for name in sys.argv[1:] if name not in TYPES]:
+        sys.exit(f"usage: survey.py [TYPE ...]; unknown: {', '.join(unknown)}")
     lines = recorded() if sys.argv[1:] else {}
     for model_type, found in apart(sys.argv[1:] or TYPES):
         lines[model_type] = found
