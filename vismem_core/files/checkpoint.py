@@ -59,13 +59,17 @@ def save(
     write_card(folder)
 
 
-def write_card(folder: Path) -> None:
-    """Write or update the card of the memory in a folder, by what lies beside it. One that cannot be read stays."""
+def write_card(folder: Path, report: Mapping[str, Any] | None = None) -> None:
+    """Write or update the card of the memory in a folder. One that cannot be read stays.
+
+    Args:
+        report: on the memory; by default what lies beside it.
+    """
     path = folder / card.CARD
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     try:
         old = path.read_text(encoding="utf-8") if path.is_file() else ""
-        new = card.text(about, card.reported(folder), old=old)
+        new = card.text(about, card.reported(folder) if report is None else report, old=old)
     except (CheckpointError, UnicodeDecodeError):
         return
     atomically(path, lambda place: place.write_text(new, encoding="utf-8"))

@@ -104,8 +104,8 @@ def train(
             return {}
         report |= run.told(usable, asked)
         report["seconds"] = round(time.monotonic() - began, 1)
+        checkpoint.write_card(output, report)
         checkpoint.atomically(output / card.REPORT, lambda path: path.write_text(finite_json(report, indent=2) + "\n"))
-        checkpoint.write_card(output)
         (output / state.FILE).unlink(missing_ok=True)
     return report
 
