@@ -198,6 +198,17 @@ def test_folders_of_images(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text('{"file_name": "red.png", "text": "a red square"}\n')
     (own,) = read(folder, need_answer=True)
     assert (own.images, own.answer) == ((folder / "red.png",), "a red square")
+    (folder / "metadata.jsonl").write_text('{"file_name": "red.png", "text": "a red square"}\n{"file_\n[1]\n')
+    data = read(folder, need_answer=True, on_bad="skip")
+    assert len(data) == 1 and [lost.line for lost in data.skipped] == [2, 3]
+    with pytest.raises(DataError, match=r":2: not JSON"):
+        read(folder, need_answer=True)
+
+
+def test_a_mark_that_utf8_does_not_need(folder: Path) -> None:
+    path = array(folder, PLAIN)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert asked(read(path, need_answer=True)) == EXPECTED
 
 
 def test_turns(folder: Path) -> None:

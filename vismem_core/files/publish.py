@@ -60,6 +60,8 @@ def push(
         )
     except LocalTokenNotFoundError:
         raise CheckpointError(f"{repo}: not published: sign in with hf auth login, or set HF_TOKEN") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{repo}: not published: {card.CARD} is no UTF-8: {error}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         advice = "; sign in with hf auth login, or set HF_TOKEN, for an account that may write there" if refused else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -52,7 +53,7 @@ def rows(source: str | Path, split: Literal["train", "heldout"]) -> Iterator[tup
 def _lines(path: Path) -> Iterator[tuple[int, Row]]:
     """Lines of JSON, or the elements of one JSON array, which may go over several."""
     with _opened(path) as file:
-        start = file.peek(4096).lstrip()[:1]
+        start = file.peek(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         if start == b"[":
             yield from _array(path, file.read())
         else:
@@ -162,12 +163,15 @@ def _folder(path: Path, split: str) -> Iterator[tuple[int, Row]]:
 def _named(found: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
     """Rows of the form that ``datasets`` gives folders of images: ``file_name`` is the image's."""
     for number, row in found:
-        told = json.loads(row) if isinstance(row, bytes) else dict(row)
+        try:
+            told = json.loads(row) if isinstance(row, bytes) else dict(row)
+        except (ValueError, RecursionError):  # whoever reads the row says what is wrong with it
+            told = row
         if isinstance(told, dict) and "file_name" in told:
             told["image"] = told.pop("file_name")
             if "text" in told and not {"prompt", "question"} & told.keys():
                 told |= {"prompt": CAPTION, "answer": told.pop("text")}
-        yield number, told
+        yield number, told if isinstance(told, dict) else row
 
 
 def _captioned(path: Path, pictures: list[Path]) -> Iterator[tuple[int, Row]]:

@@ -77,7 +77,8 @@ def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Ten
     """Log-likelihood of the rest of each row's answer, token by token; of what is given, zeros.
 
     Args:
-        opening: (R, E, d), vectors that enter between the session's cache and the rest; with gradients.
+        opening: (R, N + 1, d), latents and their end token, which enter between the session's cache and the rest; with
+            gradients.
 
     Returns:
         (R, T), padded with zeros.
