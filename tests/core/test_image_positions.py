@@ -109,6 +109,27 @@ def test_forward_and_rows_alone_are_the_same(make: Any, context: str) -> None:
         torch.testing.assert_close(found[mine], logits[row][mine], atol=1e-4, rtol=1e-4)
 
 
+def test_long_memory_is_formed_where_it_will_stand() -> None:
+    base = mini()
+    memory = base.attach(config(trigger="schedule:0=long", places="image"))
+    inputs = base.inputs(QUESTIONS[0])
+    positions = memory.backbone.positions(inputs)
+    image = inputs["input_ids"][0] == base.model.config.image_token_id
+    picked = positions[..., 0, image][..., [number * int(image.sum()) // 5 for number in range(5)]]
+    heard: list[Tensor] = []
+
+    def hear(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["inputs_embeds"].shape[1] == 4 + 5:  # queries and latents
+            heard.append(kwargs["position_ids"])
+
+    handle = base.model.model.language_model.register_forward_pre_hook(hear, with_kwargs=True)
+    base.generate(QUESTIONS[0], max_new_tokens=4, **PLAIN)
+    handle.remove()
+    (told,) = heard
+    assert told[..., 0, 4:].equal(picked)
+    assert told[..., 0, :4].equal(positions[..., 0, -1:] + torch.tensor([2, 3, 4, 5]))  # behind the invocation token
+
+
 def test_training_sees_the_same() -> None:
     """The likelihood that Stage I raises is that of the forward pass; gradients reach what trains."""
     base = mini()

@@ -288,6 +288,8 @@ def test_all_that_ships_runs(tmp_path: Path) -> None:
     assert told.exit_code == 0, told.output
     found = {own["experiment"]: own for own in json.loads(told.stdout)["experiments"]}
     assert set(found) == set(recipe_names())
+    words = (tmp_path / page.TEXT).read_text(encoding="utf-8")
+    assert words.count(page.TRIAL) == words.count(" --quick\n") == len(found)
     for name, own in found.items():
-        assert own["rows"], name
+        assert own["rows"] and own["trial"], name
         assert {f"{name}.json", f"{name}.png", f"{name}.svg"} <= {path.name for path in tmp_path.iterdir()}

@@ -184,6 +184,11 @@ def test_models_whose_images_stay() -> None:
     assert all("hidden" not in own and own["conditions"].keys() == CONDITIONS.keys() for own in found["kinds"].values())
 
 
+def test_types_that_are_not_there_are_named() -> None:
+    with pytest.raises(DataError, match="no type or group of questions 'rigth'; did you mean 'right'"):
+        probing._asked(open_dataset("mosaic", "heldout"), ["rigth"], 2)
+
+
 def test_there_must_be_something_to_probe(shipped: Memory) -> None:
     with pytest.raises(DataError, match="nothing to probe"):
         probe(shipped, Dataset([mosaic("heldout")[0]]))
