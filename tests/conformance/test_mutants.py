@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vismem_backbones.qwen2_5_vl import Qwen2_5_VL
 from vismem_backbones.qwen3_vl import Qwen3_5
-from vismem_core.base import adapters
+from vismem_core.base import adapters, chat
 from vismem_core.base import cache as kv
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.vision import VisionStates
@@ -57,7 +57,7 @@ class InFront(Qwen2_5_VL):
     """All images in front, whatever the text says of their places."""
 
     def prompt(self, text: str, images: int) -> str:
-        return self._chat(images, text.replace("<image>", ""))
+        return chat.ask(self.processor, images, text.replace("<image>", ""))
 
 
 class OtherEnd(Qwen2_5_VL):

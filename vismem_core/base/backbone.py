@@ -17,7 +17,8 @@ from vismem_core.errors import AttachError, DataError
 from vismem_core.plugins import reason
 
 from . import cache as kv
-from .images import PLACEHOLDER, Picture, decode
+from . import chat
+from .images import Picture, decode
 from .vision import VisionStates
 
 NO_TOKEN = -1
@@ -180,63 +181,7 @@ class Backbone(ABC):
         Raises:
             AttachError: the marks are not as many as the images, or the template has no place for images.
         """
-        if before:
-            return self._conversation([*before, ("user", text)], images)
-        pieces = text.split(PLACEHOLDER)
-        if len(pieces) == 1:
-            return self._chat(images, text)
-        if len(pieces) != images + 1:
-            raise AttachError(f"the prompt has {len(pieces) - 1} {PLACEHOLDER}, and images: {images}")
-        leading = next((at for at, piece in enumerate(pieces) if piece.strip()), images)
-        if leading == images:
-            return self._chat(images, pieces[-1].strip())
-        pieces[leading] = pieces[leading].lstrip() if leading else pieces[leading]
-        # Templates differ in whether they keep the order of parts. So text that no template knows holds the places.
-        mark = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in text)
-        chat = self._chat(leading, mark.join(pieces[leading:]))
-        for image in range(leading, images):
-            chat = chat.replace(mark, self._markup(image).strip(), 1)
-        return chat
-
-    def _conversation(self, turns: Sequence[tuple[str, str]], images: int) -> str:
-        places = sum(text.count(PLACEHOLDER) for _, text in turns)
-        if places not in (0, images):
-            raise AttachError(f"the conversation has {places} {PLACEHOLDER}, and images: {images}")
-        first = next(at for at, (role, _) in enumerate(turns) if role == "user")
-        mark = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if not any(mark in text for _, text in turns))
-        messages: list[dict[str, Any]] = []
-        shown, marked = 0, list[int]()
-        for at, (role, text) in enumerate(turns):
-            pieces = text.split(PLACEHOLDER)
-            leading = next((at for at, piece in enumerate(pieces[:-1]) if piece.strip()), len(pieces) - 1)
-            rest = pieces[leading:]
-            rest[0] = rest[0].lstrip() if leading else rest[0]
-            leading = images if at == first and not places else leading
-            marked += range(shown + leading, shown + leading + len(rest) - 1)
-            shown += leading + len(rest) - 1
-            content: list[dict[str, str]] = [{"type": "image"} for _ in range(leading)]
-            messages.append({"role": role, "content": [*content, {"type": "text", "text": mark.join(rest)}]})
-        chat: str = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        for image in marked:
-            chat = chat.replace(mark, self._markup(image).strip(), 1)
-        return chat
-
-    def _markup(self, number: int) -> str:
-        """What the chat template writes for the image that follows ``number`` others."""
-        mark = "\ue000"
-        before, after = (self._chat(images, mark).partition(mark)[0] for images in (number, number + 1))
-        before = before.rstrip()  # some write a space in front of a text that no image precedes
-        if not after.startswith(before) or not after.removeprefix(before).strip():
-            raise AttachError("the chat template has no place for an image that stands within the text")
-        return after.removeprefix(before)
-
-    def _chat(self, images: int, text: str, answer: str | None = None, opened: bool = True) -> str:
-        content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        told: str = self.processor.apply_chat_template(messages, add_generation_prompt=opened and answer is None)
-        return told
+        return chat.prompt(self.processor, text, images, before)
 
     @cached_property
     def end_of_turn(self) -> int:
@@ -249,34 +194,12 @@ class Backbone(ABC):
         Raises:
             AttachError: the model names no token that ends an answer.
         """
-        tokenizer, told = self.processor.tokenizer, self.model.generation_config.eos_token_id
-        ends = [told] if isinstance(told, int) else list(told or ())
-        own = tokenizer.eos_token_id
-        if not ends and own is None:
-            raise AttachError(
-                "this model names no token that ends an answer: set eos_token_id in its generation_config.json"
-            )
-        ends = ends or [int(own)]
-        mark = "\ue000"
-        try:
-            closing = self._chat(0, "?", mark).partition(mark)[2]
-        except Exception:  # a template that takes no turns of an assistant says nothing of their end
-            closing = ""
-        written = tokenizer(closing, add_special_tokens=False)["input_ids"]
-        found = next((token for token in written if token in ends), None)
-        if found is not None:
-            return int(found)
-        return int(own if own in ends else ends[0])
+        return chat.end_of_turn(self.processor, self.model.generation_config.eos_token_id)
 
     @cached_property
     def opening(self) -> list[int]:
         """Ids that the chat template writes before an answer, such as those of ``<|im_start|>assistant``."""
-        mark = "\ue000"
-        told, asked = self._chat(0, mark), self._chat(0, mark, opened=False)
-        opening = told.removeprefix(asked) if told.startswith(asked) else ""
-        opening = opening or told.partition(mark)[2]
-        ids: list[int] = self.processor.tokenizer(opening, add_special_tokens=False)["input_ids"]
-        return ids
+        return chat.opening(self.processor)
 
     def inputs(
         self,

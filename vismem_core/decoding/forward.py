@@ -26,8 +26,9 @@ from vismem_core.errors import AttachError
 from vismem_core.memory.memory import Memory
 from vismem_core.memory.trigger import Row
 
+from .checkpointed import checkpointed_layers, uncheckpointed
 from .loop import ROOM, seeds
-from .replay import Answer, Prompts, Replay, checkpointed_layers, read_prompts, uncheckpointed
+from .replay import Answer, Prompts, Replay, read_prompts
 from .turn import TURN
 
 UNLIKELY = -1e4

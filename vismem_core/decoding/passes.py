@@ -239,7 +239,7 @@ class Passes:
         session = self.session
         for rows, vectors in latents.values():
             length, positions = vectors.shape[1], session.places_of(rows, vectors.shape[1])
-            if (standing := session.standing(rows, length, positions[..., :1])) is not None:
+            if (standing := session.image_places.standing(rows, length, positions[..., :1])) is not None:
                 positions = standing
             grown, mask = session.room.together(rows)
             mask = torch.cat([mask, mask.new_ones(len(rows), length)], dim=-1)

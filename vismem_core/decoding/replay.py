@@ -10,7 +10,7 @@ What is fed: every id but the last, each invocation token followed by its N late
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -20,10 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicIndexedLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vismem_core.base import cache as kv
 from vismem_core.base.backbone import NO_TOKEN
@@ -32,7 +29,9 @@ from vismem_core.errors import AttachError
 from vismem_core.memory.former import MemoryContext
 from vismem_core.memory.memory import Memory
 
+from .checkpointed import checkpointed
 from .grouped import grouped
+from .prefix import ReadOnly
 from .session import Session
 from .turn import TURN
 
@@ -159,8 +158,10 @@ class Replay:
         """Latents that stand where their row's images stood: row, position ids (.., N), first slot, N."""
         for row, (own, slots) in enumerate(zip(self.answers, self.slots, strict=True)):
             for index, latents in own.latents.items():
-                standing = self.prompts.standing([row], len(latents), self.prompts.positions[..., [row], :])
-                if standing is not None and self.prompts.passed([row], len(latents)) == [0]:
+                standing = self.prompts.image_places.standing(
+                    [row], len(latents), self.prompts.positions[..., [row], :]
+                )
+                if standing is not None and self.prompts.image_places.passed([row], len(latents)) == [0]:
                     yield row, standing[..., 0, :], slots[index] + 1, len(latents)
 
     @cached_property
@@ -246,11 +247,11 @@ class Replay:
         before = self.prompts.hidden[:, -1:]
         if not self.length:
             return before
-        cache, mask = _ReadOnly(self.prompts.cache), self._mask
+        cache, mask = ReadOnly(self.prompts.cache), self._mask
         with (
             self.memory.acting(),
             grouped(self.backbone.decoder) if self.backbone.packs else nullcontext(),
-            _checkpointed(self.backbone.decoder, self.memory) if self.checkpointing else nullcontext(),
+            checkpointed(self.backbone.decoder, self.memory) if self.checkpointing else nullcontext(),
         ):
             beside = self.backbone.companions(self._ids)
             after = self.backbone.continue_(embeds, mask, self.positions, cache, **beside)
@@ -267,7 +268,7 @@ class Replay:
         former = self.memory.former(kind)
         context.query = self.memory.builder(context.states, context.mask)
         behind = context.next_position + context.query.shape[1]
-        context.standing = self.prompts.standing([row for row, _ in places], former.config.length, behind)
+        context.standing = self.prompts.image_places.standing([row for row, _ in places], former.config.length, behind)
         latents: Tensor = former(context)
         return self.memory.entering(latents)
 
@@ -345,79 +346,3 @@ class Replay:
         ends = [self.memory.tokens.end(kind) for kind in KINDS]
         first = next((at + 1 for at in range(index, -1, -1) if ids[at] in ends), 0)
         return slots[first : index + 1]
-
-
-class _ReadOnly(DynamicCache):
-    """A prefix that passes see and do not grow, so that a layer can be computed twice on it.
-
-    Models read from an indexed layer how long it is, so such a one is grown: always anew, from the prefix.
-    """
-
-    def __init__(self, cache: DynamicCache) -> None:
-        super().__init__()
-        self.layers = kv.fork(cache).layers
-        self._prefix = list(self.layers)
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        layer: Any = self.layers[layer_idx]
-        if isinstance(layer, DynamicIndexedLayer):
-            layer = self.layers[layer_idx] = kv.forked(self._prefix[layer_idx])
-            return layer.update(key_states, value_states)
-        return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
-
-    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
-        prefix: Any = self._prefix[layer_idx]
-        return torch.cat([prefix.indexer_keys, indexer_key_states], dim=1)
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        layer: Any = self.layers[layer_idx]
-        return layer.read(conv_states, state_idx)  # type: ignore[no-any-return]
-
-    def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return recurrent_states
-
-
-@contextmanager
-def _checkpointed(decoder: torch.nn.Module, memory: Memory) -> Iterator[None]:
-    """Recompute the policy's layers in the backward pass. transformers' own switch takes the cache away from them."""
-    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-    @contextmanager
-    def again_alike() -> Iterator[None]:
-        packs = memory.backbone.packs
-        with memory.acting(), uncheckpointed(decoder), grouped(decoder) if packs else nullcontext():
-            yield
-
-    def contexts() -> tuple[Any, Any]:
-        return nullcontext(), again_alike()
-
-    for layer in layers:
-        plain = layer.forward
-
-        def again(*args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
-            return checkpoint(_plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-        vars(layer)["forward"] = again
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del vars(layer)["forward"]
-
-
-def checkpointed_layers(model: torch.nn.Module) -> list[Any]:
-    """The modules in which transformers' own checkpointing is on."""
-    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
-
-
-@contextmanager
-def uncheckpointed(model: torch.nn.Module) -> Iterator[None]:
-    """Without transformers' own checkpointing, which takes the cache away from layers."""
-    layers = checkpointed_layers(model)
-    for layer in layers:
-        layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True

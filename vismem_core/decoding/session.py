@@ -21,6 +21,7 @@ from vismem_core.errors import AttachError
 from vismem_core.memory.former import History, MemoryContext, MemoryFormer, Needs, RidingFormer
 from vismem_core.memory.query import Ahead, QueryBuilder
 
+from .image_places import ImagePlaces
 from .room import RoomCache
 
 
@@ -33,6 +34,7 @@ class Session:
         positions: (.., B, 1), the position id of each row's next token.
         hidden, embeds: (B, L, d), what left and entered the language model in the latest pass through :meth:`listen`.
         vision: the vision encoder's states.
+        image_places: where the images stand, if latents are to stand there.
     """
 
     def __init__(self, backbone: Backbone, needs: Needs) -> None:
@@ -48,7 +50,7 @@ class Session:
         self._visual: Tensor
         self._visual_mask: Tensor
         self._images: list[Tensor] = []  # each row's visual tokens that it may see, counted from its first token
-        self._image_places: list[Tensor] = []  # position ids (.., n) of each row's visual tokens, where they are needed
+        self.image_places = ImagePlaces()
         self._source: list[int]  # each row's row of the visual tokens, which copies of a prompt share
         self._ahead: dict[int, Ahead] = {}  # of each row of the visual tokens, once asked for
         self._recording = ExitStack()
@@ -163,7 +165,9 @@ class Session:
         if self.needs.image_places:
             own = positions.expand(*positions.shape[:-2], batch, length)
             seen = zip(self._images, self._padding, strict=True)
-            self._image_places = [own[..., row, here.to(own.device) + start] for row, (here, start) in enumerate(seen)]
+            self.image_places = ImagePlaces(
+                [own[..., row, here.to(own.device) + start] for row, (here, start) in enumerate(seen)]
+            )
         longest = max(written or [0])
         self._written = list(self.hidden[:, -1 - longest :].unbind(1))
         self._segment = [longest - count for count in written or [0] * batch]
@@ -239,7 +243,7 @@ class Session:
         self._written = [states[index.to(states.device)] for states in self._written]
         self._source = [self._source[row] for row in rows]
         self._images = [self._images[row] for row in rows]
-        self._image_places = [self._image_places[row] for row in rows] if self._image_places else []
+        self.image_places = self.image_places.take(rows)
         self._segment = [self._segment[row] for row in rows]
         self._padding = [self._padding[row] for row in rows]
         self._history = [list(self._history[row]) for row in rows] if self._history else []
@@ -257,7 +261,7 @@ class Session:
         with self.apart():
             context.query = self._query(rows, builder, context.states, context.mask)
             behind = context.next_position + context.query.shape[1]
-            context.standing = self.standing(rows, former.config.length, behind)
+            context.standing = self.image_places.standing(rows, former.config.length, behind)
             latents: Tensor = former(context)
         return latents
 
@@ -389,32 +393,10 @@ class Session:
         index = torch.as_tensor(rows, device=self.positions.device)
         return self.positions[..., index, :] + torch.arange(length, device=self.positions.device)
 
-    def standing(self, rows: Sequence[int], count: int, following: Tensor) -> Tensor | None:
-        """Position ids (.., R, N) of latents that stand where their rows' images stood; None where none do.
-
-        Args:
-            following: (.., R, 1), from where on those of rows without an image stand, as all do otherwise.
-        """
-        if not any(own.shape[-1] for own in self._image_places):
-            return None
-        steps = torch.arange(count, device=self.positions.device)
-        behind = following + steps
-        found = []
-        for at, row in enumerate(rows):
-            own = self._image_places[row].to(behind.device)
-            seen = own.shape[-1]
-            found.append(own[..., steps * seen // count] if seen else behind[..., at, :])
-        return torch.stack(found, dim=-2)
-
-    def passed(self, rows: Sequence[int], count: int) -> list[int]:
-        """How far the text's positions go on where rows take in so many latents."""
-        there = [bool(self._image_places) and bool(self._image_places[row].shape[-1]) for row in rows]
-        return [0 if own else count for own in there]
-
     def took_in(self, rows: Sequence[int], vectors: Tensor, positions: Tensor) -> None:
         """Latents enter the cache at positions (.., R, N)."""
         index = torch.as_tensor(rows, device=self.positions.device)
-        passed = self.positions.new_tensor(self.passed(rows, vectors.shape[1]))[:, None]
+        passed = self.positions.new_tensor(self.image_places.passed(rows, vectors.shape[1]))[:, None]
         steps = passed.expand_as(self.positions[..., index, :])
         self.positions = self.positions.index_add(-2, index, steps)
         if self.needs.history:

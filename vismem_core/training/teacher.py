@@ -101,8 +101,8 @@ def likelihood(memory: Memory, forced: Forced, rows: Sequence[int], opening: Ten
         cache = kv.select(session.cache, rows)
         places, beside = session.positions[..., index, :] + steps, backbone.companions(ids)
         count = opening.shape[1] - 1 if opening is not None else 0
-        if count and (standing := session.standing(rows, count, places[..., :1])) is not None:
-            passed = places.new_tensor(session.passed(rows, count))[:, None]
+        if count and (standing := session.image_places.standing(rows, count, places[..., :1])) is not None:
+            passed = places.new_tensor(session.image_places.passed(rows, count))[:, None]
             places = torch.cat([standing, places[..., count:] - count + passed], dim=-1)
         grown = backbone.continue_(embeds, mask, places, cache, **beside)
         hidden = torch.cat([last, grown], dim=1)[:, -longest:]
