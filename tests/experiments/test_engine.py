@@ -24,7 +24,7 @@ from vismem_core import attach
 from vismem_core.answers.evaluation import evaluate
 from vismem_core.base.loading import load_base
 from vismem_core.config import load
-from vismem_core.errors import TrainingError
+from vismem_core.errors import TrainingError, VismemError
 from vismem_core.experiments import cells, engine, page, rivals
 from vismem_core.experiments.cells import Base
 from vismem_core.experiments.recipe import Data, Recipe, Row, Trained, find
@@ -82,6 +82,39 @@ def test_what_was_interrupted_tells_no_cost(resumed: tuple[bool, bool], expected
         told = {"cpu": cpu, "parameters": 7, "resumed": again}
         (tmp_path / training.key / cells.RESULT).write_text(json.dumps(told))
     assert engine._costs(own, BASE, tmp_path, "memory") == {"parameters": 7, "training": expected}
+
+
+def test_what_was_trained_is_trained_again_only_for_what_is_left(tmp_path: Path) -> None:
+    own = recipe(seeds=[0])
+    unlike = {cell.key: cell for cell in cells.cells(own, BASE)}
+    for key in unlike:
+        (tmp_path / key).mkdir()
+        (tmp_path / key / cells.RESULT).write_text("{}")
+    assert engine._left(unlike, tmp_path) == {}
+    asked = cells.of(own, BASE, own.rows["noise"], 0)
+    (tmp_path / asked.key / cells.RESULT).unlink()
+    assert asked.needs is not None
+    assert set(engine._left(unlike, tmp_path)) == {asked.key, asked.needs.key}
+    (tmp_path / asked.needs.key / "memory").mkdir()
+    (tmp_path / asked.needs.key / "memory" / "vismem.json").write_text("{}")
+    assert set(engine._left(unlike, tmp_path)) == {asked.key}
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "told"),
+    [
+        (Base("qwen2_5_vl", train="nowhere.jsonl"), {}, "nowhere.jsonl"),
+        (Base("qwen2_5_vl", model="nowhere"), {}, "nowhere"),
+        (BASE, {"trained": {"memory": Trained("memory", settings={"train.formation.stps": 2})}}, "stps"),
+    ],
+)
+def test_what_is_of_no_use_is_told_before_anything_is_done(
+    base: Base, changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    rows = {"rows": {"memory": Row("memory", of="memory")}, "compare": []}
+    with pytest.raises(VismemError, match=told):
+        engine.run([recipe(**changes, **rows)], base, tmp_path / "cells")
+    assert not (tmp_path / "cells").exists()
 
 
 @pytest.mark.long

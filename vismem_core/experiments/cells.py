@@ -24,11 +24,11 @@ from vismem_core import plugins
 from vismem_core.answers.evaluation import pick, swapped
 from vismem_core.answers.inference import Answer, answers
 from vismem_core.base.embedded import embedded
-from vismem_core.base.loading import load_base
+from vismem_core.base.loading import backbone_of, load_base
 from vismem_core.config import Config, load
 from vismem_core.decoding.attach import attach
 from vismem_core.errors import DataError
-from vismem_core.files.checkpoint import atomically
+from vismem_core.files.checkpoint import ABOUT, atomically
 from vismem_core.files.samples import Dataset, Sample, open_dataset
 from vismem_core.memory.memory import Memory
 from vismem_core.training.run import train
@@ -148,6 +148,34 @@ def cells(recipe: Recipe, base: Base) -> list[Cell]:
 def of(recipe: Recipe, base: Base, row: Row, seed: int) -> Cell:
     """The cell of a row."""
     return Cell(base, recipe, tuple(recipe.lineage(row.of)) if row.of else (), row, seed)
+
+
+def check(cells: Sequence[Cell]) -> None:
+    """Open what cells are about, before hours are spent on the first ones.
+
+    Raises:
+        VismemError: a model that is not there, data or settings that are of no use.
+    """
+    for model, backbone in {(cell.base.model, cell.backbone) for cell in cells}:
+        if model:
+            backbone_of(model)
+        else:
+            embedded(backbone)
+    asked: dict[str, tuple[Cell, Data, str]] = {}
+    for cell in cells:
+        parts = [(own.data, "train") for own in cell.chain] + ([(cell.row.data, "heldout")] if cell.row else [])
+        asked |= {repr((cell._data(data), split)): (cell, data, split) for data, split in parts}
+    for cell, data, split in asked.values():
+        cell.samples(data, split)
+    trained = {(one.backbone, repr(own.settings)): (one, own) for one in cells for own in one.chain}
+    for cell, own in trained.values():
+        cell.config(own)
+
+
+def kept(cell: Cell, place: Path) -> bool:
+    """Whether what a cell trained is there; its result alone tells what that took."""
+    trained = "lora/adapter_config.json" if cell.chain[-1].method == "lora" else f"memory/{ABOUT}"
+    return result(cell, place) is not None and (place / cell.key / trained).exists()
 
 
 def run(cell: Cell, place: Path) -> None:

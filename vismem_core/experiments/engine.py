@@ -40,14 +40,16 @@ def run(
         jobs: processes at a time, of one thread each; by default as many as there are cores.
 
     Raises:
+        VismemError: model, data or settings are of no use; nothing was begun.
         TrainingError: cells failed; the others are done first, and kept.
     """
     unlike: dict[str, Cell] = {}
     for recipe in recipes:
         unlike |= {cell.key: cell for cell in work.cells(recipe, base) if cell.key not in unlike}
+    left = _left(unlike, place)
+    work.check(list(left.values()))
     place.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
-    left = {key: cell for key, cell in unlike.items() if work.result(cell, place) is None}
     done = len(unlike) - len(left)
     if progress:
         progress("what was done before", done, len(unlike))
@@ -61,6 +63,17 @@ def run(
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise TrainingError(f"{failed[0]}{more}; the other cells are kept: the same command does those that are left")
     return [told(recipe, base, place) for recipe in recipes]
+
+
+def _left(cells: Mapping[str, Cell], place: Path) -> dict[str, Cell]:
+    """What is to be done: what has no result, and what was trained for it where that is gone."""
+    wanted = {key for key, cell in cells.items() if work.result(cell, place) is None}
+    for key in list(wanted):
+        need = cells[key].needs
+        while need is not None and not work.kept(need, place):
+            wanted.add(need.key)
+            need = need.needs
+    return {key: cell for key, cell in cells.items() if key in wanted}
 
 
 def _done(left: Mapping[str, Cell], place: Path, jobs: int) -> Iterator[tuple[Cell, str | None]]:
