@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from vismem_core.config import Config, schema
 
 DOCS = Path(__file__).parent
 GENERATED = re.compile(r"^<!-- generated: (\w+)((?: \S+)*) -->$", re.MULTILINE)
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<)")
 LOADING = ("src", "href", "srcset", "poster", "data")
 """Attributes by which a page loads something; of a link to follow, ``<a href>``, that is not so."""
 ABROAD = re.compile(r"(?:https?:)?//", re.IGNORECASE)
@@ -34,6 +36,11 @@ ABROAD_IN_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""", re.
 def on_page_markdown(markdown: str, **told: Any) -> str:
     """The page with what it asks for in its place."""
     return generated(markdown)
+
+
+def on_page_content(html: str, **told: Any) -> str:
+    """The page without the roles of docstrings, whose names in backticks say enough."""
+    return ROLE.sub("", html)
 
 
 def on_post_build(config: Any, **told: Any) -> None:
@@ -57,10 +64,11 @@ def commands() -> str:
 def _command(name: str, command: Any) -> str:
     arguments = [own for own in command.params if own.param_type_name == "argument"]
     words = ["vismem", name, *(_spelt(own) for own in arguments), "[OPTIONS]"]
-    rows = [f"| `{_cell(_spelt(own))}` | {_cell(_plain(own.help or ''))} | {_default(own)} |" for own in command.params]
+    rows = [f"| {_code(_spelt(own))} | {_cell(_plain(own.help or ''))} | {_default(own)} |" for own in command.params]
     table = "\n".join(["| argument or option | what it says | by default |", "|---|---|---|", *rows])
     about = _plain(inspect.cleandoc(command.help or ""))
-    return f"## vismem {name}\n\n{about}\n\n```text\n{' '.join(words)}\n```\n\n{_plain(command.epilog or '')}\n\n{table}"
+    usage, example = f"```text\n{' '.join(words)}\n```", _plain(command.epilog or "")
+    return "\n\n".join([f"## vismem {name}", about, usage, example, table])
 
 
 def _spelt(parameter: Any) -> str:
@@ -81,7 +89,7 @@ def _default(parameter: Any) -> str:
     value = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
     if parameter.required or callable(value) or value is None or value is False or value in ((), [], ""):
         return ""
-    return f"`{_cell(str(value))}`"
+    return _code(str(value))
 
 
 def settings() -> str:
@@ -100,7 +108,7 @@ def _section(path: str, section: Any) -> str:
         about = " ".join(told.get(own.name, "").split())
         if choices := re.match(r"Literal\[(.*)\]$", str(own.type)):
             about = f"One of {choices[1].replace(chr(39), '`')}. {about}"
-        rows.append(f"| `{key}` | `{_cell(_shown(value))}` | {_cell(about.replace('``', '`'))} |")
+        rows.append(f"| {_code(key)} | {_code(_shown(value))} | {_cell(about.replace('``', '`'))} |")
     table = "\n".join(["| key | by default | what it says |", "|---|---|---|", *rows])
     return "\n\n".join([inspect.cleandoc(section.__doc__).replace("``", "`"), table, *inner])
 
@@ -181,6 +189,11 @@ class _Loads(HTMLParser):
 def _plain(text: str) -> str:
     """Text in which nothing is Markdown."""
     return re.sub(r"([\\`*_<\[])", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    """Code for a cell of a table, where backticks would show what escapes a bar."""
+    return f"<code>{escape(text).replace('|', '&#124;')}</code>"
 
 
 def _cell(text: str) -> str:
