@@ -51,4 +51,5 @@ def test_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values |= {"SETTINGS": "--set train.formation.steps=1 --set train.invocation.steps=1"}
     told = executed("gpu", tmp_path, monkeypatch, values)
     assert re.search(r"qwen2_5_vl: [\d,]+ trained beside", told)
-    assert re.search(r"^memory     [01]\.\d{3}$", told, re.MULTILINE) and "with memory: " in told
+    assert len(re.findall(r"^memory     [01]\.\d{3}$", told, re.MULTILINE)) == 2  # as trained, and measured again
+    assert "with memory: " in told and "without: " in told
