@@ -115,7 +115,7 @@ def _section(path: str, section: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A default as YAML would have it."""
-    return json.dumps(value if not isinstance(value, tuple) else list(value)) if value != "" else '""'
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
 def _documented(section: type) -> dict[str, str]:
