@@ -76,13 +76,7 @@ def _spelt(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return str(parameter.metavar or parameter.name.upper())
     names = "/".join([*parameter.opts, *parameter.secondary_opts])
-    return names if parameter.is_flag else f"{names} {parameter.metavar or _choices(parameter)}"
-
-
-def _choices(option: Any) -> str:
-    """What an option without a metavar takes."""
-    kind = option.type_descriptor.annotation
-    return "|".join(own.value for own in kind) if issubclass(kind, Enum) else str(kind.__name__).upper()
+    return names if parameter.is_flag else f"{names} {parameter.metavar or parameter.name.upper()}"
 
 
 def _default(parameter: Any) -> str:
