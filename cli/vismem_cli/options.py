@@ -55,12 +55,17 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a model from the hub run its own code on this machine.")
 ]
 OnBad = Annotated[
-    OnBadSample, typer.Option("--on-bad-sample", help="Stop at a bad row of the data, or leave it out and list it.")
+    OnBadSample,
+    typer.Option(
+        "--on-bad-sample", metavar="fail|skip", help="Stop at a bad row of the data, or leave it out and list it."
+    ),
 ]
 Check = Annotated[
     CheckRows,
     typer.Option(
-        "--check", help="Look for rows that this model cannot use in all of a file first, or when they are met."
+        "--check",
+        metavar="all|lazy",
+        help="Look for rows that this model cannot use in all of a file first, or when they are met.",
     ),
 ]
 AllowOutside = Annotated[

@@ -79,11 +79,15 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output, by its settings.")] = False,
     on_bad_sample: Annotated[
         options.OnBadSample | None,
-        typer.Option(help="Stop at a bad row of the data, or leave it out and list it; by default fail."),
+        typer.Option(
+            metavar="fail|skip", help="Stop at a bad row of the data, or leave it out and list it; by default fail."
+        ),
     ] = None,
     check: Annotated[
         options.CheckRows | None,
-        typer.Option(help="Look for bad rows in all of a file first, or when they are met; by default all."),
+        typer.Option(
+            metavar="all|lazy", help="Look for bad rows in all of a file first, or when they are met; by default all."
+        ),
     ] = None,
     columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,

@@ -80,8 +80,8 @@ class MemoryConfig(Section):
     """Image tokens leave a row's KV cache once its first memory is formed: long answers without them. Their columns are
     given up, unless the model has layers with a sliding window: there they are only masked."""
     compile: bool = False
-    """Compile the decode step. Without it that is done where ``generate`` would: with ``cache_implementation="static"``
-    on a GPU. Steps in which memory is formed or enters are not compiled."""
+    """Compile the decode step, those in which memory is formed or enters too. Without it that is done where
+    ``generate`` would: with ``cache_implementation="static"`` on a GPU."""
 
 
 @dataclass(frozen=True)
