@@ -151,7 +151,9 @@ def _read(
     tokenizer = memory.backbone.processor.tokenizer
     stops = _ends(memory)
     texts = [at for at, own in enumerate(written) if own < memory.tokens.first]
-    length = next((at + 1 for at in texts[given:] if written[at] in stops), len(written))
+    length = next((at + 1 for at in texts[given:] if written[at] in stops), None)
+    while length is None and stop and written[-1:] == [tokenizer.pad_token_id]:
+        written = written[:-1]
     written = written[:length]  # rows that are done may go on while others do
     cuts = [0, *(place.position for place in places), len(written)]
     pieces = [tokenizer.decode(written[start:stop], skip_special_tokens=True) for start, stop in pairwise(cuts)]
@@ -162,4 +164,4 @@ def _read(
     marked = " ".join(
         part for pair in zip(marks, pieces, strict=True) for part in (own.strip() for own in pair) if part
     )
-    return Answer(sample.id, text, places, marked, length)
+    return Answer(sample.id, text, places, marked, len(written))
