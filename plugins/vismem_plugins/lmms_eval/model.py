@@ -16,7 +16,7 @@ from loguru import logger
 from tqdm import tqdm
 
 import vismem_core as vismem
-from vismem_core.answers.inference import Answer, answers
+from vismem_core.answers.inference import Answer, Place, answers
 from vismem_core.answers.likelihood import likelihoods
 from vismem_core.base.loading import load_base
 from vismem_core.config import KINDS, Kind
@@ -114,11 +114,12 @@ class Simple(lmms):  # type: ignore[misc]
         told = self._talks(requests, [self._rounds(own) for own in requests])
         return [[answer.text for answer in own] for own in told]
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[Any]:
         """Of each continuation the negative log-likelihood, in nats, and whether greedy decoding writes it.
 
         It is the loss that lmms-eval's tasks take the least of, whatever the name says. Memory is invoked where it
-        would be while the continuation is written (:mod:`vismem_core.answers.likelihood`).
+        would be while the continuation is written (:mod:`vismem_core.answers.likelihood`). A pair is wrapped as
+        answers are: bare ones reach no task of lmms-eval 0.7.3, which makes texts of them.
         """
         found = []
         for first in tqdm(range(0, len(requests), self.batch_size), "Model Scoring", disable=self.rank != 0):
@@ -126,7 +127,8 @@ class Simple(lmms):  # type: ignore[misc]
             samples = [self._continuation(own) for own in batch]
             for request, own in zip(batch, likelihoods(self.memory, samples, batch=len(batch)), strict=True):
                 self._write(request, asdict(own))
-                found.append((-own.logprob, own.greedy))
+                counts = _counts(own.tokens + 2 * len(own.invocations), own.invocations)
+                found.append(GenerationResult((-own.logprob, own.greedy), counts))
         return found
 
     # Requests
@@ -202,17 +204,21 @@ class Simple(lmms):  # type: ignore[misc]
 
     def _noted(self, request: Instance, answer: Answer, number: int) -> GenerationResult:
         self._write(request, {"round": number} | answer.to_dict())
-        kinds = [place.kind for place in answer.invocations]
-        counts = {kind: kinds.count(kind) for kind in KINDS}
-        return GenerationResult(answer.text, Counts(output_tokens=answer.tokens, invocations=counts))
+        return GenerationResult(answer.text, _counts(answer.tokens, answer.invocations))
 
     def _write(self, request: Instance, row: Mapping[str, Any]) -> None:
         """Add a row to the log, if there is one."""
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8") as file:
+                own = {name: value for name, value in row.items() if name != "sample_id"}
                 named = {"task": request.task_name, "doc_id": request.doc_id}
-                file.write(json.dumps(named | dict(row), ensure_ascii=False) + "\n")
+                file.write(json.dumps(named | own, ensure_ascii=False) + "\n")
+
+
+def _counts(tokens: int, places: Sequence[Place]) -> Counts:
+    kinds = [place.kind for place in places]
+    return Counts(output_tokens=tokens, invocations={kind: kinds.count(kind) for kind in KINDS})
 
 
 def _summary(told: Sequence[Sequence[GenerationResult]]) -> str:
