@@ -219,6 +219,7 @@ def test_requests_with_other_settings_are_other_batches_in_order(models: dict[st
     assert any("image_aspect_ratio" in line for line in told)
 
 
+@pytest.mark.long
 def test_rounds_ask_on(models: dict[str, Any]) -> None:
     first = expected(models, SAMPLES)
     further = [replace(own, prompt=f"is it a {a.text} ?") for own, a in zip(SAMPLES, first, strict=True)]
@@ -265,6 +266,7 @@ def test_the_entry_point_names_both_models(told: list[str]) -> None:
 # VLMEvalKit
 
 
+@pytest.mark.long
 def test_the_guides_class_answers_as_vismem_does(
     models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

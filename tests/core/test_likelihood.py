@@ -18,8 +18,8 @@ from vismem_plugins.mini import path
 from vismem_plugins.mosaic import mosaic
 
 SAMPLES = [replace(own, type=None) for own in mosaic("heldout", types=["most", "list", "right"])[:3]]
-GIVEN = [replace(own, answer=text) for own in SAMPLES for text in ("boot", " boot , top .", "row 2 column 2")]
-LIMIT = {"max_new_tokens": 12}
+GIVEN = [replace(own, answer=text) for own in SAMPLES[:2] for text in ("boot", " boot , top .", "row 2 column 2")]
+LIMIT = {"max_new_tokens": 8}
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +45,15 @@ def passed(memory: vismem.Memory, sample: Sample, told: Likelihood) -> float:
     return sum(float(logits[at, own]) for at, own in enumerate(ids) if own < memory.tokens.first)
 
 
-@pytest.mark.parametrize("trigger", [None, "never", "random:1", "schedule:2=long"])
+@pytest.mark.parametrize("trigger", [None, "never", "schedule:2=long"])
 def test_a_given_answer_is_scored_as_a_pass_over_it_scores_it(memory: vismem.Memory, trigger: str | None) -> None:
-    told = list(likelihoods(memory, GIVEN, batch=5, trigger=trigger))
+    told = list(likelihoods(memory, GIVEN, batch=4, trigger=trigger))
     for own, sample in zip(told, GIVEN, strict=True):
         assert own.logprob == pytest.approx(passed(memory, sample, own), abs=1e-4)
     invoked = [len(own.invocations) for own in told]
     assert any(invoked) == (trigger != "never")
     if trigger and "schedule" in trigger:  # one token leaves nothing to invoke for
-        assert invoked == [0, 1, 1] * 3 and {own.position for one in told for own in one.invocations} == {2}
+        assert invoked == [0, 1, 1] * 2 and {own.position for one in told for own in one.invocations} == {2}
 
 
 def test_off_is_the_base(memory: vismem.Memory) -> None:
