@@ -24,6 +24,7 @@ MODULES = {
     "vismem_core.memory.former": ("Needs",),
     "vismem_core.hookspecs": None,
     "vismem_core.answers.inference": ("Answer", "answers"),
+    "vismem_core.answers.likelihood": ("Likelihood", "likelihoods"),
     "vismem_core.base.loading": ("load_base",),
     "vismem_core.plugins": ("registry",),
     "vismem_core.answers.reward": ("by_row", "parse", "reference", "score"),
