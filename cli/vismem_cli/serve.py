@@ -73,19 +73,12 @@ def serve(
         called = name or _name(memory, opened.backbone.name)
         if host not in LOCAL and not api_key:
             warn("whoever reaches this address may ask: give --api-key, or listen at 127.0.0.1")
+        built = server.build(
+            opened, called, limits, batch=batch, lanes=lanes, key=api_key or None, urls=allow_urls, report=warn
+        )
         told = f"[{host}]" if ":" in host else host
         say(f"serving {called} at http://{told}:{listening.getsockname()[1]}/v1")
-        server.run(
-            opened,
-            listening,
-            called,
-            limits,
-            batch=batch,
-            lanes=lanes,
-            key=api_key or None,
-            urls=allow_urls,
-            report=warn,
-        )
+        server.run(built, listening)
 
 
 def _name(memory: str | None, backbone: str) -> str:

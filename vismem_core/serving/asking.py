@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +159,7 @@ def _trigger(told: Mapping[str, Any]) -> str:
 
 def _number(told: Mapping[str, Any], field: str, usual: float, most: float) -> float:
     own = told.get(field, usual)
-    if isinstance(own, bool) or not isinstance(own, int | float) or not (math.isfinite(own) and 0 <= own <= most):
+    if isinstance(own, bool) or not isinstance(own, int | float) or not 0 <= own <= most:
         raise RefusedError(f"{field} must be a number from 0 to {most:g}, got {cut(repr(own))}", field=field)
     return float(own)
 

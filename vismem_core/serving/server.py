@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import signal
 import socket
-import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from vismem_core.errors import VismemError
-from vismem_core.memory.memory import Memory
 
 from .refused import Limits
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from vismem_core.memory.memory import Memory
 
 EXTRA = 'pip install "vismem[serve]"'
 LONGER = 10
@@ -46,9 +50,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise VismemError(f"{host}:{port}: {told}; choose another --host or --port") from error
 
 
-def run(
+def build(
     memory: Memory,
-    listening: socket.socket,
     name: str,
     limits: Limits,
     *,
@@ -57,8 +60,8 @@ def run(
     key: str | None = None,
     urls: bool = False,
     report: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Serve until SIGTERM or Ctrl-C comes, and finish what runs then.
+) -> uvicorn.Server:
+    """A server that is yet to be run (:func:`run`, or its own ``run`` in a thread).
 
     Args:
         name: of the model, for clients.
@@ -66,30 +69,35 @@ def run(
         key: that clients must send.
         urls: whether images may be fetched.
         report: gets a line about what failed.
-
-    Raises:
-        KeyboardInterrupt: it was Ctrl-C, after all is finished.
     """
     check()
     import uvicorn
 
-    from .app import Service, application
+    from .app import application
     from .batcher import Batcher
+    from .exchange import Service
 
     batcher = Batcher(memory, limits, batch=batch, lanes=lanes, report=report)
     app = application(Service(name, batcher, limits, key, urls, report))
     config = uvicorn.Config(
         app,
-        log_level="error",
+        log_level="critical",  # what fails is reported in a line
         access_log=False,
-        lifespan="on",
-        ws="none",
         server_header=False,
+        ws="none",
         timeout_graceful_shutdown=int(limits.seconds) + LONGER,
     )
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _finished)
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)
+
+
+def run(server: uvicorn.Server, listening: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C comes, and finish what runs then.
+
+    Raises:
+        KeyboardInterrupt: it was Ctrl-C, after all is finished.
+    """
+    signal.signal(signal.SIGTERM, _finished)
+    server.run(sockets=[listening])
 
 
 def _finished(number: int, frame: FrameType | None) -> None:
