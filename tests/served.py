@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from typing import Any
 
@@ -36,9 +37,13 @@ class Served:
     address: str
     lines: list[str]
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key="any", max_retries=0, timeout=60)
+
+    @cached_property
+    def web(self) -> httpx.Client:
+        return httpx.Client(base_url=self.address, timeout=60, verify=False)
 
     def ask(self, sample: Sample, **fields: Any) -> Any:
         return self.client.chat.completions.create(model=NAME, messages=messages(sample), **fields)
@@ -47,7 +52,7 @@ class Served:
         """A request as it stands; bytes are sent as they are."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         told = {"content-type": "application/json"} | headers
-        return httpx.post(f"{self.address}/v1/chat/completions", content=data, headers=told, timeout=60)
+        return self.web.post("/v1/chat/completions", content=data, headers=told)
 
     def alone(self, sample: Sample, trigger: str | None = None, most: int = 64) -> Answer:
         """The answer that vismem itself gives to it."""
