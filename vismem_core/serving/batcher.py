@@ -212,10 +212,8 @@ class Batcher:
                 most = next((own for own in range(min(most, spare), 0, -1) if columns(own) <= spare), 0)
             if not most or columns(most) > spare:
                 return []
-        return [
-            Answer(index, Text(self._text, job.ask.stop), tokens, self._ends, most, job.until, job.tell)
-            for index in range(job.ask.copies)
-        ]
+        told = tokens, self._ends, most, job.until, job.tell, job.ask.stream
+        return [Answer(index, Text(self._text, job.ask.stop), *told) for index in range(job.ask.copies)]
 
     def _text(self, ids: Sequence[int]) -> str:
         told: str = self.memory.backbone.processor.tokenizer.decode(list(ids), skip_special_tokens=True)

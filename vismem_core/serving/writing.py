@@ -105,6 +105,7 @@ class Answer:
         ends: ids that end an answer.
         until: when it has to be over, by ``time.monotonic``.
         tell: gets its pieces and its end.
+        streams: whether pieces are wanted before the end.
 
     Attributes:
         most: tokens that it may have.
@@ -121,9 +122,10 @@ class Answer:
         most: int,
         until: float,
         tell: Callable[[Piece | End], None],
+        streams: bool = True,
     ) -> None:
         self.index, self.text, self.tokens, self.ends = index, text, tokens, ends
-        self.most, self.until, self.tell = most, until, tell
+        self.most, self.until, self.tell, self.streams = most, until, tell, streams
         self.written, self.end = 0, None if most else End(index, "length", 0, ())
         self.places: list[Place] = []
 
@@ -146,7 +148,7 @@ class Answer:
         if over or late or not self.left:
             why: Literal["stop", "length"] = "stop" if over else "length"
             self.end = End(self.index, why, self.written, tuple(self.places), late and not over)
-        if piece := self.text.ready(last=self.end is not None):
+        if (self.streams or self.end is not None) and (piece := self.text.ready(last=self.end is not None)):
             self.tell(Piece(self.index, piece))
         if self.end is not None:
             self.tell(self.end)
