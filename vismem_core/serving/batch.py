@@ -79,8 +79,8 @@ class _Batch(Decoder):
         return tokens
 
     def _kept(self, alive: list[bool]) -> list[int] | None:
-        """Rows that are done leave, unless steps are compiled for so many."""
-        if all(alive) or self.passes.inner.compile is not None:
+        """Rows that are done leave as soon as they are half of the batch, unless steps are compiled for so many."""
+        if 2 * sum(alive) > len(alive) or self.passes.inner.compile is not None:
             return None
         return [row for row, own in enumerate(alive) if own]
 

@@ -3,7 +3,8 @@
     python tests/clients/by_hand/serve_load.py [--clients 32] [--requests 64] [-- options of vismem serve]
 
 One server on a copy of the embedded model that no end token stops (its own answers are of a few tokens), and two passes
-over the same requests. What it gives is a ratio of one run: whatever else the machine does takes part in both.
+over the same requests. What it gives is a ratio of one run; on a machine with other work, the server's own time on the
+processor says more.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from random import Random
 from typing import Any
 
 import httpx
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -69,16 +71,24 @@ def main() -> None:
 
             for own in asked[:4]:
                 ask(own)
-            seconds, answers = [], []
+            seconds, busy, answers = [], [], []
+            used = psutil.Process(process.pid).cpu_times
             for clients in (1, told.clients):
-                begun = time.perf_counter()
+                begun, before = time.perf_counter(), sum(used()[:2])
                 with ThreadPoolExecutor(clients) as pool:
                     answers.append(list(pool.map(ask, asked)))
                 seconds.append(time.perf_counter() - begun)
+                busy.append(sum(used()[:2]) - before)
                 tokens = sum(usage["completion_tokens"] for _, usage, _ in answers[-1])
-                print(f"{clients:3} clients: {seconds[-1]:6.1f} s, {tokens / seconds[-1]:7.1f} tokens a second")
+                print(
+                    f"{clients:3} clients: {seconds[-1]:6.1f} s, {tokens / seconds[-1]:7.1f} tokens a second, "
+                    f"{busy[-1]:6.1f} s of the server's own"
+                )
         same = sum(one == other for one, other in zip(*answers, strict=True))
-        print(f"{same} of {len(asked)} answers are the same; {seconds[0] / seconds[1]:.1f} times as fast")
+        print(
+            f"{same} of {len(asked)} answers are the same; {seconds[0] / seconds[1]:.1f} times as fast, "
+            f"for {busy[0] / busy[1]:.1f} times less of the processor's time"
+        )
     finally:
         process.terminate()
         process.wait()
