@@ -5,6 +5,7 @@ python tests/clients/by_hand/serve_chat.py
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,10 @@ def main() -> None:
     try:
         chat = [str(Path(sys.executable).parent / "transformers"), "chat", name, address, "do_sample=False"]
         said = "what is a bag ?\nand what is a boot ?\n!exit\n"
-        done = subprocess.run(chat, input=said, capture_output=True, text=True, timeout=300, check=False)
+        online = {
+            name: own for name, own in os.environ.items() if name != "HF_HUB_OFFLINE"
+        }  # its client heeds it here too
+        done = subprocess.run(chat, env=online, input=said, capture_output=True, text=True, timeout=300, check=False)
     finally:
         process.terminate()
         process.wait()
