@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
@@ -80,6 +80,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[batches.Row]]:
     return told
 
 
+def wait(until: Callable[[], bool]) -> None:
+    begun = time.monotonic()
+    while not until():
+        assert time.monotonic() < begun + 20
+        time.sleep(0.01)
+
+
 def places(told: Any) -> list[tuple[str, int]]:
     return [(own["kind"], own["position"]) for own in told["invocations"]]
 
@@ -148,10 +155,9 @@ def test_sampling_is_by_the_requests_own_seed(server: Served) -> None:
     first, again, other = server.ask(sample, **how), server.ask(sample, **how), server.ask(sample, **how | {"seed": 8})
     texts = [[own.message.content for own in told.choices] for told in (first, again, other)]
     assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) > 1
-    assert (
-        first.usage.completion_tokens == sum(own.usage.completion_tokens for own in [first])
-        and first.usage.prompt_tokens == server.ask(sample).usage.prompt_tokens
-    )
+    assert first.usage.prompt_tokens == server.ask(sample).usage.prompt_tokens
+    invoked = server.ask(sample, n=4, max_tokens=20, **trigger("anywhere:0.4")).vismem["invocations"]
+    assert len({str([own | {"choice": 0} for own in invoked if own["choice"] == at]) for at in range(4)}) > 1
     cold = server.ask(sample, temperature=2.0, top_p=0.0, seed=7)
     assert cold.choices[0].message.content == server.ask(sample).choices[0].message.content
 
@@ -176,11 +182,11 @@ def test_a_client_that_leaves_frees_its_row(server: Served, endless: None, calls
     patient = server.client.with_options(timeout=0.3)
     with pytest.raises(openai.APITimeoutError):  # and one that did not stream
         patient.chat.completions.create(model="mini", messages=messages(sample), max_tokens=200)
-    time.sleep(0.3)
     rows = [row for own in calls for row in own]
+    wait(lambda: all(own.gone() for own in rows))
+    time.sleep(0.1)
     written = [own.answer.written for own in rows]
-    assert len(rows) == 2 and all(own.gone() and own.answer.end is None for own in rows)
-    assert max(written) < 190
+    assert len(rows) == 2 and all(own.answer.end is None for own in rows)
     time.sleep(0.1)
     assert [own.answer.written for own in rows] == written
 
@@ -334,7 +340,7 @@ def test_many_clients_at_once(memory: Memory, lanes: int) -> None:
                 return None
             return said(own.post(wanted[at]).json())
 
-        for _ in range(3):
+        for _ in range(2):
             leaves = [chance.random() < 0.2 for _ in wanted]
             with ThreadPoolExecutor(32) as pool:
                 got = list(pool.map(client, range(32)))
