@@ -24,7 +24,7 @@ from vismem_core.errors import TrainingError
 from vismem_core.files.samples import read
 from vismem_core.memory.trace import Trace
 
-COMMANDS = ("train", "infer", "eval", "plugins", "backbones")
+COMMANDS = ("train", "infer", "eval", "serve", "plugins", "backbones")
 EMPTY = hashlib.sha256(b"").hexdigest()[:16]
 PLUGIN = """
 from vismem_core.hookspecs import hookimpl

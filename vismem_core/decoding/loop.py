@@ -143,11 +143,15 @@ class Decoder:
             compiler.room = self.reserved
         return record.result(input_ids, self.session.room)
 
-    # What rollouts do otherwise
+    # What rollouts and servers do otherwise
 
     def _drops_images(self, row: int) -> bool:
         """Whether the images of ``row`` leave the cache once memory is formed."""
         return self.memory.config.drop_image_after_invocation
+
+    def _room(self, row: int, room: int | None) -> int | None:
+        """Ids that ``row`` may still write, where the call has room for so many."""
+        return room
 
     def _begin(self, model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
         """Read the prompts; what the first tokens are chosen from."""
@@ -232,7 +236,7 @@ class Decoder:
                 if (why := self.memory.refuses(row)) is not None:
                     if decision != "policy":  # which is just not asked there
                         self.trace.blocked[why] += 1
-                elif room is not None and room < ROOM:
+                elif (left := self._room(at, room)) is not None and left < ROOM:
                     self.trace.blocked["room"] += 1
                 elif decision == "policy":
                     offered[at] = self.trigger.kinds

@@ -45,6 +45,15 @@ class Turn:
             self._mine.passes -= 1
             self._lock.release()
 
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Between two passes of a call: others may have the turn inside the context."""
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+
     @property
     def taken(self) -> bool:
         """Whether this thread is inside a call."""

@@ -243,12 +243,12 @@ def _shares(session: Session, copies: Sequence[int]) -> bool:
     return not apart and session.mask.shape[1] >= SHARED and session.packs({}) and kv.whole(session.cache)
 
 
-def draw(logprobs: Tensor, chances: Tensor, top_p: float = 1.0) -> Tensor:
+def draw(logprobs: Tensor, chances: Tensor, top_p: float | Tensor = 1.0) -> Tensor:
     """Tokens (R,) at the given quantiles of each row's distribution (R, V), the likeliest tokens first.
 
     Args:
         chances: (R,), from 0 to 1.
-        top_p: the share of the distribution that is kept, made of its likeliest tokens.
+        top_p: the share of the distribution that is kept, made of its likeliest tokens; of all rows, or (R, 1).
 
     Raises:
         TrainingError: a row is no distribution.
