@@ -74,7 +74,11 @@ def register_datasets(register: Register) -> None:
 
 @hookspec
 def register_metrics(register: Register) -> None:
-    """Callables ``(predictions: Sequence[str], samples: Sequence[Sample]) -> list[float]``, each from 0 to 1."""
+    """Callables ``(predictions: Sequence[str], samples: Sequence[Sample]) -> list[float]``, higher is better; see
+    ``vismem_core.answers.metric.Scores``.
+
+    Fact: ``made``, true for a callable ``(argument: str)`` that gives one.
+    """
 
 
 @hookspec

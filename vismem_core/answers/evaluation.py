@@ -17,8 +17,8 @@ from vismem_core.base.images import content
 from vismem_core.errors import DataError
 from vismem_core.files.samples import Sample, Skipped
 from vismem_core.memory.memory import Memory
-from vismem_core.plugins import registry
 
+from . import metric as metrics
 from .checking import prepare
 from .inference import Answer, answers
 
@@ -59,18 +59,22 @@ def evaluate(
     Args:
         groups: question types the base was trained on (``seen``) and was not (``new``); without it all are new.
         per_type: samples of each type, the first ones.
+        metric: what answers are judged by, as a spec ``NAME[:ARGUMENT]``.
         left_out: gets the samples that cannot be used; without it the first one raises.
         progress: called with the condition, the samples done and their number.
 
     Returns:
         ``{"heldout": {condition: {type: accuracy}}, "seen": {...}, "invocations_per_answer": x, "invocations":
-        {type: {kind: per answer}}, "samples": n, "questions": {type: n}, "not_blind": {type: n}}``; conditions are
+        {type: {kind: per answer}}, "samples": n, "questions": {type: n}, "not_blind": {type: n}, "metric": name}``; a
+        metric's value stands in the accuracies' places. Conditions are
         ``base``, ``memory``, ``noise``, ``blind_base``, ``blind``, and ``short`` and ``long``, one memory of that kind
         forced at the start of each answer. ``not_blind`` counts the questions that the blind conditions leave out.
 
     Raises:
         DataError: there is nothing to measure, or a bad sample.
+        PluginError, ConfigError, MetricError: an unknown metric, or one that fails.
     """
+    judged = metrics.parse(metric)
     chosen = pick(samples, per_type)
     if left_out is not None:
         chosen = {kind: list(_usable(memory, own, batch, left_out)) for kind, own in chosen.items()}
@@ -95,7 +99,7 @@ def evaluate(
         by_type = dict(zip(asked, _split(told, [len(own) for own in asked.values()]), strict=True))
         for group, kinds in names.items():
             tables[group][condition] = {
-                kind: _accuracy(metric, by_type[kind], asked[kind]) for kind in kinds if asked[kind]
+                kind: judged.over([own.text for own in by_type[kind]], asked[kind]) for kind in kinds if asked[kind]
             }
         if condition == "memory":
             used = {kind: _invocations(own) for kind, own in by_type.items()}
@@ -107,6 +111,7 @@ def evaluate(
         "invocations": used,
         "samples": count,
         "questions": {kind: len(own) for kind, own in chosen.items()},
+        "metric": judged.name,
         "not_blind": {kind: lost for kind, own in chosen.items() if (lost := len(own) - len(other[kind]))},
     }
 
@@ -168,11 +173,6 @@ def _split(told: Sequence[Answer], sizes: Sequence[int]) -> list[list[Answer]]:
         parts.append(list(told[start : start + size]))
         start += size
     return parts
-
-
-def _accuracy(metric: str, told: Sequence[Answer], samples: Sequence[Sample]) -> float:
-    scores = registry("metrics").get(metric)([answer.text for answer in told], samples)
-    return float(sum(scores) / len(scores))
 
 
 def _invocations(told: Sequence[Answer]) -> dict[str, float]:
