@@ -87,6 +87,12 @@ def register_rewards(register: Register) -> None:
 
 
 @hookspec
+def register_callbacks(register: Register) -> None:
+    """Who is told of training's steps, and may end it: subclasses of ``transformers.TrainerCallback``, or callables
+    ``(argument: str)`` that give an instance."""
+
+
+@hookspec
 def register_bases(register: Register) -> None:
     """Embedded models: callables ``() -> vismem_core.base.embedded.Base``, by the name of their backbone."""
 

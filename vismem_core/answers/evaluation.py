@@ -8,7 +8,7 @@ the latents' places: what it gets right the latents did not tell.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -86,12 +86,11 @@ def evaluate(
     names["heldout"] = [kind for kind in chosen if kind not in names["seen"]]
     tables: dict[str, dict[str, dict[str, float]]] = {"heldout": {}, "seen": {}}
     used: dict[str, dict[str, float]] = {}
-    for condition, (trigger, blind, replaced) in CONDITIONS.items():
+    for condition, (_, blind, _) in CONDITIONS.items():
         asked = other if blind else chosen
         flat = [sample for own in asked.values() for sample in own]
         told: list[Answer] = []
-        with memory.off() if trigger is None else memory.replaced(replaced) if replaced else nullcontext():
-            spec = trigger if trigger is None or trigger == "never" else _restricted(trigger, memory)
+        with under(memory, condition) as spec:
             for answer in answers(memory, flat, max_new_tokens=max_new_tokens, batch=batch, trigger=spec):
                 told.append(answer)
                 if progress:
@@ -114,6 +113,19 @@ def evaluate(
         "metric": judged.name,
         "not_blind": {kind: lost for kind, own in chosen.items() if (lost := len(own) - len(other[kind]))},
     }
+
+
+@contextmanager
+def under(memory: Memory, condition: str) -> Iterator[str | None]:
+    """Answers inside are given under a condition; gives their trigger, as a spec."""
+    trigger, _, replaced = CONDITIONS[condition]
+    if trigger is None:
+        with memory.off():
+            yield None
+        return
+    spec = memory.config.trigger if trigger == "policy" else trigger
+    with memory.replaced(replaced) if replaced else nullcontext():
+        yield spec
 
 
 def pick(samples: Sequence[Sample], per_type: int) -> dict[str, list[Sample]]:
@@ -161,10 +173,6 @@ def swapped(chosen: Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
 def _usable(memory: Memory, samples: Sequence[Sample], batch: int, out: list[Skipped]) -> Iterator[Sample]:
     for first in range(0, len(samples), batch):
         yield from prepare(memory.backbone, samples[first : first + batch], out)[0]
-
-
-def _restricted(trigger: str, memory: Memory) -> str:
-    return memory.config.trigger if trigger == "policy" else trigger
 
 
 def _split(told: Sequence[Answer], sizes: Sequence[int]) -> list[list[Answer]]:
