@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from vismem_core.files.samples import Skipped
@@ -28,6 +29,13 @@ def print_report(report: Mapping[str, Any], title: str = "Held-out questions") -
     warn_of(report)
     if (count := report.get("invocations_per_answer")) is not None:
         say(f"\n{count:.2f} invocations per answer, {report.get('seconds', 0):.0f} seconds")
+
+
+def tell_best(report: Mapping[str, Any], place: Path) -> None:
+    """Which evaluation of a run was the best, and where its memory is."""
+    if best := report.get("best"):
+        where = f"{best['stage']}, step {best['step']}"
+        say(f"\nbest in evaluations: {best['eval_' + report['metric']]:.3f}, after {where}: {place / best['folder']}")
 
 
 def warn_of(report: Mapping[str, Any]) -> None:

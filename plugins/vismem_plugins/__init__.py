@@ -66,6 +66,11 @@ def register_rewards(register: Register) -> None:
 
 
 @hookimpl
+def register_callbacks(register: Register) -> None:
+    register("call", "vismem_plugins.callbacks:call", description="call:package.module:Class, one of your own")
+
+
+@hookimpl
 def register_bases(register: Register) -> None:
     for family in ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "internvl", "timm_lm"):  # the first is the default
         register(family, f"vismem_plugins.bases:mini_{family}", description="mini, trained on mosaic")

@@ -94,21 +94,21 @@ class Closing:
 
 
 def course(output: Path, metric: str) -> dict[str, Any]:
-    """What a run's rows say for its report: steps that were skipped, and where its evaluations were best.
+    """What a run's rows say for its report: how many steps there were, and where its evaluations were best.
 
     Returns:
-        ``skipped_steps``; and where there were evaluations, ``best``, the best one's row with the folder of its
-        memory, and ``steps``, taken in each stage.
+        ``steps``, by stage, and ``skipped_steps``; where there were evaluations, ``best``, the row of the best one of
+        the last stage, with the folder of its memory.
     """
     found = rows(output / METRICS)
-    told: dict[str, Any] = {"skipped_steps": sum(bool(row.get("skipped")) for row in found)}
+    told: dict[str, Any] = {"steps": {row["stage"]: row["step"] for row in found}}
+    told["skipped_steps"] = sum(bool(row.get("skipped")) for row in found)
     if asked := [row for row in found if evaluated(row)]:
         last = [row for row in asked if row["stage"] == asked[-1]["stage"]]
         told["best"] = {
             "folder": BEST,
             **max(last, key=lambda row: row[f"eval_{metric}"] or 0.0),
         }  # the first of equals
-        told["steps"] = {row["stage"]: row["step"] for row in found}
     return told
 
 
