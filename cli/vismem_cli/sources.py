@@ -49,6 +49,7 @@ def check_names(
     trigger: str | None = None,
     rewards: Sequence[str] = (),
     metric: str | None = None,
+    callbacks: Sequence[str] = (),
 ) -> None:
     """Tell a misspelt name, or an argument that a trigger, reward or metric does not take, before a model is loaded."""
     from vismem_core.answers import metric as metrics
@@ -68,6 +69,8 @@ def check_names(
         reward.parse(rewards)
     if metric is not None:
         metrics.parse(metric)
+    for spec in callbacks:
+        registry("callbacks").entry(spec.partition(":")[0])
 
 
 def open_memory(options: LoadOptions) -> Memory:

@@ -114,7 +114,8 @@ def train(
     base = LoadOptions(began, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
     base = with_base(_of_run(base, stood) if stood else base)
     run = load(config, overrides, before or _suited(base))
-    check_names(base.backbone, run.memory, rewards=run.train.grpo.rewards, metric=run.train.metric)
+    named: dict[str, Any] = {"metric": run.train.metric, "callbacks": run.train.callbacks}
+    check_names(base.backbone, run.memory, rewards=run.train.grpo.rewards, **named)
     told: dict[str, Any] = {"on_bad": "fail", "check": "all"} | (dict(stood.rows) if stood else {})
     told |= {"on_bad": on_bad_sample.value} if on_bad_sample else {}
     told |= {"check": check.value} if check else {}

@@ -38,7 +38,7 @@ SETTINGS = {
 }
 EVALUATED = [
     "train.metric=anls",
-    "train.evaluation={every: 2, samples: 2, shown: 3, keep: best, patience: 1}",
+    "train.evaluation={every: 2, samples: 1, shown: 2, keep: best, patience: 1}",
     "train.callbacks=['call:samples:Once']",
 ]
 """Evaluations, and one more that a callback in one of the processes asks for; where nothing improves, a stage ends."""

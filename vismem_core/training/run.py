@@ -49,7 +49,7 @@ def train(
     train_data: Sequence[Sample],
     heldout: Sequence[Sample],
     config: Config,
-    output: Path,
+    output: str | Path,
     *,
     resume: bool = False,
     groups: Mapping[str, Sequence[str]] | None = None,
@@ -79,7 +79,7 @@ def train(
         TrainingError: ``output`` holds another run, the loss is not finite, a callback failed, or a signal ended it.
             Whatever ends a run, its last whole step is saved first.
     """
-    began = time.monotonic()
+    began, output = time.monotonic(), Path(output)
     console = console or Console(stderr=True)
     run = Run(memory, config, output, console, on_bad, callbacks)
     if run.finished(resume):
