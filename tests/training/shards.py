@@ -22,6 +22,7 @@ from vismem_core.base import shards
 from vismem_core.base.loading import load_base
 from vismem_core.base.shards import Shards
 from vismem_core.config import Config, GrpoConfig, MemoryConfig, PolicyConfig, PolicyStageConfig, TrainConfig
+from vismem_core.config.schema import EvaluationConfig
 from vismem_core.errors import AttachError
 from vismem_core.training.run import train
 
@@ -30,9 +31,10 @@ GRPO = GrpoConfig(STAGE, STAGE, rewards=("call:samples:even",), group=4, max_new
 
 
 def trained(base: Base, settings: MemoryConfig, grpo: GrpoConfig, output: Path) -> dict[str, Tensor]:
-    """Memory after a warm start and both stages of GRPO."""
+    """Memory after a warm start and both stages of GRPO, evaluated after each step."""
     memory = base.attach(settings)
-    run = TrainConfig(objective="sft+grpo", formation=STAGE, grpo=grpo, eval_samples=1, max_new_tokens=4)
+    often = EvaluationConfig(every=1, samples=1, keep="best")  # of one question, which one process has
+    run = TrainConfig("all", "sft+grpo", formation=STAGE, grpo=grpo, evaluation=often, eval_samples=1, max_new_tokens=4)
     train(memory, SAMPLES, SAMPLES[:1], Config(settings, run), output)
     return {name: tensor.detach().clone() for name, tensor in memory.trained().items()}
 

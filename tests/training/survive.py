@@ -46,7 +46,7 @@ LONGER = {
     "judged": [*GRPO, "train.grpo.patience=0.15"],
 }
 """Settings of the runs, by what is trained."""
-PLAIN = ("sft", "grpo", "resampling", "evaluated")
+PLAIN = ("sft", "evaluated", "resampling", "grpo")
 """Those that need no judge."""
 WAYS = ("SIGKILL", "SIGTERM", "full disk", "judge away")
 

@@ -66,6 +66,13 @@ def checked(given: object, name: str = "") -> TrainerCallback:
     return given
 
 
+class Patience(EarlyStoppingCallback):
+    """Early stopping as transformers has it, without its word on what is kept: that is a setting of its own here."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        return
+
+
 class Callbacks:
     """All callbacks of a run, told of one stage after the other.
 
@@ -88,7 +95,7 @@ class Callbacks:
     ) -> None:
         self.config, self.memory, self.processes, self.folder = config, memory, processes, folder
         evaluation = config.evaluation
-        own = [EarlyStoppingCallback(evaluation.patience, evaluation.min_delta)] if evaluation.patience else []
+        own = [Patience(evaluation.patience, evaluation.min_delta)] if evaluation.patience else []
         self._told = list(zip(_names([*given, *own]), [*given, *own], strict=True))
         self.state, self.control = TrainerState(), TrainerControl()
         self.best: tuple[int, bool] | None = None
