@@ -5,6 +5,7 @@ Run by test_shards.py, as each of the two.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,6 +59,8 @@ def check(make: Callable[[], Base], settings: MemoryConfig, grpo: GrpoConfig, ou
 
     for name, tensor in trained(base, settings, grpo, output / "shared").items():
         assert tensor.equal(expected[name]), name
+    about = [json.loads((output / name / "vismem.json").read_text())["base"] for name in ("whole", "shared")]
+    assert about[0] == about[1]
     assert shared.most <= 2, "autograd keeps layers"
     whole = [all(own.numel() for own, _, _ in layer.places) for layer in shared.layers]
     assert sum(whole) <= 1
