@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from itertools import cycle, groupby, product
+from itertools import accumulate, cycle, groupby, product
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -66,8 +66,9 @@ def curves(runs: list[Path], figures: list[str], path: Path, window: int) -> Non
 
 
 def stages(lines: list[dict[str, Any]]) -> list[tuple[str, list[tuple[int, dict[str, Any]]]]]:
-    """The steps of each stage, numbered through from 1."""
-    groups = groupby(enumerate(lines, 1), key=lambda own: str(own[1]["stage"]))
+    """The steps of each stage, numbered through from 1; an evaluation has the number of the step before it."""
+    numbers = accumulate("finished" not in line for line in lines)
+    groups = groupby(zip(numbers, lines, strict=True), key=lambda own: str(own[1]["stage"]))
     return [(name, list(steps)) for name, steps in groups]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tiny
+from transformers import TrainerCallback
 
 from vismem_core.answers.reward import Written
 from vismem_core.files.samples import Sample
@@ -35,6 +37,14 @@ def right_arm(answers: Sequence[Written], samples: Sequence[Sample]) -> list[flo
         asked = next((kind for token in own.ids if (kind := ARMS.get(token))), None)
         scores.append(0.5 if asked is None else float(asked == sample.answer))
     return scores
+
+
+class Once(TrainerCallback):
+    """Asks for a save and an evaluation after the first step, in the last of the processes alone."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        last = args.process_index == args.world_size - 1
+        control.should_evaluate = control.should_save = last and state.global_step == 1
 
 
 ARMS: dict[int, str] = {}

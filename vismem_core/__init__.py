@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .memory.tokens import MemoryTokens
     from .memory.trace import Invocation, Trace
     from .memory.trigger import Trigger
+    from .training.run import train
     from .training.trainable import collate, trainable
 
 _HOMES = {
@@ -43,6 +44,7 @@ _HOMES = {
     "memory.tokens": ("MemoryTokens",),
     "memory.trace": ("Invocation", "Trace"),
     "memory.trigger": ("Trigger",),
+    "training.run": ("train",),
     "training.trainable": ("collate", "trainable"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -67,6 +69,7 @@ __all__ = [
     "Written",
     "attach",
     "collate",
+    "train",
     "trainable",
 ]
 

@@ -49,6 +49,10 @@ class RewardError(VismemError):
     """A reward that failed or gave no number from 0 to 1; the message names the reward and the sample."""
 
 
+class MetricError(VismemError):
+    """A metric that failed or gave no number for an answer; the message names it."""
+
+
 class ServiceError(RewardError):
     """A service that a reward asks is away, whatever the sample."""
 

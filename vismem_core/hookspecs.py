@@ -74,12 +74,22 @@ def register_datasets(register: Register) -> None:
 
 @hookspec
 def register_metrics(register: Register) -> None:
-    """Callables ``(predictions: Sequence[str], samples: Sequence[Sample]) -> list[float]``, each from 0 to 1."""
+    """Callables ``(predictions: Sequence[str], samples: Sequence[Sample]) -> list[float]``, higher is better; see
+    ``vismem_core.answers.metric.Scores``.
+
+    Fact: ``made``, true for a callable ``(argument: str)`` that gives one.
+    """
 
 
 @hookspec
 def register_rewards(register: Register) -> None:
     """What reinforcement optimises: callables ``(argument: str) -> vismem_core.answers.reward.Reward``."""
+
+
+@hookspec
+def register_callbacks(register: Register) -> None:
+    """Who is told of training's steps, and may end it: subclasses of ``transformers.TrainerCallback``, or callables
+    ``(argument: str)`` that give an instance."""
 
 
 @hookspec

@@ -23,7 +23,17 @@ from .options import Json
 EXAMPLE = "Example: vismem doctor --json > report.json"
 MODULES = {"pillow": "PIL", "pyyaml": "yaml", "pyarrow": "pyarrow"}
 """Packages whose modules have other names."""
-OPTIONAL = ("bitsandbytes", "datasets", "gradio", "math-verify", "matplotlib", "trl")
+OPTIONAL = (
+    "bitsandbytes",
+    "datasets",
+    "gradio",
+    "math-verify",
+    "matplotlib",
+    "pycocoevalcap",
+    "rouge-score",
+    "sacrebleu",
+    "trl",
+)
 SETTINGS = ("CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "VISMEM_PLUGINS")
 """Of the environment; none of them is a secret."""
 

@@ -24,6 +24,7 @@ def eval_(
     per_type: Annotated[int, typer.Option(metavar="N", min=1, help="Questions of each type.")] = 100,
     max_new_tokens: options.MaxNewTokens = 64,
     batch: options.Batch = 32,
+    metric: options.Metric = "exact",
     backbone: options.Backbone = None,
     model: options.Model = None,
     any_base: options.AnyBase = False,
@@ -42,7 +43,7 @@ def eval_(
     Columns: base (memory off), memory (invoked by the policy), noise (in the latents' places), blind_base and blind
     (base and memory over another sample's image), short and long (forced at the answer's start).
     """
-    check_names(backbone)
+    check_names(backbone, metric=metric)
     source = data or default_data(backbone, model)
     samples = open_dataset(
         source,
@@ -65,6 +66,7 @@ def eval_(
         per_type=per_type,
         batch=batch,
         max_new_tokens=max_new_tokens,
+        metric=metric,
         left_out=left_out if on_bad_sample.value == "skip" else None,
     )
     stood = basis(Path(memory)) if memory and Path(memory).is_dir() else None

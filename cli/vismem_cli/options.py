@@ -88,6 +88,8 @@ Columns = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer, in tokens.")]
+METRIC = "How answers are judged: exact, vqa, anls, relaxed, f1, ... (vismem plugins lists them)."
+Metric = Annotated[str, typer.Option("--metric", metavar="NAME", help=METRIC)]
 Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Questions answered together.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.seed=1.")

@@ -27,6 +27,7 @@ def probe(
     ] = None,
     per_type: Annotated[int, typer.Option(metavar="N", min=2, help="Questions of each type.")] = 100,
     max_new_tokens: options.MaxNewTokens = 16,
+    metric: options.Metric = "exact",
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures there, as JSON.")] = None,
     backbone: options.Backbone = None,
     model: options.Model = None,
@@ -48,7 +49,7 @@ def probe(
     mean over all questions; a word that means nothing (pause tokens); nothing (markers only); the memory of another
     image or question, or of the other kind.
     """
-    check_names(backbone)
+    check_names(backbone, metric=metric)
     samples = open_dataset(
         data or default_data(backbone, model),
         "heldout",
@@ -73,6 +74,7 @@ def probe(
             types=wanted,
             per_type=per_type,
             max_new_tokens=max_new_tokens,
+            metric=metric,
             progress=lambda text, done, count: progress.update(task, description=text, completed=done, total=count),
         )
     if output is not None:
@@ -86,8 +88,9 @@ def probe(
         print_json(told)
         return
     say(f"{told['questions']} questions{'; too few to tell much' if told['questions'] < FEW else ''}")
+    measured = "accuracy" if metric == "exact" else told["metric"]
     for kind, own in told["kinds"].items():
-        head = ("in the latents' places", "accuracy", "difference", "log-likelihood, nats a token")
+        head = ("in the latents' places", measured, "difference", "log-likelihood, nats a token")
         print_table(f"\n{kind}-term memory", head, _rows(own["conditions"]), numbers=True)
         if "hidden" in own:
             print_table(f"\n{kind}-term memory, images out of sight after it", head, _rows(own["hidden"]), numbers=True)

@@ -48,8 +48,11 @@ def check_names(
     memory: MemoryConfig | None = None,
     trigger: str | None = None,
     rewards: Sequence[str] = (),
+    metric: str | None = None,
+    callbacks: Sequence[str] = (),
 ) -> None:
-    """Tell a misspelt name, or an argument that a trigger or a reward does not take, before a model is loaded."""
+    """Tell a misspelt name, or an argument that a trigger, reward or metric does not take, before a model is loaded."""
+    from vismem_core.answers import metric as metrics
     from vismem_core.answers import reward
     from vismem_core.memory import trigger as triggers
 
@@ -64,6 +67,10 @@ def check_names(
             triggers.parse(spec)
     if rewards:
         reward.parse(rewards)
+    if metric is not None:
+        metrics.parse(metric)
+    for spec in callbacks:
+        registry("callbacks").entry(spec.partition(":")[0])
 
 
 def open_memory(options: LoadOptions) -> Memory:

@@ -12,14 +12,14 @@ import typer
 
 from vismem_core.base.embedded import embedded
 from vismem_core.config import Config, load
-from vismem_core.errors import TrainingError
+from vismem_core.errors import ConfigError, TrainingError
 from vismem_core.files.samples import open_dataset
 from vismem_core.training.folder import Basis, basis, refuse
 from vismem_core.training.folder import settings as run_settings
 
 from . import options
 from .console import print_json, say, warn
-from .report import print_report, tell_skipped, warn_of
+from .report import print_report, tell_best, tell_skipped, warn_of
 from .sources import LoadOptions, check_names, default_data, open_base, tell_unknown, with_base
 
 EXAMPLE = "Example: vismem train --backbone qwen2_5_vl --set train.formation.steps=200 --output runs/first"
@@ -71,6 +71,7 @@ def train(
         float | None,
         typer.Option(metavar="P", min=0.0, max=1.0, help="Chance that memory has to do without the image after it."),
     ] = None,
+    metric: Annotated[str | None, typer.Option(metavar="NAME", help=options.METRIC)] = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     seed: Annotated[
@@ -105,7 +106,7 @@ def train(
     Settings come from --config, then --set, then --stage and other flags, each over the ones before.
     """
     flags: dict[str, Any] = {"stage": stage and stage.value, "objective": objective and objective.value, "seed": seed}
-    flags |= {"image_dropout": image_dropout, "memory": memory}
+    flags |= {"image_dropout": image_dropout, "memory": memory, "metric": metric}
     overrides = [*(settings or []), *(f"train.{key}={value}" for key, value in flags.items() if value is not None)]
     overrides += [f"memory.policy.trains={policy.value}"] if policy else []
     place = output or (Path("runs") / backbone if backbone else None)
@@ -117,7 +118,8 @@ def train(
     base = LoadOptions(began, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
     base = with_base(_of_run(base, stood) if stood else base)
     run = load(config, overrides, before or _suited(base))
-    check_names(base.backbone, run.memory, rewards=run.train.grpo.rewards)
+    named: dict[str, Any] = {"metric": run.train.metric, "callbacks": run.train.callbacks}
+    check_names(base.backbone, run.memory, rewards=run.train.grpo.rewards, **named)
     told: dict[str, Any] = {"on_bad": "fail", "check": "all"} | (dict(stood.rows) if stood else {})
     told |= {"on_bad": on_bad_sample.value} if on_bad_sample else {}
     told |= {"check": check.value} if check else {}
@@ -130,6 +132,8 @@ def train(
     tell_skipped([*samples.skipped, *asked.skipped])
     title = "Held-out questions"
     if Path(source).exists() and os.path.abspath(heldout or source) == os.path.abspath(source):
+        if run.train.evaluation.every:
+            raise ConfigError(f"train.evaluation.every needs data that is held out of {source}: name it with --heldout")
         warn(f"the report will be on the training data, {source}; name other data with --heldout")
         title = "Training questions"
     if stage is Stage.invocation and not began:
@@ -156,6 +160,7 @@ def train(
         print_json(report | {"output": str(place)})
         return
     print_report(report, title)
+    tell_best(report, place)
     if report["skipped"]:
         warn(f"bad rows were left out: {len(report['skipped'])}; {place / 'report.json'} lists them")
     say(f"\nwritten to {place}; ask it: vismem infer --memory {place} --image FILE --prompt TEXT")

@@ -38,8 +38,18 @@ def register_datasets(register: Register) -> None:
 
 @hookimpl
 def register_metrics(register: Register) -> None:
-    register("exact", "vismem_plugins.metrics:exact", description="the same text, whatever its case and spacing")
-    register("ending", "vismem_plugins.metrics:ending", description="the same, of what follows the last colon")
+    metrics = "vismem_plugins.metrics"
+    register("exact", f"{metrics}.text:exact", description="the same text, whatever its case and spacing")
+    register("ending", f"{metrics}.text:ending", description="the same, of what follows the last colon")
+    register("vqa", f"{metrics}.vqa:vqa", description="VQA accuracy: how many people gave this answer")
+    register("anls", f"{metrics}.text:anls", description="likeness of spelling, from .5 on, as in DocVQA")
+    register("relaxed", f"{metrics}.text:relaxed", description="numbers within 5%, as in ChartQA")
+    register("f1", f"{metrics}.text:f1", description="words shared with a reference, as SQuAD counts them")
+    register("choice", f"{metrics}.rewarded:choice", made=True, description="the right option, by letter or text")
+    register("judge", f"{metrics}.rewarded:judge", made=True, description="judge:URL[#MODEL], a model's grade")
+    register("bleu", f"{metrics}.overlap:bleu", made=True, description="BLEU of the whole set, by sacrebleu")
+    register("rouge", f"{metrics}.overlap:rouge", made=True, description="ROUGE-L, by rouge-score")
+    register("cider", f"{metrics}.overlap:cider", made=True, description="CIDEr-D, by pycocoevalcap, up to 10")
 
 
 @hookimpl
@@ -53,6 +63,11 @@ def register_rewards(register: Register) -> None:
     register("math", f"{rewards}.mathematics:math", description="an equal expression, as math-verify finds")
     register("call", f"{rewards}.call:call", description="call:package.module:function, a reward of your own")
     register("judge", f"{rewards}.judge:judge", description="judge:URL[#MODEL], the grade a language model gives")
+
+
+@hookimpl
+def register_callbacks(register: Register) -> None:
+    register("call", "vismem_plugins.callbacks:call", description="call:package.module:Class, one of your own")
 
 
 @hookimpl

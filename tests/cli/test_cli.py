@@ -249,11 +249,11 @@ def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
             "evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path)
         },
     }
+    monkeypatch.setattr("vismem_core.attach", core.attach, raising=False)  # finds the real one, so before the others
     for name, attributes in fakes.items():
         module = ModuleType(f"vismem_core.{name}")
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, f"vismem_core.{name}", module)
-    monkeypatch.setattr("vismem_core.attach", core.attach, raising=False)
     base = plugins.registry("bases").get("qwen2_5_vl")()
     shipped = lambda backbone=None: (backbone or "qwen2_5_vl", type(base)(**(vars(base) | {"memory": tmp_path})))  # noqa: E731
     monkeypatch.setattr("vismem_cli.sources.embedded", shipped)
@@ -317,6 +317,10 @@ def test_training_goes_on_from_a_trained_memory_on_its_own_model(
         (["train", "--set", "memory.query.builder=crosss"], "unknown query builder 'crosss'; did you mean 'cross'?"),
         (["train", "--set", "memory.trigger=polcy"], "unknown trigger 'polcy'; did you mean 'policy'?"),
         (["train", "--set", "train.grpo.rewards=[exakt]"], "unknown reward 'exakt'; did you mean 'exact'?"),
+        (["train", "--metric", "exakt"], "unknown metric 'exakt'; did you mean 'exact'?"),
+        (["eval", "--metric", "vqa:3"], "metric vqa takes no argument"),
+        (["probe", "--metric", "anlz"], "unknown metric 'anlz'; did you mean 'anls'?"),
+        (["train", "--set", "train.callbacks=[cal:x]"], "unknown callback 'cal'; did you mean 'call'?"),
         (
             ["train", "--model", "x/y", "--data", "mosaic", "--backbone", "lava"],
             "unknown backbone 'lava'; did you mean",
@@ -334,6 +338,21 @@ def test_misspelt_names_are_told_before_a_model_loads(
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error: ") and message in done.err
     assert core.calls == {}
+
+
+def test_answers_are_judged_by_the_metric_that_is_named(vismem: Callable[..., Run], core: Core) -> None:
+    assert vismem("train", "--metric", "vqa").code == 0 and core.calls["train"][1].train.metric == "vqa"
+    assert vismem("eval", "--metric", "anls").code == 0 and core.calls["train"][1]["metric"] == "anls"
+
+
+def test_training_data_are_not_held_out(vismem: Callable[..., Run], core: Core, questions: Path) -> None:
+    args = ["--data", questions, "--on-bad-sample", "skip", "--set", "train.evaluation.every=5"]
+    done = vismem("train", *args)
+    told = f"error: train.evaluation.every needs data that is held out of {questions}: name it with --heldout\n"
+    assert done.code == 1 and done.err.endswith(told) and core.calls == {}
+    other = questions.with_name("others.jsonl")
+    other.write_bytes(questions.read_bytes())
+    assert vismem("train", *args, "--heldout", other).code == 0
 
 
 def test_a_model_of_ones_own_is_not_given_the_shipped_memory(

@@ -30,7 +30,7 @@ from vismem_core.errors import AttachError, ConfigError, DataError, RewardError,
 from vismem_core.files.lock import alone
 from vismem_core.files.results import Results
 from vismem_core.files.samples import Sample, question
-from vismem_plugins.metrics import exact
+from vismem_plugins.metrics.text import exact
 from vismem_plugins.mini import path as shipped
 
 # Texts that look the same

@@ -5,6 +5,7 @@ Run by test_shards.py, as each of the two.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from vismem_core.base import shards
 from vismem_core.base.loading import load_base
 from vismem_core.base.shards import Shards
 from vismem_core.config import Config, GrpoConfig, MemoryConfig, PolicyConfig, PolicyStageConfig, TrainConfig
+from vismem_core.config.schema import EvaluationConfig
 from vismem_core.errors import AttachError
 from vismem_core.training.run import train
 
@@ -30,9 +32,10 @@ GRPO = GrpoConfig(STAGE, STAGE, rewards=("call:samples:even",), group=4, max_new
 
 
 def trained(base: Base, settings: MemoryConfig, grpo: GrpoConfig, output: Path) -> dict[str, Tensor]:
-    """Memory after a warm start and both stages of GRPO."""
+    """Memory after a warm start and both stages of GRPO, evaluated after each step."""
     memory = base.attach(settings)
-    run = TrainConfig(objective="sft+grpo", formation=STAGE, grpo=grpo, eval_samples=1, max_new_tokens=4)
+    often = EvaluationConfig(every=1, samples=1, keep="best")  # of one question, which one process has
+    run = TrainConfig("all", "sft+grpo", formation=STAGE, grpo=grpo, evaluation=often, eval_samples=1, max_new_tokens=4)
     train(memory, SAMPLES, SAMPLES[:1], Config(settings, run), output)
     return {name: tensor.detach().clone() for name, tensor in memory.trained().items()}
 
@@ -56,6 +59,8 @@ def check(make: Callable[[], Base], settings: MemoryConfig, grpo: GrpoConfig, ou
 
     for name, tensor in trained(base, settings, grpo, output / "shared").items():
         assert tensor.equal(expected[name]), name
+    about = [json.loads((output / name / "vismem.json").read_text())["base"] for name in ("whole", "shared")]
+    assert about[0] == about[1]
     assert shared.most <= 2, "autograd keeps layers"
     whole = [all(own.numel() for own, _, _ in layer.places) for layer in shared.layers]
     assert sum(whole) <= 1

@@ -3,8 +3,9 @@
     python tests/training/survive.py --times 60 --seed 0
 
 A run is ended by SIGKILL, by SIGTERM, by a full disk (the kernel lets no file grow from a random moment on), or by a
-judge that is away for longer than it is waited for; training by cross-entropy, by GRPO, and by GRPO that draws
-prompts anew. Runs are forks of one process that has everything imported, a second each. Needs Linux.
+judge that is away for longer than it is waited for; training by cross-entropy, by GRPO, by GRPO that draws prompts
+anew, and by GRPO that is evaluated, stops early and keeps its best. Runs are forks of one process that has everything
+imported, a second each. Needs Linux.
 """
 
 from __future__ import annotations
@@ -36,9 +37,17 @@ LONGER = {
     "sft": ["train.formation={steps: 10, batch: 3, lr: 1e-3}", "train.invocation={steps: 8, batch: 3, lr: 1e-2}"],
     "grpo": [*GRPO, "train.grpo.formation={steps: 6, batch: 2, lr: 1e-3}"],
     "resampling": [*RESAMPLING, "train.grpo.formation={steps: 6, batch: 2, lr: 1e-3}"],
+    "evaluated": [
+        *GRPO,
+        "train.grpo.formation={steps: 6, batch: 2, lr: 1e-3}",
+        "train.metric=anls",
+        "train.evaluation={every: 2, samples: 1, patience: 2, keep: best}",
+    ],
     "judged": [*GRPO, "train.grpo.patience=0.15"],
 }
 """Settings of the runs, by what is trained."""
+PLAIN = ("sft", "evaluated", "resampling", "grpo")
+"""Those that need no judge."""
 WAYS = ("SIGKILL", "SIGTERM", "full disk", "judge away")
 
 
@@ -85,8 +94,9 @@ def end(way: str, child: int, chance: Random) -> None:
 
 def same(ours: Path, whole: Path) -> str | None:
     """How a resumed run differs from the unbroken one; None if it does not."""
-    if (ours / "metrics.jsonl").read_text() != (whole / "metrics.jsonl").read_text():
-        return "metrics.jsonl differs"
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (whole / name).exists() and (ours / name).read_text() != (whole / name).read_text():
+            return f"{name} differs"
     got, expected = (load_file(place / "memory.safetensors") for place in (ours, whole))
     if odd := [name for name in expected if not got[name].equal(expected[name])]:
         return f"{odd[0]} differs"
@@ -109,7 +119,7 @@ def survive(folder: Path, times: int, seed: int, tell: Callable[[str], None]) ->
     chance, wrong, tally, whole, seconds = Random(seed), list[str](), Counter[str](), {}, {}
     for number in range(times):
         way = WAYS[number % len(WAYS)]
-        kind = "judged" if way == "judge away" else ("sft", "grpo", "resampling")[number // len(WAYS) % 3]
+        kind = "judged" if way == "judge away" else PLAIN[number // len(WAYS) % len(PLAIN)]
         if kind not in whole:
             whole[kind], began = folder / f"whole-{kind}", time.monotonic()
             if ended(fork(whole[kind], settings[kind])) != 0:

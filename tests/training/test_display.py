@@ -4,6 +4,7 @@ import io
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -61,3 +62,34 @@ def test_figures_reach_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert logged == [({"formation_grpo/loss": 0.25, "formation_grpo/reward": 0.5, "formation_grpo/tokens": 100.0,
                         "formation_grpo/skipped": False}, 1)]  # fmt: skip
     assert "comet_ml" not in sys.modules
+
+
+EVALUATED = {"stage": "formation", "step": 4, "finished": False, "eval_exact": 0.5, "eval_exact_long": 0.75}
+ANSWERS = [{"way": "long", "prompt": "what ?", "marked": "‹long› a boot", "references": ["a bag"]}]
+
+
+def test_evaluations_stay_above_the_bar() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=120)) as display:
+        display.begin("formation", 9, 4)
+        display.evaluating("long", 1, 2)
+        display.evaluated(EVALUATED, True)
+    assert "formation, step 4: exact 0.500, exact_long 0.750, the best so far\n" in out.getvalue()
+
+
+def test_answers_go_to_trackers_that_show_them(tmp_path: Path) -> None:
+    logged: list[tuple[str, Any]] = []
+    text = SimpleNamespace(name="tensorboard", log=lambda values, step: logged.append(("text", (values, step))))
+    table = SimpleNamespace(name="wandb", log_table=lambda *told, step: logged.append(("table", (told, step))))
+    trackers = Trackers([], tmp_path, {})
+    trackers._accelerator = SimpleNamespace(  # type: ignore[assignment]
+        trackers=[text, table, SimpleNamespace(name="aim")],
+        log=lambda values, step: logged.append(("figures", (values, step))),
+    )
+    trackers.log(ROW)
+    trackers.evaluated(EVALUATED, ANSWERS)
+    kinds, told = zip(*logged[1:], strict=True)
+    assert kinds == ("figures", "text", "table")
+    assert told[0] == ({"formation/finished": False, "formation/eval_exact": 0.5, "formation/eval_exact_long": 0.75}, 1)
+    assert "‹long› a boot" in told[1][0]["formation/answers"]
+    assert told[2][0][2] == [["long", "what ?", "‹long› a boot", "['a bag']"]]

@@ -36,6 +36,12 @@ SETTINGS = {
         "train.grpo.invocation={steps: 3, lr: 1e-2}",
     ],
 }
+EVALUATED = [
+    "train.metric=anls",
+    "train.evaluation={every: 2, samples: 1, shown: 2, keep: best, patience: 1}",
+    "train.callbacks=['call:samples:Once']",
+]
+"""Evaluations, and one more that a callback in one of the processes asks for; where nothing improves, a stage ends."""
 WORKER = """
 import sys
 from pathlib import Path
@@ -54,7 +60,7 @@ def one(output: Path, objective: str, batch: int) -> None:
         f"train.{'' if objective == 'sft' else 'grpo.'}{stage}.batch={batch}" for stage in ("formation", "invocation")
     ]
     plain = ["memory.short.dropout=0", "memory.long.dropout=0"]  # two processes draw other dropout than one
-    run(output, [*SETTINGS[objective], *sizes, *plain])
+    run(output, [*SETTINGS[objective], *sizes, *plain, *EVALUATED])
 
 
 @pytest.mark.parametrize(
@@ -107,8 +113,15 @@ def same(objective: str, *runs: Path) -> None:
         )
     rows = [[json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in runs]
     assert len(rows[0]) == len(rows[1]) > 0
-    assert objective != "grpo" or any(row["resampled"] for row in rows[0])
-    assert objective != "dealt" or all(row["choices"] for row in rows[0])
+    steps = [row for row in rows[0] if "loss" in row]
+    assert objective != "grpo" or any(row["resampled"] for row in steps)
+    assert objective != "dealt" or all(row["choices"] for row in steps)
+    assert len(steps) < len(rows[0])
+    answers = [(place / "samples.jsonl").read_text() for place in runs]
+    assert answers[0] == answers[1]
+    bests = [load_file(place / "best" / "memory.safetensors") for place in runs]
+    for name, expected in bests[1].items():
+        torch.testing.assert_close(bests[0][name], expected, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(*rows, strict=True):
         assert ours.keys() == theirs.keys()
         for figure, value in theirs.items():

@@ -8,7 +8,7 @@ the latents' places: what it gets right the latents did not tell.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,8 +17,8 @@ from vismem_core.base.images import content
 from vismem_core.errors import DataError
 from vismem_core.files.samples import Sample, Skipped
 from vismem_core.memory.memory import Memory
-from vismem_core.plugins import registry
 
+from . import metric as metrics
 from .checking import prepare
 from .inference import Answer, answers
 
@@ -59,18 +59,22 @@ def evaluate(
     Args:
         groups: question types the base was trained on (``seen``) and was not (``new``); without it all are new.
         per_type: samples of each type, the first ones.
+        metric: what answers are judged by, as a spec ``NAME[:ARGUMENT]``.
         left_out: gets the samples that cannot be used; without it the first one raises.
         progress: called with the condition, the samples done and their number.
 
     Returns:
         ``{"heldout": {condition: {type: accuracy}}, "seen": {...}, "invocations_per_answer": x, "invocations":
-        {type: {kind: per answer}}, "samples": n, "questions": {type: n}, "not_blind": {type: n}}``; conditions are
+        {type: {kind: per answer}}, "samples": n, "questions": {type: n}, "not_blind": {type: n}, "metric": name}``; a
+        metric's value stands in the accuracies' places. Conditions are
         ``base``, ``memory``, ``noise``, ``blind_base``, ``blind``, and ``short`` and ``long``, one memory of that kind
         forced at the start of each answer. ``not_blind`` counts the questions that the blind conditions leave out.
 
     Raises:
         DataError: there is nothing to measure, or a bad sample.
+        PluginError, ConfigError, MetricError: an unknown metric, or one that fails.
     """
+    judged = metrics.parse(metric)
     chosen = pick(samples, per_type)
     if left_out is not None:
         chosen = {kind: list(_usable(memory, own, batch, left_out)) for kind, own in chosen.items()}
@@ -82,12 +86,11 @@ def evaluate(
     names["heldout"] = [kind for kind in chosen if kind not in names["seen"]]
     tables: dict[str, dict[str, dict[str, float]]] = {"heldout": {}, "seen": {}}
     used: dict[str, dict[str, float]] = {}
-    for condition, (trigger, blind, replaced) in CONDITIONS.items():
+    for condition, (_, blind, _) in CONDITIONS.items():
         asked = other if blind else chosen
         flat = [sample for own in asked.values() for sample in own]
         told: list[Answer] = []
-        with memory.off() if trigger is None else memory.replaced(replaced) if replaced else nullcontext():
-            spec = trigger if trigger is None or trigger == "never" else _restricted(trigger, memory)
+        with under(memory, condition) as spec:
             for answer in answers(memory, flat, max_new_tokens=max_new_tokens, batch=batch, trigger=spec):
                 told.append(answer)
                 if progress:
@@ -95,7 +98,7 @@ def evaluate(
         by_type = dict(zip(asked, _split(told, [len(own) for own in asked.values()]), strict=True))
         for group, kinds in names.items():
             tables[group][condition] = {
-                kind: _accuracy(metric, by_type[kind], asked[kind]) for kind in kinds if asked[kind]
+                kind: judged.over([own.text for own in by_type[kind]], asked[kind]) for kind in kinds if asked[kind]
             }
         if condition == "memory":
             used = {kind: _invocations(own) for kind, own in by_type.items()}
@@ -107,8 +110,22 @@ def evaluate(
         "invocations": used,
         "samples": count,
         "questions": {kind: len(own) for kind, own in chosen.items()},
+        "metric": judged.name,
         "not_blind": {kind: lost for kind, own in chosen.items() if (lost := len(own) - len(other[kind]))},
     }
+
+
+@contextmanager
+def under(memory: Memory, condition: str) -> Iterator[str | None]:
+    """Answers inside are given under a condition; gives their trigger, as a spec."""
+    trigger, _, replaced = CONDITIONS[condition]
+    if trigger is None:
+        with memory.off():
+            yield None
+        return
+    spec = memory.config.trigger if trigger == "policy" else trigger
+    with memory.replaced(replaced) if replaced else nullcontext():
+        yield spec
 
 
 def pick(samples: Sequence[Sample], per_type: int) -> dict[str, list[Sample]]:
@@ -158,21 +175,12 @@ def _usable(memory: Memory, samples: Sequence[Sample], batch: int, out: list[Ski
         yield from prepare(memory.backbone, samples[first : first + batch], out)[0]
 
 
-def _restricted(trigger: str, memory: Memory) -> str:
-    return memory.config.trigger if trigger == "policy" else trigger
-
-
 def _split(told: Sequence[Answer], sizes: Sequence[int]) -> list[list[Answer]]:
     parts, start = [], 0
     for size in sizes:
         parts.append(list(told[start : start + size]))
         start += size
     return parts
-
-
-def _accuracy(metric: str, told: Sequence[Answer], samples: Sequence[Sample]) -> float:
-    scores = registry("metrics").get(metric)([answer.text for answer in told], samples)
-    return float(sum(scores) / len(scores))
 
 
 def _invocations(told: Sequence[Answer]) -> dict[str, float]:

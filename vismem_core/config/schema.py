@@ -160,6 +160,24 @@ class GrpoConfig(Section):
 
 
 @dataclass(frozen=True)
+class EvaluationConfig(Section):
+    """Held-out evaluation while a stage trains, on the same questions each time."""
+
+    every: Count = 0
+    """Steps between two, and a last one at a stage's end; 0: none."""
+    samples: Positive = 20
+    """Held-out samples per question type."""
+    keep: Literal["last", "best"] = "last"
+    """What a stage ends with: what its last step left, or what was best in its evaluations."""
+    patience: Count = 0
+    """Evaluations without an improvement after which a stage ends; 0: never."""
+    min_delta: Amount = 0.0
+    """What counts as an improvement there: more than this over the best so far."""
+    shown: Count = 4
+    """Answers that each evaluation writes to ``samples.jsonl``."""
+
+
+@dataclass(frozen=True)
 class TrainConfig(Section):
     """A training run."""
 
@@ -184,6 +202,11 @@ class TrainConfig(Section):
     """Difference in worth that makes one choice e times as likely as another, in Stage II."""
     save_every: Positive = 100
     """Steps between two states that ``--resume`` can go on from."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    callbacks: tuple[str, ...] = ()
+    """Who is told of each step and may end a stage: specs ``NAME[:ARGUMENT]``; see ``docs/plugins/callbacks.md``."""
+    metric: str = "exact"
+    """How answers are judged, in the closing report and in evaluations: a spec ``NAME[:ARGUMENT]``."""
     eval_samples: Positive = 100
     """Held-out samples per question type in the closing report."""
     eval_batch: Positive = 50

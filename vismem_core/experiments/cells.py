@@ -23,6 +23,7 @@ from rich.console import Console
 from vismem_core import plugins
 from vismem_core.answers.evaluation import pick, swapped
 from vismem_core.answers.inference import Answer, answers
+from vismem_core.answers.metric import parse
 from vismem_core.base.embedded import embedded
 from vismem_core.base.loading import backbone_of, load_base
 from vismem_core.config import Config, load
@@ -250,7 +251,7 @@ def _answers(cell: Cell, row: Row, memory: Memory, asked: dict[str, list[Sample]
         clock = time.process_time()
         told = list(answers(memory, flat, **ask))
         spent = time.process_time() - clock
-    scores = plugins.registry("metrics").get(cell.recipe.metric)([own.text for own in told], flat)
+    scores = parse(cell.recipe.metric)([own.text for own in told], flat)
     by_type: dict[str, list[float]] = {}
     for sample, score in zip(flat, scores, strict=True):
         by_type.setdefault(sample.type or "all", []).append(float(score))

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from vismem_core.answers.evaluation import pick, swapped
 from vismem_core.answers.inference import answers
+from vismem_core.answers.metric import Metric, parse
 from vismem_core.base import cache as kv
 from vismem_core.base import outlook
 from vismem_core.config import KINDS, Kind
@@ -31,7 +32,6 @@ from vismem_core.memory.controls import noise, repeated, zero
 from vismem_core.memory.memory import Memory
 from vismem_core.memory.tokens import NAMES
 from vismem_core.memory.trace import Invocation, Trace
-from vismem_core.plugins import registry
 from vismem_core.training.trainable import collate
 
 from .statistics import paired
@@ -89,10 +89,10 @@ def probe(
     Raises:
         DataError: there is nothing to ask.
     """
-    asked = _asked(samples, types, per_type)
+    judged, asked = parse(metric), _asked(samples, types, per_type)
     sights = (False, True) if _drops(memory) else (False,)
     steps, done = len(KINDS) * (len(sights) * len(CONDITIONS) + 1), 0
-    told: dict[str, Any] = {"questions": len(asked.own), "metric": metric, "kinds": {}}
+    told: dict[str, Any] = {"questions": len(asked.own), "metric": judged.name, "kinds": {}}
     latents = {kind: {part: _latents(memory, getattr(asked, part), kind) for part in vars(asked)} for kind in KINDS}
 
     def step(text: str) -> None:
@@ -107,7 +107,7 @@ def probe(
         for hidden in sights:
             scores = {}
             for name, vectors in entering.items():
-                scores[name] = _score(memory, asked.own, kind, vectors, max_new_tokens, metric, hidden)
+                scores[name] = _score(memory, asked.own, kind, vectors, max_new_tokens, judged, hidden)
                 step(f"{kind}: {name}{', images hidden' if hidden else ''}")
             own["hidden" if hidden else "conditions"] = _compared(scores)
         own["left_out"] = _each_left_out(memory, asked.own, kind, entering)
@@ -216,7 +216,7 @@ def _like(own: Tensor) -> Tensor:
 
 
 def _score(
-    memory: Memory, samples: Sequence[Sample], kind: Kind, vectors: Tensor, tokens: int, metric: str, hidden: bool
+    memory: Memory, samples: Sequence[Sample], kind: Kind, vectors: Tensor, tokens: int, metric: Metric, hidden: bool
 ) -> tuple[list[float], list[float]]:
     """Score and log-likelihood per token of each answer, with ``vectors`` in the place of its memory."""
     before = memory.config
@@ -237,7 +237,7 @@ def _score(
             likely += _likelihood(memory, samples[part], kind, given)
     finally:
         memory.config = before
-    return registry("metrics").get(metric)(texts, samples), likely
+    return metric(texts, samples), likely
 
 
 @torch.no_grad()

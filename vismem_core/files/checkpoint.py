@@ -132,7 +132,8 @@ def fingerprint(backbone: Backbone) -> str:
     tiny ones that fp16 rounds, which count as zero.
     """
     own = ((name, tensor) for name, tensor in backbone.model.named_parameters() if not foreign(name))
-    tensors = {name.replace(".base_layer", ""): tensor for name, tensor in own if tensor.ndim == 1}
+    held = ((name, tensor) for name, tensor in own if tensor.numel())  # matrices of a shared base are empty for a while
+    tensors = {name.replace(".base_layer", ""): tensor for name, tensor in held if tensor.ndim == 1}
     tensors["embeddings"] = backbone.embeddings.weight[:64]
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

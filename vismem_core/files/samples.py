@@ -53,6 +53,11 @@ class Sample:
         """How messages name it: its place, or else its id."""
         return self.place or f"sample {cut(self.id)!r}"
 
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All right answers that are known, each as often as it was given; the answer alone where there is one."""
+        return () if self.answer is None else (self.answer,)
+
     def load_images(self) -> list[Image.Image]:
         """The images as a person sees them (:mod:`vismem_core.base.images`), RGB.
 

@@ -180,6 +180,10 @@ class Draws:
             made = self._worker.submit(copy_context().run, self._make, count, self.position, self._left_out())
             self._coming = (count, self.position), made
 
+    def settle(self) -> None:
+        """Until the batch that is made ahead is there: two threads may not share a tokenizer's padding."""
+        wait([self._coming[1]] if self._coming else [])
+
     def _left_out(self) -> list[Skipped] | None:
         return None if self.left_out is None else list(self.left_out)
 

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Eta
 from rich.table import Table
+from rich.text import Text
 
 HIDDEN = ("stage", "step", "skipped")
 
@@ -70,6 +71,20 @@ class Display:
         table = Table(*figures, box=None, pad_edge=False)
         table.add_row(*(f"{value:.3g}" for value in figures.values()))
         self._figures = table
+
+    def evaluating(self, way: str, done: int, count: int) -> None:
+        """So many answers of an evaluation are there."""
+        self.progress.update(self._task, note=f"evaluating, {way} {done}/{count}")
+
+    def evaluated(self, row: dict[str, Any], best: bool) -> None:
+        """An evaluation is done: a line that stays."""
+        figures = ", ".join(f"{key.removeprefix('eval_')} {value:.3f}" for key, value in row.items() if "eval_" in key)
+        where = f"{row['stage']}, {'finished after step' if row['finished'] else 'step'} {row['step']}"
+        if self._live:
+            self.progress.console.print(
+                Text(f"{where}: {figures}{', the best so far' if best else ''}"), soft_wrap=True
+            )
+        self._before = time.monotonic()
 
     @contextmanager
     def checking(self, count: int) -> Iterator[Callable[[int, int], None]]:

@@ -15,7 +15,9 @@ from vismem_core.files.samples import Sample, fingerprint
 if TYPE_CHECKING:
     from vismem_core.memory.memory import Memory
 
-METRICS, SETTINGS, BASIS = "metrics.jsonl", "config.json", "run.json"
+METRICS, SAMPLES, SETTINGS, BASIS = "metrics.jsonl", "samples.jsonl", "config.json", "run.json"
+BEST = "best"
+"""The folder of the memory that was best in held-out evaluations."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ class Formation(LikelihoodStage):
         super().__init__(memory, settings, processes)
         self.image_dropout = image_dropout
 
+    @property
+    def ways(self) -> Sequence[str]:
+        """The kinds that it trains, each forced: the policy does not ask for them yet."""
+        return self.memory.active_trigger.kinds
+
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         """What trains: name, tensor, learning rate relative to the stage's."""
         trained = self.memory.trained()

@@ -10,6 +10,7 @@ memory to say nothing, so all but a share of them (``settled``) give way to furt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 import torch
@@ -37,6 +38,11 @@ class FormationGrpo(GroupStage):
 
     def __init__(self, memory: Memory, config: TrainConfig, processes: Processes | None = None) -> None:
         super().__init__(memory, config, config.grpo.formation, processes)
+
+    @property
+    def ways(self) -> Sequence[str]:
+        """The kinds that it trains, each forced: the policy does not ask for them yet."""
+        return KINDS
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: own for name, own in self.memory.trained().items() if name.startswith(FORMATION)}

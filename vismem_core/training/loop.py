@@ -7,20 +7,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from torch import nn
 
-from vismem_core.config import StageConfig, TrainConfig
+from vismem_core.config import StageConfig, TrainConfig, to_dict
 from vismem_core.errors import DataError, RunInterruptedError, TrainingError
+from vismem_core.files import checkpoint
 from vismem_core.files.samples import Skipped
 from vismem_core.memory.memory import Memory
 
 from .batches import Batch, Draws
+from .callbacks import Callbacks
+from .folder import BEST
+from .heldout import Heldout
 from .interrupt import Interrupt
-from .metrics import Metrics
+from .metrics import Mark
 from .processes import Processes
+from .record import Record
 from .stage import Stage, only
 from .state import Saver, State, part, restore
 
@@ -34,6 +38,8 @@ class Loop:
     Args:
         draws: what gives it batches.
         left_out: bad samples that were met so far; saved with each state.
+        callbacks: are told of each step, and may end the stage.
+        heldout: what it is evaluated on, where evaluations are asked for.
         say: told in one line what was saved when something ends the run.
     """
 
@@ -47,75 +53,146 @@ class Loop:
         processes: Processes,
         output: Path,
         left_out: Sequence[Skipped],
+        callbacks: Callbacks,
+        heldout: Heldout,
         say: Callable[[str], None],
     ) -> None:
         self.name, self.stage, self.draws, self.memory = name, stage, draws, memory
         self.config, self.processes, self.output, self.say = config, processes, output, say
+        self.callbacks, self.heldout = callbacks, heldout
         self.parameters, settings = stage.parameters(), stage.settings
         groups = [{"params": [own], "name": name, "rate": rate} for name, own, rate in self.parameters]
         self.optimizer = torch.optim.AdamW(
             groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
         )
-        self.first, self.finished = 0, False
+        self.done, self.rank, self.finished = 0, 0, False
         self.saver = Saver(output, memory, self.optimizer, stage, name, left_out)
         if (batch := draws.sampler.batch) < processes.count:
             raise TrainingError(f"{name}: a batch of {batch} is too small for {processes.count} processes")
+        callbacks.open(name, settings, self.optimizer)
+
+    @property
+    def mark(self) -> Mark:
+        """How far it is."""
+        return self.done, self.rank
 
     def restore(self, done: State) -> None:
         """Go on from a state of this stage."""
-        self.first, self.finished = done.step, done.finished
+        self.done, self.rank, self.finished = done.step, done.rank, done.finished
         restore(self.optimizer, done.tensors)
         self.stage.restore(part(done.tensors, "stage."))
         self.draws.position = int(done.tensors["sampler.position"])
+        self.callbacks.restore(done.step, done.callbacks)
 
-    def run(self, metrics: Metrics, note: Callable[[dict[str, Any]], None]) -> None:
+    def run(self, record: Record) -> None:
         """Take the steps that are left, and finish the stage.
 
         Args:
-            metrics: gets a row for each step.
-            note: is told the same row when the step is done.
+            record: gets a row for each step and each evaluation.
 
         Raises:
-            TrainingError: a signal came, or nothing is learnt any more.
+            TrainingError: a signal came, a callback failed, or nothing is learnt any more.
         """
-        steps, interrupt = self.stage.settings.steps, Interrupt(self.processes)
-        skipped = 0
+        interrupt = Interrupt(self.processes)
         with (
-            metrics,
-            self._saved_whatever_happens(metrics),
+            record,
+            self._saved_whatever_happens(record),
             only(self.memory, self.parameters),
             self.processes.graphs(),
             interrupt,
         ):
-            for step in range(self.first, steps):
-                figures, norm = self._gradients(step)
-                skipped = 0 if math.isfinite(norm) else skipped + 1
-                row = {"stage": self.name, "step": step + 1, **figures, "norm": norm, "skipped": bool(skipped)}
-                with interrupt.held(), self.saver.torn():
-                    self._step(step, norm)
-                    metrics.add(row)
-                    self.saver.whole(step + 1, self.draws.position)
-                note(row)
-                if skipped == TRIES:
-                    raise TrainingError(
-                        f"{self.name}: the gradient was not finite in {TRIES} steps in a row, the last one number "
-                        f"{step + 1}; lower the learning rate (--set train...lr)"
-                    )
-                if step + 1 == steps:
-                    break
-                if interrupt.agreed():
-                    raise KeyboardInterrupt
-                if (step + 1) % self.config.save_every == 0:
-                    with interrupt.held():
-                        self._save(metrics)
-            self.memory.eval()
+            self.callbacks.tell("on_train_begin")
             if not self.finished:
-                self.stage.finish()
-            with interrupt.held():
-                self.saver.whole(steps, self.draws.position, finished=True)
-                self._save(metrics)
+                self._steps(record, interrupt)
+            self._finish(record, interrupt)
+            self.callbacks.tell("on_train_end")
             if interrupt.agreed():
                 raise KeyboardInterrupt
+
+    def _steps(self, record: Record, interrupt: Interrupt) -> None:
+        """Steps until the last one, or until a callback asks for the end."""
+        steps, skipped = self.stage.settings.steps, 0
+        if self._due():  # the run ended before it was evaluated here
+            self._evaluate(record, interrupt)
+        while self.done < steps and not self.callbacks.stopping:
+            self.callbacks.tell("on_step_begin")
+            figures, norm = self._gradients(self.done)
+            self.callbacks.tell("on_pre_optimizer_step")
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            row = {"stage": self.name, "step": self.done + 1, **figures, "norm": norm, "skipped": bool(skipped)}
+            with interrupt.held(), self.saver.torn():
+                self._step(self.done, norm)
+                record.write(row)
+                self.done, self.rank = self.done + 1, 0
+                self._whole()
+            record.stepped(row)
+            self.callbacks.stepped(self.done, self.draws.position / self.draws.sampler.size, row)
+            self._whole()
+            if skipped == TRIES:
+                raise TrainingError(
+                    f"{self.name}: the gradient was not finite in {TRIES} steps in a row, the last one number "
+                    f"{self.done}; lower the learning rate (--set train...lr)"
+                )
+            if self.done == steps or self.callbacks.stopping:
+                break
+            if interrupt.agreed():
+                raise KeyboardInterrupt
+            if self._due():
+                self._evaluate(record, interrupt)
+            if self.done % self.config.save_every == 0 or self.callbacks.control.should_save:
+                with interrupt.held():
+                    self._save(record)
+                self.callbacks.tell("on_save")
+
+    def _finish(self, record: Record, interrupt: Interrupt) -> None:
+        """The stage's own end, its last evaluation, and what it ends with."""
+        self.memory.eval()
+        if not self.finished:
+            self.stage.finish()
+            self.finished, self.rank = True, 0
+        with interrupt.held():
+            self._whole()
+            self._save(record)
+        if interrupt.agreed():
+            raise KeyboardInterrupt
+        if self.config.evaluation.every and self.rank < 2:
+            self._evaluate(record, interrupt)
+        best = self.callbacks.best
+        if self.config.evaluation.keep == "best" and best and best != (self.done, True):
+            checkpoint.read(self.output / BEST, self.memory.backbone).fill(self.memory.trained())
+            self.say(f"{self.name} ends with what was best, of step {best[0]}")
+            self._whole()
+        with interrupt.held():
+            self._save(record)
+        self.callbacks.tell("on_save")
+
+    def _due(self) -> bool:
+        """Whether an evaluation is due after this step."""
+        every = self.config.evaluation.every
+        asked = self.callbacks.control.should_evaluate or (self.done and every and self.done % every == 0)
+        return bool(asked) and not self.rank
+
+    def _evaluate(self, record: Record, interrupt: Interrupt) -> None:
+        """Ask held-out questions; the best memory so far is saved beside the run."""
+        self.draws.settle()
+        self.memory.eval()
+        found = self.heldout.ask(self.stage.ways, record.display.evaluating)
+        row = {"stage": self.name, "step": self.done, "finished": self.finished, **found.figures}
+        with interrupt.held():
+            record.write(row, found.shown)
+            best = self.callbacks.evaluated(found.figures, self.finished)
+            if best and self.processes.first:
+                self.memory.save(self.output / BEST, training=to_dict(self.config), evaluated=row)
+            self.rank = 1 + self.finished
+            self._whole()
+            if best:
+                self._save(record)
+        record.evaluated(row, found.shown, best)
+        self.processes.wait()
+
+    def _whole(self) -> None:
+        position, told = self.draws.position, self.callbacks.to_json()
+        self.saver.whole(self.done, position, self.rank, told, finished=self.finished)
 
     def _gradients(self, step: int) -> tuple[dict[str, float], float]:
         """The gradients of a step, of all processes and clipped; its figures, and the gradients' norm before."""
@@ -141,14 +218,14 @@ class Loop:
         self.stage.stepped()
 
     @contextmanager
-    def _saved_whatever_happens(self, metrics: Metrics) -> Iterator[None]:
+    def _saved_whatever_happens(self, record: Record) -> Iterator[None]:
         """Before anything ends the run, its last whole step is on disk."""
         try:
             yield
         except BaseException as error:
             where = None
             try:
-                where = self._save(metrics)
+                where = self._save(record)
             except OSError as full:
                 self.say(f"{self.output}: the last step could not be saved ({full.strerror or full})")
             if isinstance(error, KeyboardInterrupt):
@@ -158,11 +235,11 @@ class Loop:
                 self.say(f"{self.output}: saved after {where}; --resume goes on from there")
             raise
 
-    def _save(self, metrics: Metrics) -> str | None:
+    def _save(self, record: Record) -> str | None:
         """Write the last whole step if it is not on disk yet; say which it is."""
         if not self.processes.first:
             return self.saver.where  # the first one writes it
-        metrics.flush()
+        record.flush()
         return self.saver.write()
 
 

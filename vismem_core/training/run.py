@@ -6,18 +6,16 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.text import Text
+from transformers import TrainerCallback
 
-from vismem_core.answers.checking import checked, prepare
-from vismem_core.answers.evaluation import evaluate
-from vismem_core.answers.inference import answers
-from vismem_core.answers.reward import parse
-from vismem_core.config import KINDS, Config, TrainConfig, to_dict
+from vismem_core.answers import metric, reward
+from vismem_core.answers.checking import checked
+from vismem_core.config import Config, TrainConfig, to_dict
 from vismem_core.errors import ConfigError, TrainingError
 from vismem_core.files import card, checkpoint
 from vismem_core.files.lock import alone
@@ -26,21 +24,22 @@ from vismem_core.memory.memory import Memory
 
 from . import state
 from .batches import Draws
+from .callbacks import Callbacks, parse
+from .callbacks import checked as checked_callback
+from .closing import Closing, course, lost
 from .display import Display
-from .folder import BASIS, METRICS, SETTINGS, Basis, basis, read_json, refuse
+from .folder import BASIS, BEST, SETTINGS, Basis, basis, read_json, refuse
 from .formation import Formation
 from .formation_grpo import FormationGrpo
+from .heldout import Heldout
 from .invocation import InvocationStage
 from .invocation_grpo import InvocationGrpo
 from .loop import Loop
-from .metrics import Metrics, finite_json
+from .metrics import finite_json
 from .processes import Processes
+from .record import Record
 from .stage import Stage
 from .trackers import Trackers
-
-REHEARSED = 2
-"""Held-out samples on which the closing report is tried before the first step, and tokens of their answers."""
-REHEARSED_TOKENS = 4
 
 Check = Literal["all", "lazy"]
 
@@ -50,36 +49,39 @@ def train(
     train_data: Sequence[Sample],
     heldout: Sequence[Sample],
     config: Config,
-    output: Path,
+    output: str | Path,
     *,
     resume: bool = False,
     groups: Mapping[str, Sequence[str]] | None = None,
     on_bad: OnBad = "fail",
     check: Check = "all",
+    callbacks: Sequence[TrainerCallback] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train, save, measure.
 
     Args:
-        output: gets ``memory.safetensors`` and ``vismem.json`` (the memory), ``metrics.jsonl`` (a row per step),
+        output: gets ``memory.safetensors`` and ``vismem.json`` (the memory), ``metrics.jsonl`` (a row per step and per
+            evaluation), ``samples.jsonl`` (answers at evaluations), ``best`` (the memory that was best in them),
             ``config.json`` (settings), ``run.json`` (base and data) and ``report.json``.
         resume: go on with the run in ``output``, on its base and its data; a finished run gives its report.
         groups: see :func:`vismem_core.answers.evaluation.evaluate`.
         on_bad: what to do about a sample that this model cannot use: end with an error, or leave it out and list it in
             the report's ``skipped``.
         check: find such samples of files before the first step (``all``), or when they are met (``lazy``).
+        callbacks: are told of each step, after those of the settings; see :mod:`vismem_core.training.callbacks`.
 
     Returns:
         The report.
 
     Raises:
         DataError: a bad sample, by file and line.
-        TrainingError: ``output`` holds another run, the loss is not finite, or a signal ended it. Whatever ends a run,
-            its last whole step is saved first.
+        TrainingError: ``output`` holds another run, the loss is not finite, a callback failed, or a signal ended it.
+            Whatever ends a run, its last whole step is saved first.
     """
-    began = time.monotonic()
+    began, output = time.monotonic(), Path(output)
     console = console or Console(stderr=True)
-    run = Run(memory, config, output, console, on_bad)
+    run = Run(memory, config, output, console, on_bad, callbacks)
     if run.finished(resume):
         run.say(f"{output}: this run is finished; nothing was left to do")
         return read_json(output / card.REPORT)
@@ -90,19 +92,22 @@ def train(
         stack.enter_context(run.display)
         stack.enter_context(run.trackers)
         stages = run.stages()
+        closing = Closing(memory, asked, config.train, groups, run.lost)
+        questions = Heldout(memory, asked, config.train, run.processes, run.lost)
         if stages and run.processes.first:
-            run.rehearse(asked, groups)
+            closing.rehearse()
         run.processes.wait()
         for name in stages:
-            run.train(name, usable)
+            run.train(name, usable, questions)
         if run.processes.first:
-            run.refuse_nonsense(asked)
+            closing.refuse_nonsense(output)
             memory.save(output, training=to_dict(config.train))
-            report = run.measure(asked, groups)
+            report = closing.measure(run.display.measuring)
         run.processes.wait()
         if not run.processes.first:
             return {}
-        report |= run.told(usable, asked)
+        report |= course(output, questions.metric.name)
+        report["skipped"] = lost(usable, asked, left_out=run.left_out)
         report["seconds"] = round(time.monotonic() - began, 1)
         checkpoint.write_card(output, report)
         checkpoint.atomically(output / card.REPORT, lambda path: path.write_text(finite_json(report, indent=2) + "\n"))
@@ -113,9 +118,19 @@ def train(
 class Run:
     """One run in one directory."""
 
-    def __init__(self, memory: Memory, config: Config, output: Path, console: Console, on_bad: OnBad) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        config: Config,
+        output: Path,
+        console: Console,
+        on_bad: OnBad,
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
         self.memory, self.config, self.output, self.console, self.on_bad = memory, config, output, console, on_bad
-        parse(config.train.grpo.rewards)  # a misspelt one is told before anything is written
+        reward.parse(config.train.grpo.rewards)  # a misspelt one is told before anything is written
+        metric.parse(config.train.metric)
+        told = [*parse(config.train.callbacks), *map(checked_callback, callbacks)]
         if memory.policy and config.train.objective == "sft":
             raise ConfigError("memory.policy.trains=lora: only GRPO trains it; use --objective grpo or sft+grpo")
         memory.backbone.end_of_turn  # noqa: B018 - a base without any is told now
@@ -125,6 +140,12 @@ class Run:
         self.left_out: list[Skipped] = []
         self.display = Display(console, shown=self.processes.first)
         self.trackers = Trackers(config.train.trackers, output, to_dict(config))
+        self.callbacks = Callbacks(told, config.train, memory, self.processes, output)
+
+    @property
+    def lost(self) -> list[Skipped] | None:
+        """What gets bad samples, where they may be left out."""
+        return self.left_out if self.on_bad == "skip" else None
 
     def say(self, message: str) -> None:
         """One line for people, from the first process."""
@@ -193,6 +214,7 @@ class Run:
             stack.enter_context(alone(self.output / "run"))
             refuse(self.output, resume)  # another may have come first
             checkpoint.sweep(self.output)
+            checkpoint.sweep(self.output / BEST)
             if fresh:
                 now.write(self.output)
                 text = json.dumps(to_dict(self.config), indent=2) + "\n"
@@ -219,93 +241,31 @@ class Run:
         wanted = [name for name in OBJECTIVES[train.objective] if train.stage in (STAGES[name][0], "all")]
         return wanted[wanted.index(self.done.stage) :] if self.done else wanted
 
-    def train(self, name: str, data: Sequence[Sample]) -> None:
+    def train(self, name: str, data: Sequence[Sample], heldout: Heldout) -> None:
         """Run one stage, from where the run stands, to its end."""
-        stage = STAGES[name][1](self.memory, self.config.train, self.processes)
-        draws = Draws(
-            self.memory.backbone,
-            data,
-            stage.settings.batch * self.parts,
-            self.config.train.seed,
-            self.processes,
-            self.left_out if self.on_bad == "skip" else None,
-        )
+        settings, processes = self.config.train, self.processes
+        stage = STAGES[name][1](self.memory, settings, processes)
+        batch = stage.settings.batch * self.parts
+        draws = Draws(self.memory.backbone, data, batch, settings.seed, processes, self.lost)
         stage.draw = draws
         loop = Loop(
-            name, stage, draws, self.memory, self.config.train, self.processes, self.output, self.left_out, self.say
+            name,
+            stage,
+            draws,
+            self.memory,
+            settings,
+            processes,
+            self.output,
+            self.left_out,
+            self.callbacks,
+            heldout,
+            self.say,
         )
         if self.done and self.done.stage == name:
             loop.restore(self.done)
-        self.display.begin(name, stage.settings.steps, loop.first)
-        metrics = Metrics(self.output / METRICS, list(STAGES), name, loop.first, self.processes.first)
-        loop.run(metrics, self._note)
-
-    def _note(self, row: dict[str, Any]) -> None:
-        self.trackers.log(row)
-        self.display.step(row)
-
-    def _few(self, data: Sequence[Sample]) -> list[Sample]:
-        few: list[Sample] = []
-        for at in range(len(data)):
-            few += prepare(self.memory.backbone, [data[at]], self.left_out if self.on_bad == "skip" else None)[0]
-            if len(few) == REHEARSED:
-                break
-        return few
-
-    def rehearse(self, heldout: Sequence[Sample], groups: Mapping[str, Sequence[str]] | None) -> None:
-        """Try the closing report on a few samples: what it cannot do is known before the first step."""
-        few = self._few(heldout)
-        self._evaluate(few, groups, min(REHEARSED_TOKENS, self.config.train.max_new_tokens))
-
-    def measure(self, heldout: Sequence[Sample], groups: Mapping[str, Sequence[str]] | None) -> dict[str, Any]:
-        """Held-out accuracy under all conditions."""
-        return self._evaluate(heldout, groups, self.config.train.max_new_tokens, self.display.measuring)
-
-    def _evaluate(
-        self,
-        data: Sequence[Sample],
-        groups: Mapping[str, Sequence[str]] | None,
-        max_new_tokens: int,
-        progress: Callable[[str, int, int], None] | None = None,
-    ) -> dict[str, Any]:
-        settings = self.config.train
-        return evaluate(
-            self.memory,
-            data,
-            groups=groups,
-            per_type=settings.eval_samples,
-            batch=settings.eval_batch,
-            max_new_tokens=max_new_tokens,
-            left_out=self.left_out if self.on_bad == "skip" else None,
-            progress=progress,
-        )
-
-    def refuse_nonsense(self, heldout: Sequence[Sample]) -> None:
-        """See that what was trained is numbers, and makes numbers.
-
-        Raises:
-            TrainingError: a tensor or a latent vector holds NaN or infinity.
-        """
-        odd = state.not_finite(self.memory)
-        for kind in KINDS if odd is None else ():
-            few = self._few(heldout)
-            for _ in answers(self.memory, few, max_new_tokens=REHEARSED_TOKENS, trigger=f"schedule:0={kind}"):
-                if not all(own.latents.isfinite().all() for own in self.memory.trace.invocations):
-                    odd = f"a latent vector of {kind} memory"
-        if odd is not None:
-            raise TrainingError(
-                f"{self.output}: {odd} holds NaN or infinity, so this memory is not saved as finished; lower the "
-                "learning rate (--set train...lr) and begin anew"
-            )
-
-    def told(self, data: Sequence[Sample], heldout: Sequence[Sample]) -> dict[str, Any]:
-        """What a report says besides accuracies: rows that were left out, steps that were skipped."""
-        rows = (self.output / METRICS).read_text(encoding="utf-8").splitlines()
-        lost = [*getattr(data, "skipped", ()), *getattr(heldout, "skipped", ()), *self.left_out]
-        return {
-            "skipped": [asdict(own) for own in dict.fromkeys(lost)],
-            "skipped_steps": sum(bool(json.loads(row)["skipped"]) for row in rows),
-        }
+        self.display.begin(name, stage.settings.steps, loop.done)
+        files = (self.output, list(STAGES), name, loop.mark, processes.first)
+        loop.run(Record(*files, self.trackers, self.display))
 
 
 def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:

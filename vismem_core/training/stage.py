@@ -31,6 +31,11 @@ class Stage(ABC):
         self.memory, self.settings, self.processes = memory, settings, processes or Processes(memory.model)
         self.draw: Callable[[int], Batch | None] | None = None
 
+    @property
+    def ways(self) -> Sequence[str]:
+        """How held-out questions are answered to see how well it does, as conditions of an evaluation."""
+        return ("memory",)
+
     @abstractmethod
     def parameters(self) -> list[tuple[str, nn.Parameter, float]]:
         """What trains: name, tensor, learning rate relative to the stage's."""

@@ -34,6 +34,8 @@ class State:
     Attributes:
         step: how many steps of ``stage`` are done.
         finished: whether the stage was finished after its last step.
+        rank: what was evaluated there; see :data:`vismem_core.training.metrics.Mark`.
+        callbacks: what they must know, as JSON.
         tensors: by the names that :class:`Saver` wrote.
         left_out: bad samples that were met so far.
     """
@@ -41,6 +43,8 @@ class State:
     stage: str
     step: int
     finished: bool
+    rank: int
+    callbacks: str
     tensors: dict[str, Tensor]
     left_out: tuple[Skipped, ...]
 
@@ -75,11 +79,16 @@ class Saver:
         yield
         self._torn = False
 
-    def whole(self, step: int, position: int, *, finished: bool = False) -> None:
-        """``step`` steps are done, for which ``position`` samples were drawn; and all of the stage, if finished."""
+    def whole(self, step: int, position: int, rank: int, callbacks: str, *, finished: bool = False) -> None:
+        """``step`` steps are done, for which ``position`` samples were drawn; and all of the stage, if finished.
+
+        Args:
+            rank, callbacks: as in :class:`State`.
+        """
         tensors = {f"stage.{name}": tensor for name, tensor in self.stage.state().items()}
         tensors["sampler.position"] = torch.tensor(position)
         about = {"stage": self.name, "step": str(step), "finished": str(int(finished))}
+        about |= {"rank": str(rank), "callbacks": callbacks}
         self._last, self._written = (tensors, about), False
 
     def write(self) -> str | None:
@@ -132,7 +141,8 @@ def load(folder: Path, memory: Memory) -> State:
             about = stored.metadata()
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         lost = tuple(Skipped(**own) for own in json.loads(about["left_out"]))
-        told = State(about["stage"], int(about["step"]), bool(int(about["finished"])), tensors, lost)
+        done = bool(int(about["finished"]))
+        told = State(about["stage"], int(about["step"]), done, int(about["rank"]), about["callbacks"], tensors, lost)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(f"{path}: cannot go on from it: {error}") from error
     fill(memory.trained(), part(tensors, "memory."), path)

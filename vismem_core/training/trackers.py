@@ -11,6 +11,9 @@ from accelerate.tracking import filter_trackers
 
 from vismem_core.errors import ConfigError
 
+TEXT = ("tensorboard",)
+"""Trackers that show text beside figures."""
+
 
 class Trackers:
     """The named trackers, open inside the context; none are no trouble.
@@ -45,9 +48,29 @@ class Trackers:
     def log(self, row: dict[str, Any]) -> None:
         """One step's figures, under its stage's name."""
         self._step += 1
+        self._log(row)
+
+    def evaluated(self, row: dict[str, Any], answers: Sequence[dict[str, Any]]) -> None:
+        """An evaluation's figures, and some of its answers where a tracker shows tables or text."""
+        self._log(row)
+        for tracker in self._accelerator.trackers if self._accelerator and answers else ():
+            if hasattr(tracker, "log_table"):
+                shown = ("way", "prompt", "marked", "references")
+                table = [[str(own[key]) for key in shown] for own in answers]
+                tracker.log_table(f"{row['stage']}/answers", list(shown), table, step=self._step)
+            elif tracker.name in TEXT:
+                tracker.log({f"{row['stage']}/answers": _text(answers)}, step=self._step)
+
+    def _log(self, row: dict[str, Any]) -> None:
         if self._accelerator:
             figures = {f"{row['stage']}/{key}": value for key, value in row.items() if key not in ("stage", "step")}
             self._accelerator.log(figures, step=self._step)
+
+
+def _text(answers: Sequence[dict[str, Any]]) -> str:
+    """Answers with their invocations, as Markdown."""
+    parts = (f"**{own['way']}**: {own['prompt']}\n\n> {own['marked']}\n\n{own['references']}" for own in answers)
+    return "\n\n".join(parts)
 
 
 def _flat(settings: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from vismem_core.answers.reward import Reward, by_row, reference
 from vismem_core.errors import RewardError
 from vismem_core.files.samples import Sample
-from vismem_plugins.metrics import composed, plain
+from vismem_plugins.metrics.text import composed, plain
 
 from . import no_argument
 

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import re
-import string
-from collections import Counter
 from collections.abc import Sequence
 
+from vismem_core.answers.metric import Scores
 from vismem_core.answers.reward import Reward, Written, by_row, reference
 from vismem_core.files.samples import Sample
-from vismem_plugins import metrics
+from vismem_plugins.metrics import text as metrics
 
 from . import no_argument
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
 
 def exact(argument: str) -> Reward:
-    """1 for the reference's text, whatever its case and spacing, else 0."""
+    """1 for a reference's text, whatever its case and spacing, else 0."""
     no_argument("exact", argument)
-
-    def reward(answers: Sequence[Written], samples: Sequence[Sample], /) -> list[float]:
-        for sample in samples:
-            reference(sample)
-        return metrics.exact([answer.text for answer in answers], samples)
-
-    return reward
+    return _measured(metrics.exact)
 
 
 def substring(argument: str) -> Reward:
@@ -36,20 +25,17 @@ def substring(argument: str) -> Reward:
 
 
 def f1(argument: str) -> Reward:
-    """Harmonic mean of precision and recall over words, in lower case, without articles and ASCII punctuation.
-
-    As in SQuAD's evaluation: https://rajpurkar.github.io/SQuAD-explorer/
-    """
+    """Harmonic mean of precision and recall over words, as the metric ``f1``."""
     no_argument("f1", argument)
-    return by_row(lambda text, sample: _f1(_words(text), _words(reference(sample))))
+    return _measured(metrics.f1)
 
 
-def _f1(found: list[str], wanted: list[str]) -> float:
-    if not found and not wanted:  # a reference of nothing but articles is met by nothing
-        return 1.0
-    shared = (Counter(found) & Counter(wanted)).total()
-    return 2 * shared / (len(found) + len(wanted))
+def _measured(scores: Scores) -> Reward:
+    """A metric as a reward: it wants something to compare with."""
 
+    def reward(answers: Sequence[Written], samples: Sequence[Sample], /) -> list[float]:
+        for sample in samples:
+            reference(sample)
+        return scores([answer.text for answer in answers], samples)
 
-def _words(text: str) -> list[str]:
-    return ARTICLES.sub(" ", metrics.composed(text).lower().translate(NO_PUNCTUATION)).split()
+    return reward

@@ -1,0 +1,1 @@
+"""Metrics: how good answers are, one file per idea of it."""
