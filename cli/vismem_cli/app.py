@@ -12,7 +12,7 @@ from vismem_core import plugins
 from vismem_core.errors import PluginError
 from vismem_core.plugins import Entry
 
-from . import backbones, data, doctor, eval, experiment, infer, probe, push, train
+from . import backbones, data, demo, doctor, eval, experiment, infer, probe, push, train
 from . import plugins as plugins_command
 from .console import warn
 
@@ -64,6 +64,7 @@ app.command("infer", epilog=infer.EXAMPLE)(infer.infer)
 app.command("eval", epilog=eval.EXAMPLE)(eval.eval_)
 app.command("experiment", epilog=experiment.EXAMPLE)(experiment.experiment)
 app.command("probe", epilog=probe.EXAMPLE)(probe.probe)
+app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command("push", epilog=push.EXAMPLE)(push.push)
 app.command("plugins", epilog=plugins_command.EXAMPLE)(plugins_command.plugins)
 app.command("data", epilog=data.EXAMPLE)(data.data)

@@ -12,7 +12,7 @@ from rich.text import Text
 from vismem_core.base.embedded import embedded
 from vismem_core.errors import CheckpointError, VismemError
 from vismem_core.files.results import Results
-from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped, open_dataset, question
+from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped, open_dataset, question, read
 
 from . import options
 from .console import err, out, print_json, say
@@ -118,9 +118,9 @@ def _sample(load: LoadOptions, images: list[Path], prompt: str | None) -> Sample
     if images or load.memory or load.model:
         raise typer.BadParameter("what is the question? add --prompt TEXT", param_hint="--prompt")
     name, base = embedded(load.backbone)
-    if base.prompt is None:
+    if base.samples is None:
         raise CheckpointError(f"no question ships with {name}; add --prompt TEXT and --image FILE")
-    return question(base.prompt, [base.image] if base.image else [])
+    return read(base.samples, need_answer=False)[0]
 
 
 def _answer(memory: Memory, sample: Sample, ask: dict[str, Any]) -> Answer:

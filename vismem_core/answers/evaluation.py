@@ -170,6 +170,14 @@ def _split(told: Sequence[Answer], sizes: Sequence[int]) -> list[list[Answer]]:
     return parts
 
 
+def right(text: str, sample: Sample, metric: str = "exact") -> bool | None:
+    """Whether an answer is the sample's reference answer, wholly; None if it has none."""
+    if sample.answer is None:
+        return None
+    (score,) = registry("metrics").get(metric)([text], [sample])
+    return float(score) >= 1
+
+
 def _accuracy(metric: str, told: Sequence[Answer], samples: Sequence[Sample]) -> float:
     scores = registry("metrics").get(metric)([answer.text for answer in told], samples)
     return float(sum(scores) / len(scores))
