@@ -17,17 +17,19 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def demo(
     memory: options.Memory = None,
+    any_base: options.AnyBase = False,
     backbone: options.Backbone = None,
     model: options.Model = None,
-    any_base: options.AnyBase = False,
-    host: Annotated[
-        str, typer.Option(metavar="NAME", help="Where to listen; 0.0.0.0 lets others on the network in.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Of the page.")] = 7860,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    host: Annotated[
+        str, typer.Option(metavar="NAME", help="0.0.0.0 lets others on the network in.", rich_help_panel=options.OUTPUT)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(metavar="N", min=1, max=65535, help="Of the page.", rich_help_panel=options.OUTPUT)
+    ] = 7860,
 ) -> None:
     """Put up a page to ask on: answers with memory and without it, side by side, and where memory looked.
 

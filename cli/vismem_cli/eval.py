@@ -10,7 +10,7 @@ import typer
 from vismem_core.files.samples import open_dataset
 from vismem_core.training.folder import basis
 
-from . import options
+from . import completion, options
 from .console import print_json, warn
 from .report import list_skipped, print_report, tell_skipped, warn_of
 from .sources import LoadOptions, check_names, check_rows, default_data, open_memory
@@ -19,22 +19,33 @@ EXAMPLE = "Example: vismem eval --memory runs/first --data mosaic --per-type 50"
 
 
 def eval_(
-    memory: options.Memory = None,
     data: options.Data = None,
-    per_type: Annotated[int, typer.Option(metavar="N", min=1, help="Questions of each type.")] = 100,
-    max_new_tokens: options.MaxNewTokens = 64,
-    batch: options.Batch = 32,
-    backbone: options.Backbone = None,
-    model: options.Model = None,
-    any_base: options.AnyBase = False,
+    per_type: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Questions of each type.", rich_help_panel=options.DATA)
+    ] = 100,
+    columns: options.Columns = None,
     on_bad_sample: options.OnBad = options.OnBadSample.fail,
     check: options.Check = options.CheckRows.all,
-    columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
+    memory: options.Memory = None,
+    any_base: options.AnyBase = False,
+    backbone: options.Backbone = None,
+    model: options.Model = None,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
+    batch: options.Batch = 32,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    max_new_tokens: options.MaxNewTokens = 64,
+    metric: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How answers are scored: exact, ending, ...",
+            autocompletion=completion.metrics,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = "exact",
     as_json: options.Json = False,
 ) -> None:
     """Compare answers with memory, without it, and over another question's image, by type of question.
@@ -42,7 +53,7 @@ def eval_(
     Columns: base (memory off), memory (invoked by the policy), noise (in the latents' places), blind_base and blind
     (base and memory over another sample's image), short and long (forced at the answer's start).
     """
-    check_names(backbone)
+    check_names(backbone, metric=metric)
     source = data or default_data(backbone, model)
     samples = open_dataset(
         source,
@@ -65,6 +76,7 @@ def eval_(
         per_type=per_type,
         batch=batch,
         max_new_tokens=max_new_tokens,
+        metric=metric,
         left_out=left_out if on_bad_sample.value == "skip" else None,
     )
     stood = basis(Path(memory)) if memory and Path(memory).is_dir() else None

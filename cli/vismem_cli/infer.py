@@ -14,7 +14,7 @@ from vismem_core.errors import CheckpointError, VismemError
 from vismem_core.files.results import Results
 from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped, open_dataset, question, read
 
-from . import options
+from . import completion, options
 from .console import err, out, print_json, say
 from .report import list_skipped, tell_skipped
 from .sources import LoadOptions, check_names, check_rows, memory_source, open_memory, tell_unknown
@@ -28,39 +28,53 @@ COLOURS = {"short": "bold cyan", "long": "bold magenta"}
 
 
 def infer(
-    memory: options.Memory = None,
-    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="An image; repeat it for several.")] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The question.")] = None,
-    data: options.Data = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="JSONL file for the answers to --data; answers it already holds are kept."),
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="An image; repeat it for several.", rich_help_panel=options.DATA),
     ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The question.", rich_help_panel=options.DATA)
+    ] = None,
+    data: options.Data = None,
+    columns: options.Columns = None,
+    on_bad_sample: options.OnBad = options.OnBadSample.fail,
+    check: options.Check = options.CheckRows.all,
+    allow_outside: options.AllowOutside = False,
+    memory: options.Memory = None,
     trigger: Annotated[
         str | None,
-        typer.Option(metavar="RULE", help="Who invokes memory: policy, never, random:0.5, policy@short, ..."),
+        typer.Option(
+            metavar="RULE",
+            help="Who invokes it: policy, never, random:0.5, ...",
+            autocompletion=completion.triggers,
+            rich_help_panel=options.MEMORY,
+        ),
+    ] = None,
+    any_base: options.AnyBase = False,
+    backbone: options.Backbone = None,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = options.DType.auto,
+    batch: options.Batch = 16,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="JSONL for answers to --data; keeps those it has.", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the question, the answer and its invocations (.png, .svg, .pdf)."),
+        typer.Option(metavar="FILE", help="Draw the answer (.png, .svg, .pdf).", rich_help_panel=options.OUTPUT),
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a page: where queries looked, what latents are near and worth."),
+        typer.Option(
+            metavar="FILE", help="A page: where queries looked, latents' worth.", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
     max_new_tokens: options.MaxNewTokens = 256,
-    batch: options.Batch = 16,
-    backbone: options.Backbone = None,
-    model: options.Model = None,
-    any_base: options.AnyBase = False,
-    on_bad_sample: options.OnBad = options.OnBadSample.fail,
-    check: options.Check = options.CheckRows.all,
-    columns: options.Columns = None,
-    allow_outside: options.AllowOutside = False,
-    device: options.Device = "auto",
-    dtype: options.Dtype = options.DType.auto,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Answer a question, or a file of questions, and show where which memory was invoked.

@@ -47,6 +47,7 @@ def check_names(
     backbone: str | None = None,
     memory: MemoryConfig | None = None,
     trigger: str | None = None,
+    metric: str | None = None,
     rewards: Sequence[str] = (),
 ) -> None:
     """Tell a misspelt name, or an argument that a trigger or a reward does not take, before a model is loaded."""
@@ -55,6 +56,8 @@ def check_names(
 
     if backbone is not None and backbone not in registry("bases").names():
         registry("backbones").entry(backbone)
+    if metric is not None:
+        registry("metrics").entry(metric)
     if memory is not None:
         registry("query_builders").entry(memory.query.builder)
         for former in (memory.short, memory.long):
