@@ -10,7 +10,7 @@ from rich.progress import track
 from rich.text import Text
 
 from vismem_core.base.embedded import embedded
-from vismem_core.errors import CheckpointError, VismemError
+from vismem_core.errors import CheckpointError, VismemError, cut
 from vismem_core.files.results import Results
 from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped, open_dataset, question, read
 
@@ -113,10 +113,11 @@ def infer(
     sample = _sample(load, image or [], prompt)
     opened = open_memory(load)
     answer = _answer(opened, sample, ask)
+    told = _judged(sample, answer)
     if as_json:
-        print_json(answer.to_dict())
+        print_json(answer.to_dict() | told)
     else:
-        _show(sample, answer)
+        _show(sample, answer, told)
     if picture is not None:
         drawing.draw(answer, sample, picture)
     if html is not None:
@@ -162,7 +163,7 @@ def _answer_all(
     Args:
         left_out: gets the rows that cannot be used, if ``on_bad`` is ``skip``.
     """
-    answered = 0
+    answered, judged = 0, list[bool]()
     with Results(output, _made(load, ask)) as results:
         left = results.left(samples)
         if left:
@@ -176,12 +177,16 @@ def _answer_all(
             told = answers(memory, usable, left_out=left_out if on_bad == "skip" else None, **ask)
             for answer in track(told, "answering", total=len(usable), console=err):
                 asked = questions[answer.sample_id]
-                results.add({"id": asked.id, "question": asked.digest()} | answer.to_dict())
+                verdict = _judged(asked, answer)
+                results.add({"id": asked.id, "question": asked.digest()} | answer.to_dict() | verdict)
+                judged += [verdict["right"]] if verdict else []
                 answered += 1
     kept, rows = len(samples) - len(left), len(samples) + len(samples.skipped)
     lost = f", {len(left_out)} rows left out" if left_out else ""
-    say(f"written to {output}: {answered} of {rows} answers, {kept} were there already{lost}")
-    return {"output": str(output), "answered": answered, "kept": kept}
+    right = f"; {sum(judged)} of {len(judged)} new ones are as their references" if judged else ""
+    say(f"written to {output}: {answered} of {rows} answers, {kept} were there already{lost}{right}")
+    told = {"right": sum(judged), "with_reference": len(judged)} if judged else {}
+    return {"output": str(output), "answered": answered, "kept": kept} | told
 
 
 def _made(load: LoadOptions, ask: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +203,16 @@ def _made(load: LoadOptions, ask: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _show(sample: Sample, answer: Answer) -> None:
+def _judged(sample: Sample, answer: Answer) -> dict[str, Any]:
+    """Whether the answer is the reference, where there is one."""
+    if sample.answer is None:
+        return {}
+    from vismem_core.answers.evaluation import right
+
+    return {"reference": sample.answer, "right": right(answer.text, sample)}
+
+
+def _show(sample: Sample, answer: Answer, told: dict[str, Any]) -> None:
     """The answer on stdout with its invocations as marks; the question on stderr."""
     for image in sample.images or ("none",):
         say(f"image   {image if isinstance(image, Path | str) else 'embedded'}")
@@ -207,6 +221,8 @@ def _show(sample: Sample, answer: Answer) -> None:
     kinds = [invocation.kind for invocation in answer.invocations]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in COLOURS if kind in kinds)
     say(f"memory  {counts or 'not invoked'}")
+    if told:
+        say(f"right   {'yes' if told['right'] else 'no'}: the reference is {cut(told['reference'])!r}")
 
 
 def marked(text: str) -> Text:

@@ -73,7 +73,7 @@ AllowOutside = Annotated[
 Memory = Annotated[
     str | None,
     typer.Option(
-        "--memory", metavar="DIR|ID", help="A trained memory; by default the shipped one.", rich_help_panel=MEMORY
+        "--memory", metavar="DIR|ID", help="A trained one, or shipped:NAME; by default shipped.", rich_help_panel=MEMORY
     ),
 ]
 AnyBase = Annotated[

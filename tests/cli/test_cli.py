@@ -16,6 +16,7 @@ from unittest.mock import ANY
 import pytest
 from typer.testing import CliRunner
 
+import vismem_core.decoding.attach  # noqa: F401 - whole, before parts of it are replaced
 from vismem_cli import main
 from vismem_cli.app import app
 from vismem_core import plugins
@@ -86,7 +87,7 @@ def test_version_and_help_survive_a_broken_plugin_and_import_nothing_heavy(envir
     assert process(environment, "--version").out.startswith("vismem 0.")
     code = """import sys, vismem_cli
 try: vismem_cli.main(["--help"])
-finally: print({"torch", "numpy"} & set(sys.modules))"""
+finally: print({"torch", "numpy", "PIL", "yaml", "vismem_cli.train"} & set(sys.modules))"""
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.endswith("set()\n")
@@ -99,7 +100,7 @@ finally: print({"torch", "numpy"} & set(sys.modules))"""
 def test_nothing_stands_between_the_lines_of_an_answer() -> None:
     done = process(dict(os.environ), "infer")
     assert done.code == 0 and len(done.out.splitlines()) == 1
-    assert [line.split()[0] for line in done.err.splitlines()] == ["image", "prompt", "memory"]
+    assert [line.split()[0] for line in done.err.splitlines()] == ["image", "prompt", "memory", "right"]
 
 
 @pytest.mark.long  # all that can be imported is
@@ -246,7 +247,8 @@ def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
         "answers.inference": {"answers": core.answers, "Answer": SimpleNamespace},
         "training.run": {"train": core.train},
         "answers.evaluation": {
-            "evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path)
+            "right": lambda text, sample: text == sample.answer,
+            "evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path),
         },
     }
     for name, attributes in fakes.items():
@@ -257,6 +259,7 @@ def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
     base = plugins.registry("bases").get("qwen2_5_vl")()
     shipped = lambda backbone=None: (backbone or "qwen2_5_vl", type(base)(**(vars(base) | {"memory": tmp_path})))  # noqa: E731
     monkeypatch.setattr("vismem_cli.sources.embedded", shipped)
+    monkeypatch.setattr("vismem_core.files.checkpoint.embedded", shipped)
     return core
 
 
@@ -445,8 +448,11 @@ def test_infer_without_arguments(vismem: Callable[..., Run], core: Core) -> None
     done = vismem("infer")
     assert done.out == "‹short› a bag\n"
     assert "what is right of" in done.err
-    assert "1 short" in done.err
-    assert vismem("infer", "--json").json == {"text": "a bag", "invocations": [{"kind": "short", "position": 0}]}
+    assert "1 short" in done.err and "right   no: the reference is 'dress'\n" in done.err
+    written = {"text": "a bag", "invocations": [{"kind": "short", "position": 0}]}
+    assert vismem("infer", "--json").json == written | {"reference": "dress", "right": False}
+    asked = vismem("infer", "--prompt", "what ?", "--json")
+    assert asked.json == written and "reference" not in asked.err
 
 
 def test_infer_goes_on_with_a_file(vismem: Callable[..., Run], core: Core, questions: Path, tmp_path: Path) -> None:
@@ -461,6 +467,8 @@ def test_infer_goes_on_with_a_file(vismem: Callable[..., Run], core: Core, quest
     assert core.calls["answers"] == {"trigger": "random:0.5", "max_new_tokens": 256, "batch": 2, "left_out": ANY}
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["b", "a", "c"]
     assert (done.json["answered"], done.json["kept"], len(done.json["skipped"])) == (2, 1, 1)
+    assert (done.json["right"], done.json["with_reference"]) == (0, 2)
+    assert json.loads(output.read_text().splitlines()[-1])["reference"] == "yes"
     core.calls.clear()
     assert vismem(*args).code == 0
     assert core.calls == {}  # nothing left: not even the model is loaded
