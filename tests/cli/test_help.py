@@ -51,7 +51,7 @@ KEYS = {f"{part}.{own.name}" for part in ("memory", "train") for own in fields(g
     [
         ("vismem in", {"infer"}),
         ("vismem train --backbone ", {*registry("backbones").names(), *registry("bases").names()}),
-        ("vismem infer --backbone gem", {"gemma", "gemma3"} & {*registry("backbones").names(), "gemma3"}),
+        ("vismem infer --backbone gem", {own for own in registry("backbones").names() if own.startswith("gem")}),
         ("vismem train --stage ", {"formation", "invocation", "all"}),
         ("vismem infer --trigger ", set(registry("triggers").names())),
         ("vismem experiment ", {*registry("experiments").names(), "all", "list", "show"}),

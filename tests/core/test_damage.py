@@ -28,8 +28,15 @@ def changed(name: str, **values: object) -> Callable[[Path], None]:
     return change
 
 
-def without(*names: str) -> Callable[[Path], None]:
-    return lambda folder: [(folder / name).unlink() for name in names] and None  # type: ignore[func-returns-value]
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def broken(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_text("{oops", encoding="utf-8")
+
+    return change
 
 
 def cut_off(folder: Path) -> None:
@@ -45,7 +52,7 @@ def listed(folder: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (without("config.json"), "it has no config.json: is this the folder of a model?"),
-    "broken config": (lambda folder: (folder / "config.json").write_text("{oops") and None, "config.json is not valid JSON"),
+    "broken config": (broken("config.json"), "config.json is not valid JSON"),
     "no type": (changed("config.json", model_type=None), "config.json names no model_type"),
     "unknown type": (changed("config.json", model_type="wonder"), "knows no model type 'wonder'; a newer one may"),
     "no weights": (without("model.safetensors"), "it has no weights (model.safetensors)"),
@@ -53,7 +60,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no shard": (listed, "model-2.safetensors is missing, which model.safetensors.index.json names"),
     "no processor": (without("processor_config.json"), "it has no processor_config.json or preprocessor_config.json"),
     "no tokenizer": (without("tokenizer.json"), "it has no tokenizer (tokenizer.json)"),
-    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{") and None, "tokenizer.json is not valid JSON"),
+    "broken tokenizer": (broken("tokenizer.json"), "tokenizer.json is not valid JSON"),
 }  # fmt: skip
 
 
@@ -130,7 +137,7 @@ def test_a_gpu_that_is_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("vismem_core.base.backbone.Backbone.load", None)
-    with pytest.raises(AttachError, match="^device 'cuda:2': this machine has 2 GPUs, from cuda:0 to cuda:1"):
+    with pytest.raises(AttachError, match=r"^device 'cuda:2': this machine has 2 GPUs, from cuda:0 to cuda:1"):
         load_base("qwen2_5_vl", device="cuda:2")
 
 

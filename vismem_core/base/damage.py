@@ -35,7 +35,7 @@ MEANINGS = {
     "Unrecognized configuration class": "a model of this type does not answer questions about images",
 }
 """What transformers means, by words that it says."""
-MISSING = re.compile(r"^(\S+)\s*\|\s*MISSING\b", re.MULTILINE)
+MISSING = re.compile(r"^(\S.*?) *\| *MISSING\b", re.MULTILINE)
 LONGEST = 200
 """Characters of what a library says that a message quotes."""
 FEW = 16
