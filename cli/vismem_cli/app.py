@@ -40,7 +40,7 @@ class Command(typer.core.TyperCommand):
         params = _bare(super().get_params(ctx))
         for own in params:
             if own.name == "help":
-                own.rich_help_panel = OUTPUT  # type: ignore[attr-defined]
+                own.rich_help_panel = OUTPUT
         return params
 
 

@@ -113,11 +113,11 @@ def infer(
     sample = _sample(load, image or [], prompt)
     opened = open_memory(load)
     answer = _answer(opened, sample, ask)
-    told = _judged(sample, answer)
+    verdict = _judged(sample, answer)
     if as_json:
-        print_json(answer.to_dict() | told)
+        print_json(answer.to_dict() | verdict)
     else:
-        _show(sample, answer, told)
+        _show(sample, answer, verdict)
     if picture is not None:
         drawing.draw(answer, sample, picture)
     if html is not None:
@@ -185,8 +185,8 @@ def _answer_all(
     lost = f", {len(left_out)} rows left out" if left_out else ""
     right = f"; {sum(judged)} of {len(judged)} new ones are as their references" if judged else ""
     say(f"written to {output}: {answered} of {rows} answers, {kept} were there already{lost}{right}")
-    told = {"right": sum(judged), "with_reference": len(judged)} if judged else {}
-    return {"output": str(output), "answered": answered, "kept": kept} | told
+    counted = {"right": sum(judged), "with_reference": len(judged)} if judged else {}
+    return {"output": str(output), "answered": answered, "kept": kept} | counted
 
 
 def _made(load: LoadOptions, ask: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _judged(sample: Sample, answer: Answer) -> dict[str, Any]:
     return {"reference": sample.answer, "right": right(answer.text, sample)}
 
 
-def _show(sample: Sample, answer: Answer, told: dict[str, Any]) -> None:
+def _show(sample: Sample, answer: Answer, verdict: dict[str, Any]) -> None:
     """The answer on stdout with its invocations as marks; the question on stderr."""
     for image in sample.images or ("none",):
         say(f"image   {image if isinstance(image, Path | str) else 'embedded'}")
@@ -221,8 +221,8 @@ def _show(sample: Sample, answer: Answer, told: dict[str, Any]) -> None:
     kinds = [invocation.kind for invocation in answer.invocations]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in COLOURS if kind in kinds)
     say(f"memory  {counts or 'not invoked'}")
-    if told:
-        say(f"right   {'yes' if told['right'] else 'no'}: the reference is {cut(told['reference'])!r}")
+    if verdict:
+        say(f"right   {'yes' if verdict['right'] else 'no'}: the reference is {cut(verdict['reference'])!r}")
 
 
 def marked(text: str) -> Text:

@@ -74,7 +74,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vm_{name}\nVersion: 2.0\n")
         (info / "entry_points.txt").write_text(f"[vismem]\n{name} = vm_{name}\n")
-    return os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+    places = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": places, "COLUMNS": "200"}
 
 
 def process(environment: dict[str, str], *args: str) -> Run:
