@@ -40,11 +40,8 @@ def demo(
 
     page.check(host, port)
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)
-    shown = page.show(open_memory(load), host, port)
+    page.show(open_memory(load), host, port)
     if host not in LOCAL:
         warn(f"whoever reaches {host}:{port} can use this page, and see no one else's images")
     say(f"open http://{host}:{port}/ in a browser; Ctrl-C ends it")
-    try:
-        Event().wait()
-    finally:
-        shown.close(verbose=False)
+    Event().wait()  # the page's threads end with the process

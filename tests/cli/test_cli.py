@@ -16,7 +16,7 @@ from unittest.mock import ANY
 import pytest
 from typer.testing import CliRunner
 
-import vismem_core.decoding.attach  # noqa: F401 - whole, before parts of it are replaced
+import vismem_core.showing.page  # whole, before parts of it are replaced
 from vismem_cli import main
 from vismem_cli.app import app
 from vismem_core import plugins
@@ -476,6 +476,29 @@ def test_infer_goes_on_with_a_file(vismem: Callable[..., Run], core: Core, quest
     done = vismem(*args[:-1], "never")
     assert (done.code, core.calls) == (1, {})
     assert "answers.jsonl:1: answered with trigger 'random:0.5', not 'never'" in done.err
+
+
+def test_demo_shows_a_memory_until_it_is_interrupted(
+    vismem: Callable[..., Run], core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vismem_cli.demo.Event", lambda: SimpleNamespace(wait=interrupted))
+    monkeypatch.setattr(vismem_core.showing.page, "check", lambda *place: core.calls.update(check=place))
+    monkeypatch.setattr(vismem_core.showing.page, "show", lambda memory, *place: core.calls.update(show=place))
+    done = vismem("demo", "--memory", "shipped:qwen2_5_vl", "--host", "0.0.0.0", "--port", 8000)
+    assert (done.code, core.calls["attach"][0]) == (130, "shipped:qwen2_5_vl")
+    assert core.calls["check"] == core.calls["show"] == ("0.0.0.0", 8000)
+    assert "whoever reaches 0.0.0.0:8000" in done.err and "open http://0.0.0.0:8000/" in done.err
+
+
+def test_demo_says_what_is_missing_before_a_model_loads(
+    vismem: Callable[..., Run], core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    done = vismem("demo")
+    assert (done.code, done.err, core.calls) == (1, "error: the page needs gradio: pip install 'vismem[demo]'\n", {})
 
 
 @pytest.mark.parametrize("name", ["missing/answer.png", "answer.nonsense", "answer"])

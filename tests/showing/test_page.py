@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from bases import mini
 from browser import browser
@@ -98,6 +99,9 @@ def test_a_visitor(shown: tuple[str, Memory, set[str]], tmp_path: Path) -> None:
             own.wait("new Promise(next => setTimeout(next, 100)) && true")
         assert own.blocked == ["http://elsewhere.invalid/dot.png"]
     assert sought <= {"127.0.0.1", "localhost"}
+    for hidden in ("monitoring", "gradio_api/runs"):
+        answer = httpx.get(address + hidden, headers={"accept": "text/html"}, follow_redirects=False)
+        assert answer.status_code >= 400 or '"run_history":false' in answer.text, hidden
     with Image.open(tmp_path / "page.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24) or ()}
     assert {(255, 240, 229), (255, 255, 255)} <= colours  # a mark of short memory, the page

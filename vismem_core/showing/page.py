@@ -65,6 +65,7 @@ def show(memory: Memory, host: str = "127.0.0.1", port: int = 7860) -> Any:
     from starlette.middleware import Middleware
 
     gradio, page = _gradio(), build(memory)
+    os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # an argument of later versions alone
     page.queue(default_concurrency_limit=VISITORS).launch(
         server_name=host,
         server_port=port,
@@ -73,6 +74,7 @@ def show(memory: Memory, host: str = "127.0.0.1", port: int = 7860) -> Any:
         share=False,
         ssr_mode=False,
         footer_links=[],
+        enable_monitoring=False,
         max_file_size="20mb",
         css_paths=STYLE,
         theme=_theme(gradio),
