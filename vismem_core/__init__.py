@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-API_VERSION = 3
-"""Of the interface to plugins; a module that says ``VISMEM_API = 3`` was written for this one. It grows when a plugin
+API_VERSION = 4
+"""Of the interface to plugins; a module that says ``VISMEM_API = 4`` was written for this one. It grows when a plugin
 that was right before may be wrong now; what is public is in ``docs/api.txt``."""
 
 if TYPE_CHECKING:

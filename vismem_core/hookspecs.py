@@ -4,7 +4,7 @@ A plugin is a module, named by an entry point of the group ``vismem``, that impl
 
     from vismem_core.hookspecs import Register, hookimpl
 
-    VISMEM_API = 3  # vismem_core.API_VERSION when it was written; need not be said
+    VISMEM_API = 4  # vismem_core.API_VERSION when it was written; need not be said
 
     @hookimpl
     def register_formers(register: Register) -> None:

@@ -1,7 +1,9 @@
-"""The Typer app; commands of plugins are imported only when they run."""
+"""The Typer app. A command is imported when it runs, vismem's own as well as those of plugins."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -10,66 +12,102 @@ import typer.core
 
 from vismem_core import plugins
 from vismem_core.errors import PluginError
-from vismem_core.plugins import Entry
+from vismem_core.plugins import Entry, resolve
 
-from . import backbones, data, doctor, eval, experiment, infer, probe, push, serve, train
-from . import plugins as plugins_command
 from .console import warn
+from .options import OUTPUT
+
+OWN = {
+    "train": ("train:train", "Train latent vision memory on a frozen model, and report what it changed."),
+    "infer": ("infer:infer", "Answer a question, or a file of questions, and show where which memory was invoked."),
+    "demo": ("demo:demo", "Put up a page to ask on: answers with memory and without it, and where memory looked."),
+    "serve": ("serve:serve", "Answer requests of OpenAI's clients with a model that has memory."),
+    "eval": ("eval:eval_", "Compare answers with memory, without it, and over another question's image."),
+    "probe": ("probe:probe", "Put other things in the latents' places, and see what answers lose."),
+    "experiment": ("experiment:experiment", "Run experiments: train what they compare, ask it, and write a page."),
+    "data": ("data:data", "Say what is understood of some data, and what is wrong with it."),
+    "push": ("push:push", "Publish a trained memory: weights, description, report and card."),
+    "backbones": ("backbones:backbones", "List the families of models that memory can be attached to."),
+    "plugins": ("plugins:plugins", "List the plugins, and why any of them did not load."),
+    "doctor": ("doctor:doctor", "Say what is installed here, what loads and what does not."),
+}
+"""vismem's commands: where the function is, and what the list of commands says; its docstring says more."""
 
 
-class PluginCommand(typer.core.TyperCommand):
-    """Stands for a plugin's command in the list of commands, and becomes it when it runs."""
+class Command(typer.core.TyperCommand):
+    """A command whose help has a panel for every option, ``--help`` among them."""
 
-    def __init__(self, entry: Entry) -> None:
-        description = str(entry.facts.get("description", f"A command of {entry.distribution}."))
-        super().__init__(entry.name, callback=None, help=description)
-        self.entry = entry
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = _bare(super().get_params(ctx))
+        for own in params:
+            if own.name == "help":
+                own.rich_help_panel = OUTPUT
+        return params
+
+
+class Later(typer.core.TyperCommand):
+    """Stands for a command in the list of commands, and becomes it when it runs."""
+
+    def __init__(self, name: str, told: str, become: Callable[[], Any]) -> None:
+        super().__init__(name, callback=None, help=told)
+        self.become = become
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        loaded = self.entry.load()
-        if not isinstance(loaded, typer.Typer):
-            if not callable(loaded):
-                raise PluginError(f"command {self.entry.name!r}: {self.entry.target} is no typer app and no function")
-            function, loaded = loaded, typer.Typer(add_completion=False)
-            loaded.command()(function)
-        return typer.main.get_command(loaded).make_context(info_name, args, parent=parent, **extra)
+        return self.become().make_context(info_name, args, parent=parent, **extra)
+
+
+def own_command(name: str) -> Any:
+    """One of vismem's own commands."""
+    module, _, function = OWN[name][0].partition(":")
+    app = typer.Typer(add_completion=False)
+    example = resolve(f"{__package__}.{module}:EXAMPLE")
+    app.command(name, cls=Command, epilog=example)(resolve(f"{__package__}.{module}:{function}"))
+    return typer.main.get_command(app)
+
+
+def plugin_command(entry: Entry) -> Any:
+    """A plugin's command: a typer app, or a function."""
+    loaded = entry.load()
+    if not isinstance(loaded, typer.Typer):
+        if not callable(loaded):
+            raise PluginError(f"command {entry.name!r}: {entry.target} is no typer app and no function")
+        function, loaded = loaded, typer.Typer(add_completion=False)
+        loaded.command()(function)
+    return typer.main.get_command(loaded)
 
 
 class Commands(typer.core.TyperGroup):
-    """The built-in commands, then those of plugins."""
+    """vismem's own commands, then those of plugins."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _bare(super().get_params(ctx))
 
     def list_commands(self, ctx: Any) -> list[str]:
-        own = super().list_commands(ctx)
         entries = plugins.registry("commands").entries()
         for entry in entries:
-            if entry.name in own:
+            if entry.name in OWN and not ctx.resilient_parsing:
                 warn(f"the command {entry.name!r} of {entry.distribution} is hidden by vismem's own")
-        return own + [entry.name for entry in entries if entry.name not in own]
+        return [*OWN, *(entry.name for entry in entries if entry.name not in OWN)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if command := super().get_command(ctx, cmd_name):
-            return command
+        if cmd_name in OWN:
+            return Later(cmd_name, OWN[cmd_name][1], partial(own_command, cmd_name))
         entries = {entry.name: entry for entry in plugins.registry("commands").entries()}
-        return PluginCommand(entries[cmd_name]) if cmd_name in entries else None
+        if (entry := entries.get(cmd_name)) is None:
+            return None
+        told = str(entry.facts.get("description", f"A command of {entry.distribution}."))
+        return Later(cmd_name, told, partial(plugin_command, entry))
 
 
-app = typer.Typer(
-    cls=Commands,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    epilog="Example: vismem train --backbone qwen2_5_vl",
-)
-app.command("train", epilog=train.EXAMPLE)(train.train)
-app.command("infer", epilog=infer.EXAMPLE)(infer.infer)
-app.command("eval", epilog=eval.EXAMPLE)(eval.eval_)
-app.command("experiment", epilog=experiment.EXAMPLE)(experiment.experiment)
-app.command("probe", epilog=probe.EXAMPLE)(probe.probe)
-app.command("serve", epilog=serve.EXAMPLE)(serve.serve)
-app.command("push", epilog=push.EXAMPLE)(push.push)
-app.command("plugins", epilog=plugins_command.EXAMPLE)(plugins_command.plugins)
-app.command("data", epilog=data.EXAMPLE)(data.data)
-app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
-app.command("backbones", epilog=backbones.EXAMPLE)(backbones.backbones)
+def _bare(params: list[Any]) -> list[Any]:
+    """The same parameters; in the help, no type stands beside a flag."""
+    for own in params:
+        if getattr(own, "is_flag", False) and own.metavar is None:
+            own.metavar = ""
+    return params
+
+
+app = typer.Typer(cls=Commands, pretty_exceptions_enable=False, epilog="Example: vismem train --backbone qwen2_5_vl")
 
 
 def _print_version(wanted: bool) -> None:

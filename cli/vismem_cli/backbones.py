@@ -9,8 +9,8 @@ import typer
 
 from vismem_core import plugins
 
+from . import options
 from .console import print_json, print_table
-from .options import Json, Revision, TrustRemoteCode
 
 EXAMPLE = "Example: vismem backbones --check Qwen/Qwen3-VL-4B-Instruct"
 
@@ -18,11 +18,16 @@ EXAMPLE = "Example: vismem backbones --check Qwen/Qwen3-VL-4B-Instruct"
 def backbones(
     check: Annotated[
         str | None,
-        typer.Option("--check", metavar="ID|DIR", help="Say what memory would do with a model, by its config alone."),
+        typer.Option(
+            "--check",
+            metavar="ID|DIR",
+            help="Say what memory would do with a model, by its config alone.",
+            rich_help_panel=options.MODEL,
+        ),
     ] = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
 ) -> None:
     """List the families of models that memory can be attached to; --json names their model types too.
 

@@ -11,7 +11,7 @@ import typer
 from vismem_core.errors import cut
 from vismem_core.files.samples import Dataset, Sample, open_dataset
 
-from . import options
+from . import completion, options
 from .console import err, print_json, print_table
 from .report import list_skipped, tell_skipped
 
@@ -23,14 +23,22 @@ SHOWN = 5
 def data(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A file, a folder, hub:ORG/NAME[/CONFIG][:SPLIT], or a registered name."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="A file, a folder, hub:ORG/NAME (then /CONFIG, :SPLIT), or a registered name.",
+            autocompletion=completion.datasets,
+        ),
     ],
-    split: Annotated[str, typer.Option(metavar="NAME", help="train or heldout, of a source that has both.")] = "train",
+    split: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="train or heldout, of a source that has both.", rich_help_panel=options.DATA),
+    ] = "train",
     columns: options.Columns = None,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page with the first rows and their images.")
-    ] = None,
     allow_outside: options.AllowOutside = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A page with the first rows and images.", rich_help_panel=options.OUTPUT),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what is understood of some data: how many questions, of which types, how long, and what is wrong with rows.

@@ -19,23 +19,25 @@ EXAMPLE = "Example: vismem eval --memory runs/first --data mosaic --per-type 50"
 
 
 def eval_(
-    memory: options.Memory = None,
     data: options.Data = None,
-    per_type: Annotated[int, typer.Option(metavar="N", min=1, help="Questions of each type.")] = 100,
-    max_new_tokens: options.MaxNewTokens = 64,
-    batch: options.Batch = 32,
-    metric: options.Metric = "exact",
-    backbone: options.Backbone = None,
-    model: options.Model = None,
-    any_base: options.AnyBase = False,
+    per_type: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Questions of each type.", rich_help_panel=options.DATA)
+    ] = 100,
+    columns: options.Columns = None,
     on_bad_sample: options.OnBad = options.OnBadSample.fail,
     check: options.Check = options.CheckRows.all,
-    columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
+    memory: options.Memory = None,
+    any_base: options.AnyBase = False,
+    backbone: options.Backbone = None,
+    model: options.Model = None,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
+    batch: options.Batch = 32,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    max_new_tokens: options.MaxNewTokens = 64,
+    metric: options.Metric = "exact",
     as_json: options.Json = False,
 ) -> None:
     """Compare answers with memory, without it, and over another question's image, by type of question.

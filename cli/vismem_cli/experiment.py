@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vismem_core.base.embedded import embedded
 
-from . import options
+from . import completion, options
 from .console import err, out, print_json, print_table, say, warn
 
 if TYPE_CHECKING:
@@ -24,27 +24,54 @@ EXAMPLE = "Example: vismem experiment main --quick"
 def experiment(
     what: Annotated[
         list[str],
-        typer.Argument(metavar="NAME...", help="Names or YAML files, all, list, or show NAME.", show_default=False),
+        typer.Argument(
+            metavar="NAME...",
+            help="Names or YAML files, all, list, or show NAME.",
+            show_default=False,
+            autocompletion=completion.experiments,
+        ),
     ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="To train on, instead of the recipe's.",
+            autocompletion=completion.datasets,
+            rich_help_panel=options.DATA,
+        ),
+    ] = None,
+    heldout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="To ask, instead of the recipe's.",
+            autocompletion=completion.datasets,
+            rich_help_panel=options.DATA,
+        ),
+    ] = None,
     backbone: options.Backbone = None,
     model: options.Model = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE|NAME", help="To train on, instead of the recipe's.")] = None,
-    heldout: Annotated[str | None, typer.Option(metavar="FILE|NAME", help="To ask, instead of the recipe's.")] = None,
-    output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Gets results, plots and a page, and the cells, which are kept.")
-    ] = Path("runs/experiments"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Too small to tell anything; shows that all of it runs.")
-    ] = False,
-    seeds: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Instead of the recipe's: fewer take less time, and tell less.")
-    ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Processes at a time; by default as many as cores.")
-    ] = None,
-    config: options.ConfigFile = None,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Too small to tell anything; shows that it runs.", rich_help_panel=options.TRAINING
+        ),
+    ] = False,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Instead of the recipe's.", rich_help_panel=options.TRAINING)
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Processes at a time; by default one per core.", rich_help_panel=options.TRAINING
+        ),
+    ] = None,
+    config: options.ConfigFile = None,
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Results, plots, a page, and cells.", rich_help_panel=options.OUTPUT)
+    ] = Path("runs/experiments"),
     as_json: options.Json = False,
 ) -> None:
     """Run experiments: train what they compare, ask it, and write tables, plots and a page.

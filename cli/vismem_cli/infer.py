@@ -10,11 +10,11 @@ from rich.progress import track
 from rich.text import Text
 
 from vismem_core.base.embedded import embedded
-from vismem_core.errors import CheckpointError, VismemError
+from vismem_core.errors import CheckpointError, VismemError, cut
 from vismem_core.files.results import Results
-from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped, open_dataset, question
+from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped, open_dataset, question, read
 
-from . import options
+from . import completion, options
 from .console import err, out, print_json, say
 from .report import list_skipped, tell_skipped
 from .sources import LoadOptions, check_names, check_rows, memory_source, open_memory, tell_unknown
@@ -28,39 +28,53 @@ COLOURS = {"short": "bold cyan", "long": "bold magenta"}
 
 
 def infer(
-    memory: options.Memory = None,
-    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="An image; repeat it for several.")] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The question.")] = None,
-    data: options.Data = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="JSONL file for the answers to --data; answers it already holds are kept."),
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="An image; repeat it for several.", rich_help_panel=options.DATA),
     ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The question.", rich_help_panel=options.DATA)
+    ] = None,
+    data: options.Data = None,
+    columns: options.Columns = None,
+    on_bad_sample: options.OnBad = options.OnBadSample.fail,
+    check: options.Check = options.CheckRows.all,
+    allow_outside: options.AllowOutside = False,
+    memory: options.Memory = None,
     trigger: Annotated[
         str | None,
-        typer.Option(metavar="RULE", help="Who invokes memory: policy, never, random:0.5, policy@short, ..."),
+        typer.Option(
+            metavar="RULE",
+            help="Who invokes it: policy, never, random:0.5, ...",
+            autocompletion=completion.triggers,
+            rich_help_panel=options.MEMORY,
+        ),
+    ] = None,
+    any_base: options.AnyBase = False,
+    backbone: options.Backbone = None,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = options.DType.auto,
+    batch: options.Batch = 16,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="JSONL for answers to --data; keeps those it has.", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the question, the answer and its invocations (.png, .svg, .pdf)."),
+        typer.Option(metavar="FILE", help="Draw the answer (.png, .svg, .pdf).", rich_help_panel=options.OUTPUT),
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a page: where queries looked, what latents are near and worth."),
+        typer.Option(
+            metavar="FILE", help="A page: where queries looked, latents' worth.", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
     max_new_tokens: options.MaxNewTokens = 256,
-    batch: options.Batch = 16,
-    backbone: options.Backbone = None,
-    model: options.Model = None,
-    any_base: options.AnyBase = False,
-    on_bad_sample: options.OnBad = options.OnBadSample.fail,
-    check: options.Check = options.CheckRows.all,
-    columns: options.Columns = None,
-    allow_outside: options.AllowOutside = False,
-    device: options.Device = "auto",
-    dtype: options.Dtype = options.DType.auto,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Answer a question, or a file of questions, and show where which memory was invoked.
@@ -99,10 +113,11 @@ def infer(
     sample = _sample(load, image or [], prompt)
     opened = open_memory(load)
     answer = _answer(opened, sample, ask)
+    verdict = _judged(sample, answer)
     if as_json:
-        print_json(answer.to_dict())
+        print_json(answer.to_dict() | verdict)
     else:
-        _show(sample, answer)
+        _show(sample, answer, verdict)
     if picture is not None:
         drawing.draw(answer, sample, picture)
     if html is not None:
@@ -118,9 +133,9 @@ def _sample(load: LoadOptions, images: list[Path], prompt: str | None) -> Sample
     if images or load.memory or load.model:
         raise typer.BadParameter("what is the question? add --prompt TEXT", param_hint="--prompt")
     name, base = embedded(load.backbone)
-    if base.prompt is None:
+    if base.samples is None:
         raise CheckpointError(f"no question ships with {name}; add --prompt TEXT and --image FILE")
-    return question(base.prompt, [base.image] if base.image else [])
+    return read(base.samples, need_answer=False)[0]
 
 
 def _answer(memory: Memory, sample: Sample, ask: dict[str, Any]) -> Answer:
@@ -148,7 +163,7 @@ def _answer_all(
     Args:
         left_out: gets the rows that cannot be used, if ``on_bad`` is ``skip``.
     """
-    answered = 0
+    answered, judged = 0, list[bool]()
     with Results(output, _made(load, ask)) as results:
         left = results.left(samples)
         if left:
@@ -162,12 +177,16 @@ def _answer_all(
             told = answers(memory, usable, left_out=left_out if on_bad == "skip" else None, **ask)
             for answer in track(told, "answering", total=len(usable), console=err):
                 asked = questions[answer.sample_id]
-                results.add({"id": asked.id, "question": asked.digest()} | answer.to_dict())
+                verdict = _judged(asked, answer)
+                results.add({"id": asked.id, "question": asked.digest()} | answer.to_dict() | verdict)
+                judged += [verdict["right"]] if verdict else []
                 answered += 1
     kept, rows = len(samples) - len(left), len(samples) + len(samples.skipped)
     lost = f", {len(left_out)} rows left out" if left_out else ""
-    say(f"written to {output}: {answered} of {rows} answers, {kept} were there already{lost}")
-    return {"output": str(output), "answered": answered, "kept": kept}
+    right = f"; {sum(judged)} of {len(judged)} new ones are as their references" if judged else ""
+    say(f"written to {output}: {answered} of {rows} answers, {kept} were there already{lost}{right}")
+    counted = {"right": sum(judged), "with_reference": len(judged)} if judged else {}
+    return {"output": str(output), "answered": answered, "kept": kept} | counted
 
 
 def _made(load: LoadOptions, ask: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +203,16 @@ def _made(load: LoadOptions, ask: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _show(sample: Sample, answer: Answer) -> None:
+def _judged(sample: Sample, answer: Answer) -> dict[str, Any]:
+    """Whether the answer is the reference, where there is one."""
+    if sample.answer is None:
+        return {}
+    from vismem_core.answers.evaluation import right
+
+    return {"reference": sample.answer, "right": right(answer.text, sample)}
+
+
+def _show(sample: Sample, answer: Answer, verdict: dict[str, Any]) -> None:
     """The answer on stdout with its invocations as marks; the question on stderr."""
     for image in sample.images or ("none",):
         say(f"image   {image if isinstance(image, Path | str) else 'embedded'}")
@@ -193,6 +221,8 @@ def _show(sample: Sample, answer: Answer) -> None:
     kinds = [invocation.kind for invocation in answer.invocations]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in COLOURS if kind in kinds)
     say(f"memory  {counts or 'not invoked'}")
+    if verdict:
+        say(f"right   {'yes' if verdict['right'] else 'no'}: the reference is {cut(verdict['reference'])!r}")
 
 
 def marked(text: str) -> Text:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from . import completion
+
 
 class OnBadSample(str, Enum):
     fail = "fail"
@@ -26,75 +28,124 @@ class DType(str, Enum):
     float32 = "float32"
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Backbone = Annotated[
-    str | None,
-    typer.Option("--backbone", metavar="NAME", help="Family of the model; found by itself where a model is given."),
-]
-Model = Annotated[
-    str | None, typer.Option("--model", metavar="ID|DIR", help="Hub id or directory; by default the embedded model.")
-]
-Revision = Annotated[
-    str | None, typer.Option("--revision", metavar="TEXT", help="Branch, tag or commit of a model on the hub.")
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        "--memory", metavar="DIR|ID", help="Directory or hub id of a trained memory; by default the shipped one."
-    ),
-]
-AnyBase = Annotated[
-    bool, typer.Option("--any-base", help="Accept a model of the same shape whose weights differ from the memory's.")
-]
-Device = Annotated[
-    str,
-    typer.Option("--device", metavar="NAME", help="Such as cpu, cuda or cuda:1; or map or shard (docs/training.md)."),
-]
-Dtype = Annotated[DType, typer.Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let a model from the hub run its own code on this machine.")
-]
-OnBad = Annotated[
-    OnBadSample,
-    typer.Option(
-        "--on-bad-sample", metavar="fail|skip", help="Stop at a bad row of the data, or leave it out and list it."
-    ),
-]
-Check = Annotated[
-    CheckRows,
-    typer.Option(
-        "--check",
-        metavar="all|lazy",
-        help="Look for rows that this model cannot use in all of a file first, or when they are met.",
-    ),
-]
-AllowOutside = Annotated[
-    bool, typer.Option("--allow-outside", help="Let a data file name images outside its own directory.")
-]
+DATA, MODEL, MEMORY, TRAINING, OUTPUT, SERVER = "Data", "Model", "Memory", "Training", "Output", "Server"
+"""Panels of a command's help; they stand in the order in which its parameters first name them."""
+
 Data = Annotated[
     str | None,
     typer.Option(
         "--data",
         metavar="SOURCE",
-        help="JSONL, JSON, CSV or Parquet file, a folder, hub:ORG/NAME, or a registered name.",
+        help="A file, a folder, hub:ORG/NAME, or a registered name.",
+        autocompletion=completion.datasets,
+        rich_help_panel=DATA,
     ),
 ]
 Columns = Annotated[
     str | None,
     typer.Option(
         "--columns",
-        metavar="KEY=NAME,...",
-        help="What the data calls prompt, answer, image, id or type; others are found.",
+        metavar="KEY=NAME,..",
+        help="What the data calls prompt, answer, image, id or type.",
+        rich_help_panel=DATA,
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer, in tokens.")]
-METRIC = "How answers are judged: exact, vqa, anls, relaxed, f1, ... (vismem plugins lists them)."
-Metric = Annotated[str, typer.Option("--metric", metavar="NAME", help=METRIC)]
-Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Questions answered together.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.seed=1.")
+OnBad = Annotated[
+    OnBadSample,
+    typer.Option(
+        "--on-bad-sample",
+        metavar="fail|skip",
+        help="Stop at a bad row, or leave it out and list it.",
+        rich_help_panel=DATA,
+    ),
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings.")]
+Check = Annotated[
+    CheckRows,
+    typer.Option(
+        "--check", metavar="all|lazy", help="Look for bad rows first, or as they are met.", rich_help_panel=DATA
+    ),
+]
+AllowOutside = Annotated[
+    bool,
+    typer.Option("--allow-outside", help="Let a data file name images outside its folder.", rich_help_panel=DATA),
+]
+
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", metavar="DIR|ID", help="A trained one, or shipped:NAME; by default shipped.", rich_help_panel=MEMORY
+    ),
+]
+AnyBase = Annotated[
+    bool,
+    typer.Option("--any-base", help="Accept other weights than the memory was made for.", rich_help_panel=MEMORY),
+]
+
+Backbone = Annotated[
+    str | None,
+    typer.Option(
+        "--backbone",
+        metavar="NAME",
+        help="Family; found by itself where a model is given.",
+        autocompletion=completion.backbones,
+        rich_help_panel=MODEL,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="ID|DIR", help="The base; by default the embedded model.", rich_help_panel=MODEL),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="TEXT", help="Branch, tag or commit on the hub.", rich_help_panel=MODEL),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let a model's own code run on this machine.", rich_help_panel=MODEL),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1; map or shard over several.", rich_help_panel=MODEL
+    ),
+]
+Dtype = Annotated[
+    DType,
+    typer.Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32.", rich_help_panel=MODEL),
+]
+Batch = Annotated[
+    int, typer.Option("--batch", metavar="N", min=1, help="Questions answered together.", rich_help_panel=MODEL)
+]
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="One setting, such as train.seed=1.",
+        autocompletion=completion.settings,
+        rich_help_panel=TRAINING,
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings.", rich_help_panel=TRAINING)
+]
+
+MaxNewTokens = Annotated[
+    int,
+    typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer, in tokens.", rich_help_panel=OUTPUT),
+]
+Metric = Annotated[
+    str,
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="How answers are scored: exact, vqa, f1, ...",
+        autocompletion=completion.metrics,
+        rich_help_panel=OUTPUT,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=OUTPUT)]
 
 
 def named_columns(told: str | None) -> dict[str, str] | None:

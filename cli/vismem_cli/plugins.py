@@ -11,13 +11,14 @@ from rich.text import Text
 from vismem_core import plugins as core
 
 from .console import print_json, print_table
-from .options import Json
+from .options import OUTPUT, Json
 
 EXAMPLE = "Example: vismem plugins --json"
 
 
 def plugins(
-    as_json: Json = False, names: Annotated[bool, typer.Option(help="List every registered name.")] = False
+    names: Annotated[bool, typer.Option("--names", help="List every registered name.", rich_help_panel=OUTPUT)] = False,
+    as_json: Json = False,
 ) -> None:
     """List the plugins, and why any of them did not load."""
     status = core.status()

@@ -20,25 +20,31 @@ FEW = 100
 
 
 def probe(
-    memory: options.Memory = None,
     data: options.Data = None,
     types: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Types of question, or groups such as new; by default all.")
+        str | None,
+        typer.Option(metavar="A,B", help="Types of question, or groups such as new.", rich_help_panel=options.DATA),
     ] = None,
-    per_type: Annotated[int, typer.Option(metavar="N", min=2, help="Questions of each type.")] = 100,
-    max_new_tokens: options.MaxNewTokens = 16,
-    metric: options.Metric = "exact",
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures there, as JSON.")] = None,
+    per_type: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Questions of each type.", rich_help_panel=options.DATA)
+    ] = 100,
+    columns: options.Columns = None,
+    check: options.Check = options.CheckRows.all,
+    allow_outside: options.AllowOutside = False,
+    memory: options.Memory = None,
+    any_base: options.AnyBase = False,
     backbone: options.Backbone = None,
     model: options.Model = None,
-    any_base: options.AnyBase = False,
-    check: options.Check = options.CheckRows.all,
-    columns: options.Columns = None,
-    allow_outside: options.AllowOutside = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write all figures there, as JSON.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    max_new_tokens: options.MaxNewTokens = 16,
+    metric: options.Metric = "exact",
     as_json: options.Json = False,
 ) -> None:
     """Put other things in the latents' places, all else held fixed, and see what answers lose.

@@ -17,13 +17,24 @@ def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained memory.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub id, user/name; made if there is none.")],
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a new repository; by default as your account has it.")
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Of a new repository; by default as your account has it.",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
     branch: Annotated[
-        str | None, typer.Option("--revision", metavar="BRANCH", help="A branch, made if there is none.")
+        str | None,
+        typer.Option(
+            "--revision", metavar="BRANCH", help="A branch, made if there is none.", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
-    license: Annotated[str | None, typer.Option(metavar="NAME", help="For a card that names no license.")] = None,
-    message: Annotated[str, typer.Option(metavar="TEXT", help="Of the commit.")] = "",
+    license: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="For a card that names none.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    message: Annotated[str, typer.Option(metavar="TEXT", help="Of the commit.", rich_help_panel=options.OUTPUT)] = "",
     as_json: options.Json = False,
 ) -> None:
     """Publish a trained memory: weights, description, report and card.

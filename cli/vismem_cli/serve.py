@@ -10,7 +10,7 @@ import typer
 from vismem_core.serving import server
 from vismem_core.serving.refused import Limits
 
-from . import options
+from . import completion, options
 from .console import say, warn
 from .sources import LoadOptions, check_names, open_memory
 
@@ -20,42 +20,73 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
-    memory: options.Memory = None,
-    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    host: Annotated[
+        str, typer.Option(metavar="NAME", help="Address to listen at.", rich_help_panel=options.SERVER)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, max=65535, help="0 takes any that is free.", rich_help_panel=options.SERVER),
+    ] = 8000,
     name: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Of the model, for clients; by default the memory's.")
+        str | None,
+        typer.Option(metavar="TEXT", help="The model's; by default the memory's.", rich_help_panel=options.SERVER),
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", envvar="VISMEM_API_KEY", help="That clients must send; by default none."),
+        typer.Option(
+            metavar="TEXT",
+            envvar="VISMEM_API_KEY",
+            show_envvar=False,
+            help="Wanted of clients (or in VISMEM_API_KEY).",
+            rich_help_panel=options.SERVER,
+        ),
     ] = None,
-    trigger: Annotated[
-        str | None, typer.Option(metavar="RULE", help="Who invokes memory, where a request does not say it.")
-    ] = None,
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Answers written together.")] = 16,
-    lanes: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that take turns.")] = 2,
-    max_new_tokens: options.MaxNewTokens = USUAL.tokens,
+    batch: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Answers written together.", rich_help_panel=options.SERVER)
+    ] = 16,
+    lanes: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Batches that take turns.", rich_help_panel=options.SERVER)
+    ] = 2,
     max_requests: Annotated[
-        int, typer.Option(metavar="N", min=1, help="At once, waiting ones included; more are refused (429).")
+        int, typer.Option(metavar="N", min=1, help="At once; more get a 429.", rich_help_panel=options.SERVER)
     ] = USUAL.requests,
-    max_body: Annotated[int, typer.Option(metavar="BYTES", min=1, help="Of a request.")] = USUAL.body,
-    max_characters: Annotated[int, typer.Option(metavar="N", min=1, help="Of a request's texts.")] = USUAL.characters,
-    max_images: Annotated[int, typer.Option(metavar="N", min=0, help="Of a request.")] = USUAL.images,
-    max_pixels: Annotated[int, typer.Option(metavar="N", min=1, help="Of an image.")] = USUAL.pixels,
+    max_body: Annotated[
+        int, typer.Option(metavar="BYTES", min=1, help="Of a request.", rich_help_panel=options.SERVER)
+    ] = USUAL.body,
+    max_characters: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Of a request's texts.", rich_help_panel=options.SERVER)
+    ] = USUAL.characters,
+    max_images: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Of a request.", rich_help_panel=options.SERVER)
+    ] = USUAL.images,
+    max_pixels: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Of an image.", rich_help_panel=options.SERVER)
+    ] = USUAL.pixels,
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1, help="From a request's arrival to its answer's end.")
+        float, typer.Option(metavar="SECONDS", min=1, help="For a whole request.", rich_help_panel=options.SERVER)
     ] = USUAL.seconds,
     allow_urls: Annotated[
-        bool, typer.Option("--allow-urls", help="Fetch images that requests name, from public addresses.")
+        bool,
+        typer.Option("--allow-urls", help="Fetch images from public addresses.", rich_help_panel=options.SERVER),
     ] = False,
+    memory: options.Memory = None,
+    any_base: options.AnyBase = False,
+    trigger: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="Who invokes memory, if not the request says.",
+            autocompletion=completion.triggers,
+            rich_help_panel=options.MEMORY,
+        ),
+    ] = None,
     backbone: options.Backbone = None,
     model: options.Model = None,
-    any_base: options.AnyBase = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    max_new_tokens: options.MaxNewTokens = USUAL.tokens,
 ) -> None:
     """Answer requests of OpenAI's clients: /v1/chat/completions, streamed or whole, and /v1/models.
 

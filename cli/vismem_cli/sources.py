@@ -102,11 +102,12 @@ def open_base(options: LoadOptions) -> tuple[Any, Any, str]:
     several threads have met, and training on two takes longer by two thirds.
     """
     import torch
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from vismem_core.base.loading import load_base
 
     disable_progress_bar()  # the command's own says that it loads
+    set_verbosity_error()  # advice for those who call transformers themselves
     model, processor, name = load_base(
         options.backbone,
         options.model,
@@ -159,10 +160,9 @@ def memory_source(options: LoadOptions) -> str:
         raise CheckpointError(
             f"no trained memory is named for {options.model}; train one (vismem train --model), then --memory DIR"
         )
-    backbone, base = embedded(options.backbone)
-    if base.memory is None:
-        raise CheckpointError(f"no trained memory ships with {backbone}; train one (vismem train), then --memory DIR")
-    return str(base.memory)
+    from vismem_core.files.checkpoint import shipped  # brings torch
+
+    return str(shipped(options.backbone))
 
 
 def default_data(backbone: str | None, model: str | None) -> str:

@@ -17,7 +17,7 @@ from vismem_core.files.samples import open_dataset
 from vismem_core.training.folder import Basis, basis, refuse
 from vismem_core.training.folder import settings as run_settings
 
-from . import options
+from . import completion, options
 from .console import print_json, say, warn
 from .report import print_report, tell_best, tell_skipped, warn_of
 from .sources import LoadOptions, check_names, default_data, open_base, tell_unknown, with_base
@@ -43,60 +43,96 @@ class Objective(str, Enum):
 
 
 def train(
-    backbone: options.Backbone = None,
-    model: options.Model = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="DIR|ID", help="A trained memory to go on from; by default it begins untrained."),
-    ] = None,
     data: options.Data = None,
     heldout: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Data for the report; by default what a named data set holds out, or the --data file itself.",
+            help="For the report; by default what --data holds out.",
+            autocompletion=completion.datasets,
+            rich_help_panel=options.DATA,
         ),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Directory of the run; by default runs/BACKBONE.")
-    ] = None,
-    stage: Annotated[Stage | None, typer.Option(metavar="NAME", help="formation, invocation or all.")] = None,
-    objective: Annotated[
-        Objective | None, typer.Option(metavar="NAME", help="sft, grpo, or sft+grpo: a warm start, then GRPO.")
-    ] = None,
-    policy: Annotated[
-        Policy | None, typer.Option(metavar="NAME", help="What of the policy trains: the tokens' rows, or lora too.")
-    ] = None,
-    image_dropout: Annotated[
-        float | None,
-        typer.Option(metavar="P", min=0.0, max=1.0, help="Chance that memory has to do without the image after it."),
-    ] = None,
-    metric: Annotated[str | None, typer.Option(metavar="NAME", help=options.METRIC)] = None,
-    config: options.ConfigFile = None,
-    settings: options.Settings = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Of the initial values, the data and the sampling.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output, by its settings.")] = False,
+    columns: options.Columns = None,
     on_bad_sample: Annotated[
         options.OnBadSample | None,
         typer.Option(
-            metavar="fail|skip", help="Stop at a bad row of the data, or leave it out and list it; by default fail."
+            metavar="fail|skip", help="Stop at a bad row (default), or list it.", rich_help_panel=options.DATA
         ),
     ] = None,
     check: Annotated[
         options.CheckRows | None,
         typer.Option(
-            metavar="all|lazy", help="Look for bad rows in all of a file first, or when they are met; by default all."
+            metavar="all|lazy",
+            help="Look for bad rows first (default), or as met.",
+            rich_help_panel=options.DATA,
         ),
     ] = None,
-    columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
+    backbone: options.Backbone = None,
+    model: options.Model = None,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|ID", help="Go on from it; by default it begins untrained.", rich_help_panel=options.MEMORY
+        ),
+    ] = None,
     any_base: options.AnyBase = False,
+    stage: Annotated[
+        Stage | None,
+        typer.Option(metavar="NAME", help="formation, invocation or all.", rich_help_panel=options.TRAINING),
+    ] = None,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(
+            metavar="NAME", help="sft, grpo, or sft+grpo: one after the other.", rich_help_panel=options.TRAINING
+        ),
+    ] = None,
+    policy: Annotated[
+        Policy | None,
+        typer.Option(metavar="NAME", help="Trains the tokens' rows, or lora too.", rich_help_panel=options.TRAINING),
+    ] = None,
+    image_dropout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            min=0.0,
+            max=1.0,
+            help="Chance that the image leaves after an invocation.",
+            rich_help_panel=options.TRAINING,
+        ),
+    ] = None,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Of initial values, data and sampling.", rich_help_panel=options.TRAINING
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in --output, by its settings.", rich_help_panel=options.TRAINING
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Of the run; by default runs/BACKBONE.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How answers are scored: exact, vqa, f1, ...",
+            autocompletion=completion.metrics,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Train latent vision memory on a frozen model, and report what it changed.

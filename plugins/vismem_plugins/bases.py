@@ -1,15 +1,14 @@
-"""The embedded models: `mini` of each family, its memory, and a question to show it with."""
+"""The embedded models: `mini` of each family, its memory, and questions to show it with."""
 
 from dataclasses import replace
 from pathlib import Path
 
 from vismem_core.base.embedded import Base
-from vismem_core.files.samples import read
 
 from .mini import path
 
-SAMPLE = Path(__file__).parent / "samples" / "mosaic.jsonl"
-"""`mosaic("heldout", size=3, types=["right"])[0]`, written as a file."""
+SAMPLES = Path(__file__).parent / "samples" / "mosaic.jsonl"
+"""Questions about mosaics of held-out photos, written as a file."""
 
 SETTINGS = Path(__file__).parent / "mini" / "train.yaml"
 """What suits models of this size: high rates, few steps."""
@@ -53,14 +52,10 @@ def mini_timm_lm() -> Base:
 def _mini(family: str) -> Base:
     model = path(family)
     memory = model / "memory"
-    sample = read(SAMPLE, need_answer=False)[0]
-    image = sample.images[0]
-    assert isinstance(image, Path)
     return Base(
         model=model,
         memory=memory if memory.is_dir() else None,
-        image=image,
-        prompt=sample.prompt,
+        samples=SAMPLES,
         dataset="mosaic",
         settings=SETTINGS,
     )

@@ -16,6 +16,7 @@ from unittest.mock import ANY
 import pytest
 from typer.testing import CliRunner
 
+import vismem_core.showing.page  # whole, before parts of it are replaced
 from vismem_cli import main
 from vismem_cli.app import app
 from vismem_core import plugins
@@ -73,7 +74,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vm_{name}\nVersion: 2.0\n")
         (info / "entry_points.txt").write_text(f"[vismem]\n{name} = vm_{name}\n")
-    return os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+    places = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": places, "COLUMNS": "200"}
 
 
 def process(environment: dict[str, str], *args: str) -> Run:
@@ -86,7 +88,7 @@ def test_version_and_help_survive_a_broken_plugin_and_import_nothing_heavy(envir
     assert process(environment, "--version").out.startswith("vismem 0.")
     code = """import sys, vismem_cli
 try: vismem_cli.main(["--help"])
-finally: print({"torch", "numpy"} & set(sys.modules))"""
+finally: print({"torch", "numpy", "PIL", "yaml", "vismem_cli.train"} & set(sys.modules))"""
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.endswith("set()\n")
@@ -99,7 +101,7 @@ finally: print({"torch", "numpy"} & set(sys.modules))"""
 def test_nothing_stands_between_the_lines_of_an_answer() -> None:
     done = process(dict(os.environ), "infer")
     assert done.code == 0 and len(done.out.splitlines()) == 1
-    assert [line.split()[0] for line in done.err.splitlines()] == ["image", "prompt", "memory"]
+    assert [line.split()[0] for line in done.err.splitlines()] == ["image", "prompt", "memory", "right"]
 
 
 @pytest.mark.long  # all that can be imported is
@@ -246,7 +248,8 @@ def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
         "answers.inference": {"answers": core.answers, "Answer": SimpleNamespace},
         "training.run": {"train": core.train},
         "answers.evaluation": {
-            "evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path)
+            "right": lambda text, sample: text == sample.answer,
+            "evaluate": lambda memory, samples, **how: core.train(memory, samples, samples, how, tmp_path),
         },
     }
     monkeypatch.setattr("vismem_core.attach", core.attach, raising=False)  # finds the real one, so before the others
@@ -257,6 +260,7 @@ def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Core:
     base = plugins.registry("bases").get("qwen2_5_vl")()
     shipped = lambda backbone=None: (backbone or "qwen2_5_vl", type(base)(**(vars(base) | {"memory": tmp_path})))  # noqa: E731
     monkeypatch.setattr("vismem_cli.sources.embedded", shipped)
+    monkeypatch.setattr("vismem_core.files.checkpoint.embedded", shipped)
     return core
 
 
@@ -464,8 +468,11 @@ def test_infer_without_arguments(vismem: Callable[..., Run], core: Core) -> None
     done = vismem("infer")
     assert done.out == "‹short› a bag\n"
     assert "what is right of" in done.err
-    assert "1 short" in done.err
-    assert vismem("infer", "--json").json == {"text": "a bag", "invocations": [{"kind": "short", "position": 0}]}
+    assert "1 short" in done.err and "right   no: the reference is 'dress'\n" in done.err
+    written = {"text": "a bag", "invocations": [{"kind": "short", "position": 0}]}
+    assert vismem("infer", "--json").json == written | {"reference": "dress", "right": False}
+    asked = vismem("infer", "--prompt", "what ?", "--json")
+    assert asked.json == written and "reference" not in asked.err
 
 
 def test_infer_goes_on_with_a_file(vismem: Callable[..., Run], core: Core, questions: Path, tmp_path: Path) -> None:
@@ -480,12 +487,37 @@ def test_infer_goes_on_with_a_file(vismem: Callable[..., Run], core: Core, quest
     assert core.calls["answers"] == {"trigger": "random:0.5", "max_new_tokens": 256, "batch": 2, "left_out": ANY}
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["b", "a", "c"]
     assert (done.json["answered"], done.json["kept"], len(done.json["skipped"])) == (2, 1, 1)
+    assert (done.json["right"], done.json["with_reference"]) == (0, 2)
+    assert json.loads(output.read_text().splitlines()[-1])["reference"] == "yes"
     core.calls.clear()
     assert vismem(*args).code == 0
     assert core.calls == {}  # nothing left: not even the model is loaded
     done = vismem(*args[:-1], "never")
     assert (done.code, core.calls) == (1, {})
     assert "answers.jsonl:1: answered with trigger 'random:0.5', not 'never'" in done.err
+
+
+def test_demo_shows_a_memory_until_it_is_interrupted(
+    vismem: Callable[..., Run], core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vismem_cli.demo.Event", lambda: SimpleNamespace(wait=interrupted))
+    monkeypatch.setattr(vismem_core.showing.page, "check", lambda *place: core.calls.update(check=place))
+    monkeypatch.setattr(vismem_core.showing.page, "show", lambda memory, *place: core.calls.update(show=place))
+    done = vismem("demo", "--memory", "shipped:qwen2_5_vl", "--host", "0.0.0.0", "--port", 8000)
+    assert (done.code, core.calls["attach"][0]) == (130, "shipped:qwen2_5_vl")
+    assert core.calls["check"] == core.calls["show"] == ("0.0.0.0", 8000)
+    assert "whoever reaches 0.0.0.0:8000" in done.err and "open http://0.0.0.0:8000/" in done.err
+
+
+def test_demo_says_what_is_missing_before_a_model_loads(
+    vismem: Callable[..., Run], core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    done = vismem("demo")
+    assert (done.code, done.err, core.calls) == (1, "error: the page needs gradio: pip install 'vismem[demo]'\n", {})
 
 
 @pytest.mark.parametrize("name", ["missing/answer.png", "answer.nonsense", "answer"])

@@ -183,6 +183,13 @@ def _split(told: Sequence[Answer], sizes: Sequence[int]) -> list[list[Answer]]:
     return parts
 
 
+def right(text: str, sample: Sample, metric: str = "exact") -> bool | None:
+    """Whether an answer is the sample's reference answer, wholly; None if it has none."""
+    if sample.answer is None:
+        return None
+    return metrics.parse(metric)([text], [sample])[0] >= 1
+
+
 def _invocations(told: Sequence[Answer]) -> dict[str, float]:
     return {
         kind: sum(place.kind == kind for answer in told for place in answer.invocations) / len(told)

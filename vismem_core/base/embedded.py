@@ -17,9 +17,8 @@ class Base:
     """A directory in the published layout of its family."""
     memory: Path | None = None
     """A memory trained on it."""
-    image: Path | None = None
-    prompt: str | None = None
-    """A question about ``image``."""
+    samples: Path | None = None
+    """A data file with questions about images to show it with; the first is asked where none is given."""
     dataset: str | None = None
     """Registered name of the data it was made for."""
     settings: Path | None = None

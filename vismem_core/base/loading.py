@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from vismem_core.errors import AttachError, VismemError, nearest
+from vismem_core.errors import AttachError, nearest
 from vismem_core.plugins import registry
 
-from . import shards
+from . import damage, shards
 from .embedded import embedded
 from .families import find_backbone
 
@@ -67,14 +66,17 @@ def load_base(
         options |= {"device_map": "auto"} | _share()
     if place == "shard":
         disable_fsdp_ram_efficient_loading()  # with it transformers gives weights to the first process alone
+    _check_device(place)
     try:
-        loaded, processor = family.load(source, **options)
+        with damage.heard(source):
+            loaded, processor = family.load(source, **options)
+        damage.check_tokenizer(source, processor)
     except Exception as error:  # damaged files make the libraries that read them raise nearly anything
-        raise AttachError(_reason(source, error)) from error
+        raise AttachError(damage.reason(source, error, revision)) from error
     if place not in ("map", "shard"):
         try:
             loaded = loaded.to(place)
-        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        except (RuntimeError, AssertionError) as error:  # such as too little memory
             raise AttachError(f"device {place!r}: {str(error).splitlines()[0]}") from error
     if backbone is None and not family.matches(loaded):  # by its parts, which its type does not tell
         name = find_backbone(loaded).name
@@ -83,6 +85,25 @@ def load_base(
     if place == "shard":
         shards.Shards(loaded)
     return loaded, processor, name
+
+
+def _check_device(place: str) -> None:
+    """Tell a device that is none before a model is loaded for it."""
+    if place in ("map", "shard"):
+        return
+    try:
+        device = torch.device(place)
+    except RuntimeError as error:
+        raise AttachError(f"device {place!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise AttachError(f"device {place!r}: torch {torch.__version__} finds no Apple GPU here; use --device cpu")
+    if device.type != "cuda":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise AttachError(f"device {place!r}: torch {torch.__version__} finds no GPU here; use --device cpu")
+    if (device.index or 0) >= count:
+        raise AttachError(f"device {place!r}: this machine has {count} GPUs, from cuda:0 to cuda:{count - 1}")
 
 
 def _share() -> dict[str, Any]:
@@ -108,7 +129,7 @@ def backbone_of(source: str, trust_remote_code: bool = False, revision: str | No
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
     except Exception as error:  # as above
-        raise AttachError(_reason(source, error)) from error
+        raise AttachError(damage.reason(source, error, revision)) from error
     backbones = registry("backbones")
     known: dict[str, str] = {}
     for entry in backbones.entries():
@@ -127,15 +148,3 @@ def backbone_of(source: str, trust_remote_code: bool = False, revision: str | No
     else:
         hint = nearest(config.model_type, known)
     return config, known.get(config.model_type, ""), f"no backbone knows model type {config.model_type!r}; {hint}"
-
-
-def _reason(source: str, error: Exception) -> str:
-    if isinstance(error, VismemError):
-        return str(error)
-    if "trust_remote_code" in str(error):
-        return f"{source}: brings its own code, which would run on this machine; pass --trust-remote-code to allow it"
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-    if isinstance(error, OSError) and not Path(source).exists():
-        why = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "it could not be fetched from the hub"
-        return f"{source}: no such folder, and {why}; name a folder that holds the checkpoint"
-    return f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}"

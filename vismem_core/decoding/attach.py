@@ -36,8 +36,8 @@ def attach(
         model: a loaded vision-language model, also inside a ``PeftModel`` or of ``torch.compile``; its weights are
             not written. Adapters of its own act when memory is formed, as they do elsewhere.
         processor: its processor.
-        source: folder or hub id (``user/name``, ``user/name@revision``) of a trained memory; without it memory is
-            untrained.
+        source: folder or hub id (``user/name``, ``user/name@revision``) of a trained memory, or ``shipped:NAME`` for
+            the one that comes with an embedded model; without it memory is untrained.
         config: its settings; by default those that a trained memory was saved with, or else :class:`MemoryConfig`'s.
         backbone: registered name; found from the model if not given.
         seed: of the initial values.

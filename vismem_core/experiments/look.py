@@ -74,10 +74,10 @@ def look(memory: Memory, sample: Sample, *, max_new_tokens: int = 64, trigger: s
         told = memory.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     ids: list[int] = told[0, inputs["input_ids"].shape[1] :].tolist()
     invocations = memory.trace.row(0)
-    looked = _looked(memory, inputs, ids, invocations)
+    maps = looked(memory, inputs, ids, invocations)
     seen = [
         Seen(own.kind, own.position, at, near(memory, own.latents), _worth(memory, inputs, ids, invocations, number))
-        for number, (own, at) in enumerate(zip(invocations, looked, strict=True))
+        for number, (own, at) in enumerate(zip(invocations, maps, strict=True))
     ]
     return Look(sample, memory.decode(ids, skip_special_tokens=True), ids, seen)
 
@@ -100,8 +100,8 @@ def near(memory: Memory, latents: Tensor) -> list[list[tuple[str, float]]]:
     ]
 
 
-def _looked(memory: Memory, inputs: Any, ids: list[int], invocations: list[Invocation]) -> list[list[float]]:
-    """How much each visual token moves each invocation's query."""
+def looked(memory: Memory, inputs: Any, ids: list[int], invocations: list[Invocation]) -> list[list[float]]:
+    """How much each visual token moves each invocation's query: of every one (T,), summing to 1."""
     if not invocations:
         return []
     prompts = read_prompts(memory, inputs)
@@ -161,14 +161,14 @@ def _page(told: Look) -> Iterator[str]:
     yield ".short { color: #a63603 } .long { color: #084594 } figure { display: inline-block; margin: 0 1rem 1rem 0 }"
     yield "</style><h1>An answer</h1>"
     for image in images:
-        yield f"<figure>{_picture(image, [])}</figure>"
-    yield f"<p>{escape(told.sample.prompt)}</p><p><strong>{_marked(told)}</strong></p>"
+        yield f"<figure>{picture(image, [])}</figure>"
+    yield f"<p>{escape(told.sample.prompt)}</p><p><strong>{marked(told.text)}</strong></p>"
     if not told.invocations:
         yield "<p>Memory was not invoked.</p>"
     for number, own in enumerate(told.invocations, 1):
         yield f'<section><h2 class="{own.kind}">{number}. {own.kind}-term, at token {own.position}</h2>'
         if len(images) == 1 and own.looked:
-            yield f"<figure>{_picture(images[0], own.looked)}<figcaption class='note'>where its query looked: how much "
+            yield f"<figure>{picture(images[0], own.looked)}<figcaption class='note'>where its query looked: how much "
             yield "each visual token moves it (bluer: more)</figcaption></figure>"
         yield "<table><thead><tr><th>latent</th><th>nearest words (cosine)</th>"
         yield "<th>nats a token lost without it</th></tr>"
@@ -179,16 +179,17 @@ def _page(told: Look) -> Iterator[str]:
         yield "</tbody></table></section>"
 
 
-def _marked(told: Look) -> str:
-    text = escape(told.text)
+def marked(text: str) -> str:
+    """An answer as HTML, with ``‹short›`` or ``‹long›`` at each invocation, in elements of these classes."""
+    text = escape(text)
     for kind, begin, end in (("short", "ms_I", "ms_E"), ("long", "ml_I", "ml_E")):
         mark = f'<span class="{kind}">‹{kind}›</span>'
         text = text.replace(f"&lt;{begin}&gt;", mark).replace(f"&lt;{end}&gt;", "")
     return text
 
 
-def _picture(image: Image.Image, looked: list[float]) -> str:
-    """The image, and over it a cell for each visual token."""
+def picture(image: Image.Image, looked: list[float]) -> str:
+    """The image as SVG, and over it a cell for each visual token."""
     buffer = BytesIO()
     image.save(buffer, "PNG")
     width, height = image.size
@@ -201,10 +202,11 @@ def _picture(image: Image.Image, looked: list[float]) -> str:
     )
     data = base64.b64encode(buffer.getvalue()).decode()
     shown = 280
+    pixels = "pixelated" if width < shown else "auto"
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{shown}" height="{shown * height / width:.0f}" role="img" '
         f'aria-label="the image"><image href="data:image/png;base64,{data}" width="{width}" height="{height}" '
-        f'style="image-rendering: pixelated"/>{cells}</svg>'
+        f'style="image-rendering: {pixels}"/>{cells}</svg>'
     )
 
 

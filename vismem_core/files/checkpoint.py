@@ -29,6 +29,8 @@ from . import card, hub
 
 WEIGHTS, ABOUT = "memory.safetensors", "vismem.json"
 FORMAT = 1
+SHIPPED = "shipped:"
+"""How the name of a shipped memory begins, as in ``shipped:qwen2_5_vl``."""
 STAGED = re.compile(r"\..+\.\d+")
 """Names of files that are not in their place yet."""
 
@@ -221,6 +223,8 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    if str(source).startswith(SHIPPED):
+        return shipped(str(source).removeprefix(SHIPPED))
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -228,6 +232,19 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     if isinstance(source, Path) or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise CheckpointError(f"{source}: no such folder")
     return hub.fetch(repo, (WEIGHTS, ABOUT), revision or own or None)
+
+
+def shipped(backbone: str | None = None) -> Path:
+    """The folder of the memory that ships with a backbone's embedded model, by default the first one's.
+
+    Raises:
+        CheckpointError: none does.
+        PluginError: there is no such backbone, or it has no embedded model.
+    """
+    name, base = embedded(backbone or None)
+    if base.memory is None:
+        raise CheckpointError(f"no trained memory ships with {name}; train one (vismem train), then --memory DIR")
+    return base.memory
 
 
 def description(folder: Path) -> dict[str, Any]:

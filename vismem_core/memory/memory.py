@@ -39,6 +39,7 @@ class Switches:
     """What :meth:`Memory.triggered`, ``replaced``, ``recalled`` and ``off`` change."""
 
     trigger: Trigger
+    budget: int
     replacement: Replacement | None = None
     enabled: bool = True
     recorded: Trace | None = None
@@ -58,7 +59,7 @@ class Memory(nn.Module):
         super().__init__()
         vars(self)["_backbone"] = backbone  # it holds the base model, which is no part of this module
         self.config, self.hook = _fitting(backbone, config), cast(Any, None)
-        self._usual = Switches(triggers.parse(config.trigger))
+        self._usual = Switches(triggers.parse(config.trigger), config.budget)
         # What one thread or task switches is not seen by another.
         self._here: ContextVar[Switches | None] = ContextVar("vismem_switches", default=None)
         self._traced: ContextVar[Trace | None] = ContextVar("vismem_trace", default=None)
@@ -197,9 +198,14 @@ class Memory(nn.Module):
             with suppress(ValueError):  # a generator that is closed elsewhere has nothing to put back there
                 self._here.reset(before)
 
-    def triggered(self, spec: str | Trigger) -> AbstractContextManager[None]:
-        """Another trigger inside the context."""
-        return self._switched(trigger=_parsed(spec))
+    def triggered(self, spec: str | Trigger, *, budget: int | None = None) -> AbstractContextManager[None]:
+        """Another trigger inside the context, and another :attr:`budget` if one is given."""
+        return self._switched(trigger=_parsed(spec), **({} if budget is None else {"budget": budget}))
+
+    @property
+    def budget(self) -> int:
+        """Invocations allowed per answer, here; usually those of ``config.budget``."""
+        return self._switches.budget
 
     def replaced(self, how: str | Replacement) -> AbstractContextManager[None]:
         """Other vectors in the latents' places inside the context: ``noise``, ``zero``, ``repeated`` or a function."""
@@ -237,14 +243,14 @@ class Memory(nn.Module):
 
     def refuses(self, row: Row) -> str | None:
         """Why ``row`` may not invoke now, if it may not: ``budget``, or ``distance`` from the last one."""
-        if row.invocations >= self.config.budget:
+        if row.invocations >= self.budget:
             return "budget"
         near = row.invocations > 0 and row.since_end < self.config.distance
         return "distance" if near else None
 
     def columns(self, tokens: int) -> int:
         """The most columns of a KV cache that an answer of so many tokens takes with its memory."""
-        invocations = min(self.config.budget, -(-tokens // (self.config.distance + 2)))
+        invocations = min(self.budget, -(-tokens // (self.config.distance + 2)))
         return tokens + invocations * self.longest
 
     def note(self, row: Row, token: int) -> None:

@@ -2,7 +2,7 @@
 
 from vismem_core.hookspecs import Register, hookimpl
 
-VISMEM_API = 3
+VISMEM_API = 4
 
 
 @hookimpl
