@@ -31,6 +31,7 @@ def data(
         Path | None, typer.Option(metavar="FILE", help="Write a page with the first rows and their images.")
     ] = None,
     allow_outside: options.AllowOutside = False,
+    allow_urls: options.AllowUrls = False,
     as_json: options.Json = False,
 ) -> None:
     """Say what is understood of some data: how many questions, of which types, how long, and what is wrong with rows.
@@ -48,6 +49,7 @@ def data(
             need_answer=False,
             on_bad="skip",
             allow_outside=allow_outside,
+            urls=allow_urls,
             columns=options.named_columns(columns),
         )
         told = _told(found)

@@ -31,6 +31,7 @@ def eval_(
     check: options.Check = options.CheckRows.all,
     columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
+    allow_urls: options.AllowUrls = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
@@ -49,6 +50,7 @@ def eval_(
         "heldout",
         on_bad=on_bad_sample.value,
         allow_outside=allow_outside,
+        urls=allow_urls,
         columns=options.named_columns(columns),
     )
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)

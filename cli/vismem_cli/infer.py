@@ -57,6 +57,7 @@ def infer(
     check: options.Check = options.CheckRows.all,
     columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
+    allow_urls: options.AllowUrls = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
@@ -82,6 +83,7 @@ def infer(
             need_answer=False,
             on_bad=on_bad_sample.value,
             allow_outside=allow_outside,
+            urls=allow_urls,
             columns=options.named_columns(columns),
         )
         left_out = list(samples.skipped)

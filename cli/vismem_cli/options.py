@@ -66,6 +66,9 @@ Check = Annotated[
 AllowOutside = Annotated[
     bool, typer.Option("--allow-outside", help="Let a data file name images outside its own directory.")
 ]
+AllowUrls = Annotated[
+    bool, typer.Option("--allow-urls", help="Fetch images that the data names by URL, from public addresses only.")
+]
 Data = Annotated[
     str | None,
     typer.Option(

@@ -87,6 +87,7 @@ def train(
     ] = None,
     columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
+    allow_urls: options.AllowUrls = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
@@ -119,7 +120,7 @@ def train(
     told |= {"check": check.value} if check else {}
     source = data or (stood and stood.data["source"]) or default_data(base.backbone, base.model)
     heldout = heldout or (stood and stood.heldout["source"]) or None
-    rows: dict[str, Any] = {"on_bad": told["on_bad"], "allow_outside": allow_outside}
+    rows: dict[str, Any] = {"on_bad": told["on_bad"], "allow_outside": allow_outside, "urls": allow_urls}
     rows["columns"] = options.named_columns(columns) or (stood and stood.data.get("columns")) or None
     samples = open_dataset(source, "train", **rows)
     asked = open_dataset(heldout or source, "heldout", **rows)

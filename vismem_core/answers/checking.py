@@ -1,7 +1,7 @@
 """What is wrong with samples for one model, found before they are used: all of a file at once, or a batch as it is met.
 
 Rows are checked once: what was found is remembered by the digest of the data and of the processor, in the user's cache
-folder (``VISMEM_CACHE``, or else ``vismem`` in ``XDG_CACHE_HOME`` or ``~/.cache``).
+folder (:mod:`vismem_core.files.cache`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import BatchFeature
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.images import PLACEHOLDER, Picture
 from vismem_core.errors import AttachError, DataError, VismemError, cut
+from vismem_core.files import cache
 from vismem_core.files.samples import HINT, Dataset, OnBad, Sample, Skipped, asked
 from vismem_core.memory.tokens import NAMES
 
@@ -99,13 +101,8 @@ def find(backbone: Backbone, data: Dataset, *, answers: bool, progress: Progress
         pass  # nothing is remembered, or not in this form: check anew
     found = _look(_Checker(backbone, answers), data, progress)
     if place is not None:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            waiting = place.with_suffix(f".{os.getpid()}")
-            waiting.write_text(json.dumps(vars(found)), encoding="utf-8")
-            os.replace(waiting, place)
-        except OSError:
-            pass  # a cache that cannot be written costs time and nothing else
+        with suppress(OSError):  # a cache that cannot be written costs time and nothing else
+            cache.keep(place, json.dumps(vars(found)).encode())
     return found
 
 
@@ -270,5 +267,4 @@ def _remembered(backbone: Backbone, data: Dataset, answers: bool) -> Path:
     images: Any = getattr(processor, "image_processor", None)
     parts.append(images.to_json_string() if hasattr(images, "to_json_string") else repr(images))
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("VISMEM_CACHE") or Path(home) / "vismem") / "checks" / f"{key}.json"
+    return cache.folder("checks") / f"{key}.json"

@@ -17,6 +17,7 @@ from vismem_core.base.images import PLACEHOLDER, Picture, decode, embedded, show
 from vismem_core.errors import DataError, cut, nearest
 
 from . import formats, sources
+from .urls import stored
 
 KEYS = ("id", "image", "images", "prompt", "answer", "type")
 SPREAD = 64
@@ -178,6 +179,7 @@ def open_dataset(
     on_bad: OnBad = "fail",
     allow_outside: bool = False,
     columns: Mapping[str, str] | None = None,
+    urls: bool = False,
 ) -> Dataset:
     """A registered data set's split, or what :func:`read` reads; a file is the same for both splits.
 
@@ -191,7 +193,7 @@ def open_dataset(
         return Dataset(samples, groups=getattr(samples, "groups", None), source=str(source))
     if not sources.known(source):
         raise DataError(f"{shown(Path(source))}: neither a file nor a data set; {nearest(str(source), names)}")
-    options: dict[str, Any] = {"on_bad": on_bad, "allow_outside": allow_outside, "columns": columns}
+    options: dict[str, Any] = {"on_bad": on_bad, "allow_outside": allow_outside, "columns": columns, "urls": urls}
     return read(source, split, need_answer=need_answer, **options)
 
 
@@ -203,6 +205,7 @@ def read(
     on_bad: OnBad = "fail",
     allow_outside: bool = False,
     columns: Mapping[str, str] | None = None,
+    urls: bool = False,
 ) -> Dataset:
     """The rows of a source (:mod:`vismem_core.files.sources`), in whatever format (:mod:`vismem_core.files.formats`).
 
@@ -214,11 +217,12 @@ def read(
         on_bad: stop at the first bad row, or leave bad rows out and list them in ``skipped``.
         allow_outside: whether images may lie outside the folder.
         columns: what a source calls some of our keys, ``{"prompt": "question"}``.
+        urls: whether images may be http and https URLs: they are fetched now, into the user's cache.
 
     Raises:
         DataError: a bad row, as ``file:line: what is wrong``, or no usable row at all.
     """
-    reader = _Reader(source, need_answer, allow_outside, columns)
+    reader = _Reader(source, need_answer, allow_outside, columns, urls)
     samples: list[Sample] = []
     skipped: list[Skipped] = []
     for line, row in sources.rows(source, split):
@@ -239,9 +243,14 @@ class _Reader:
     """Turns the rows of one file into samples; raises DataError without the place."""
 
     def __init__(
-        self, source: str | Path, need_answer: bool, allow_outside: bool, columns: Mapping[str, str] | None = None
+        self,
+        source: str | Path,
+        need_answer: bool,
+        allow_outside: bool,
+        columns: Mapping[str, str] | None = None,
+        urls: bool = False,
     ) -> None:
-        self.source, self.columns = source, columns
+        self.source, self.columns, self.urls = source, columns, urls
         self.remote = str(source).startswith(sources.HUB)
         path = Path(source)
         folder = path if path.is_dir() else path.parent
@@ -295,7 +304,11 @@ class _Reader:
         if not isinstance(named, str) or not named:
             raise DataError(f"an image is a path or bytes, got {cut(repr(named))}")
         if named.startswith(("http://", "https://")):
-            raise DataError(f"the image {cut(named)!r} is a URL; download it into the folder of the file")
+            if self.urls:
+                return self._measured(stored(named))
+            raise DataError(
+                f"the image {cut(named)!r} is a URL; download it into the folder of the file, or pass --allow-urls"
+            )
         if (held := embedded(named)) is not None:
             verify(held)
             return held
@@ -304,6 +317,9 @@ class _Reader:
             raise DataError(
                 f"the image {cut(named)!r} lies outside the folder of the file; move it there, or pass --allow-outside"
             )
+        return self._measured(path)
+
+    def _measured(self, path: Path) -> Path:
         if path not in self.sizes:
             verify(path)
             self.sizes[path] = path.stat().st_size
