@@ -24,7 +24,7 @@ IMAGES = ("image", "images", "img", "image_path")
 def ours(
     row: Mapping[str, Any], number: int, columns: Mapping[str, str] | None = None, *, whole: bool = False
 ) -> dict[str, Any]:
-    """The same row with our keys: ``id``, ``images``, ``prompt``, ``answer``, ``type``, ``turns``.
+    """The same row with our keys: ``id``, ``images``, ``prompt``, ``answer``, ``type``, ``turns``, ``references``.
 
     Args:
         number: of the row, which is its id where it has none.
@@ -43,12 +43,10 @@ def ours(
         }
     kind = kind_of(row)
     if kind == "ours" and whole and not columns:
-        return dict(row)
+        return dict(row) if row.get("answers") is None else {**row, **_answers(row)}
     told = _known(row, number)
     if kind in ("ours", "columns"):
-        told["prompt"] = row.get("prompt", row.get("question"))
-        told["answer"] = _agreed(next((row[key] for key in ANSWERS if row.get(key) is not None), None))
-        return told
+        return told | {"prompt": row.get("prompt", row.get("question"))} | _answers(row)
     images = list(told.get("images") or [])
     turns = list(_turns(row, kind, images))
     told["images"] = images
@@ -78,16 +76,25 @@ def _known(row: Mapping[str, Any], number: int) -> dict[str, Any]:
     return told
 
 
-def _agreed(answers: Any) -> Any:
-    """The answer that most annotators gave, the first of those that as many did."""
-    if isinstance(answers, (int, float)):
-        return str(answers)
-    if not isinstance(answers, list):
-        return answers
+def _answers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to learn, which is the one that most annotators gave, or the first of those, where none is named; and
+    all that were given, where there are several."""
+    answer = next((row[key] for key in ANSWERS if row.get(key) is not None), None)
+    given = [_each(own) for own in (row.get("answers"), answer) if isinstance(own, list)]
+    if isinstance(answer, list):
+        answer = Counter(given[-1]).most_common(1)[0][0]
+    elif isinstance(answer, (int, float)):
+        answer = str(answer)
+    if not given:
+        return {"answer": answer}
+    return {"answer": answer, "references": given[0] if answer in given[0] else [answer, *given[0]]}
+
+
+def _each(answers: Sequence[Any]) -> list[str]:
     texts = [own.get("answer") if isinstance(own, Mapping) else own for own in answers]
     if not texts or not all(isinstance(own, str) for own in texts):
         raise DataError("'answers' must be a list of texts, or of objects with an 'answer'")
-    return Counter(texts).most_common(1)[0][0]
+    return texts
 
 
 def _turns(row: Mapping[str, Any], kind: str, images: list[Any]) -> Iterator[tuple[str, str]]:

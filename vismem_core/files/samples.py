@@ -19,7 +19,7 @@ from vismem_core.errors import DataError, cut, nearest
 from . import formats, sources
 from .urls import stored
 
-KEYS = ("id", "image", "images", "prompt", "answer", "type")
+KEYS = ("id", "image", "images", "prompt", "answer", "answers", "type")
 SPREAD = 64
 """Samples that tell one data set from another where reading all of them would mean making them."""
 
@@ -38,6 +38,8 @@ class Sample:
         late: memory comes between the images and the question: what is formed there does not know what is asked.
         turns: what was said before, role (``system``, ``user``, ``assistant``) and text of each turn.
         place: where it stands, ``file:line``, for messages; empty for one that stands in no file.
+        references: all right answers that are known, each as often as it was given; the answer alone, where no others
+            are named. What is written is scored against each of them, and ``answer`` is learnt.
     """
 
     id: str
@@ -48,6 +50,11 @@ class Sample:
     late: bool = False
     turns: tuple[Turn, ...] = ()
     place: str = field(default="", compare=False)
+    references: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.references and self.answer is not None:
+            object.__setattr__(self, "references", (self.answer,))
 
     @property
     def name(self) -> str:
@@ -265,6 +272,7 @@ class _Reader:
         row = self._row(told, line)
         sample_id, prompt = _text(row, "id"), _text(row, "prompt")
         answer = _text(row, "answer") if self.need_answer or row.get("answer") is not None else None
+        references = tuple(row.get("references") or ())
         kind = _text(row, "type") if row.get("type") is not None else None
         images = tuple(self._image(name) for name in _names(row))
         turns = tuple((role, text) for role, text in row.get("turns") or ())
@@ -277,8 +285,9 @@ class _Reader:
             self.told.update(told.strip() + repr(sizes).encode())
         else:
             held = [hashlib.sha256(own).hexdigest() for own in images if isinstance(own, bytes)]
-            self.told.update(repr((sample_id, turns, prompt, answer, kind, sizes, held)).encode())
-        return Sample(sample_id, images, prompt, answer, kind, turns=turns, place=f"{self.source}:{line}")
+            self.told.update(repr((sample_id, turns, prompt, answer, kind, sizes, held, *references)).encode())
+        place = f"{self.source}:{line}"
+        return Sample(sample_id, images, prompt, answer, kind, turns=turns, place=place, references=references)
 
     def _row(self, told: sources.Row, line: int) -> dict[str, Any]:
         if not isinstance(told, bytes):
@@ -289,11 +298,11 @@ class _Reader:
             raise DataError(f"not JSON: {_told(error, told)}; each line must hold one object") from error
         if not isinstance(row, dict):
             raise DataError(f"expected a JSON object, got {told.decode(errors='replace').strip()[:40]!r}")
-        row = formats.ours(row, line, self.columns, whole=True)
-        for key in row:
-            if key not in (*KEYS, "turns"):
-                raise DataError(f"unknown key {cut(key)!r}; {nearest(key, KEYS)}")
-        return row
+        if not self.columns and formats.kind_of(row) == "ours":
+            for key in row:
+                if key not in KEYS:
+                    raise DataError(f"unknown key {cut(key)!r}; {nearest(key, KEYS)}")
+        return formats.ours(row, line, self.columns, whole=True)
 
     def _image(self, named: Any) -> Picture:
         if isinstance(named, Mapping):  # as the package datasets stores one

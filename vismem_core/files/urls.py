@@ -28,7 +28,7 @@ HOPS = 5
 """Redirects that are followed."""
 MOVED = (301, 302, 303, 307, 308)
 SECONDS, LIMIT = 10.0, 20_000_000
-HEADERS = {"User-Agent": "vismem", "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+HEADERS = (("User-Agent", "vismem"), ("Accept", "image/*,*/*;q=0.5"), ("Accept-Encoding", "identity"))
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 PLAIN = "%/:=&?~#+!$,;'@()*[]"
 """Characters that a URL's path and query may hold as they are."""
