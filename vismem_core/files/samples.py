@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import numpy as np
 from PIL import Image
 
 from vismem_core import plugins
-from vismem_core.base.images import PLACEHOLDER, Picture, decode, embedded, shown, verify
+from vismem_core.base.images import Picture, decode, shown, verify
 from vismem_core.errors import DataError, cut, nearest
 
-from . import formats, sources
-from .urls import stored
+from . import sources
+from .reading import Reader, check_places
 
-KEYS = ("id", "image", "images", "prompt", "answer", "answers", "type")
 SPREAD = 64
 """Samples that tell one data set from another where reading all of them would mean making them."""
 
@@ -172,7 +172,7 @@ def question(prompt: str, images: Sequence[Path], sample_id: str = "question") -
     """
     if not prompt.strip():
         raise DataError("the prompt is empty")
-    _check_places(prompt, images)
+    check_places(prompt, images)
     for image in images:
         verify(image)
     return Sample(sample_id, tuple(images), prompt, place="the question")
@@ -216,7 +216,8 @@ def read(
 ) -> Dataset:
     """The rows of a source (:mod:`vismem_core.files.sources`), in whatever format (:mod:`vismem_core.files.formats`).
 
-    Image paths are relative to the file, or in the folder; an image may also be bytes, a data URL or bare base64.
+    All rows are looked at now, and none is kept: a sample is read where it stands whenever it is asked for. Image paths
+    are relative to the file, or in the folder; an image may also be bytes, a data URL or bare base64.
 
     Args:
         split: of a source that has several.
@@ -229,147 +230,121 @@ def read(
     Raises:
         DataError: a bad row, as ``file:line: what is wrong``, or no usable row at all.
     """
-    reader = _Reader(source, need_answer, allow_outside, columns, urls)
-    samples: list[Sample] = []
-    skipped: list[Skipped] = []
-    for line, row in sources.rows(source, split):
-        try:
-            samples.append(reader.sample(line, row))
-        except DataError as error:
-            if on_bad == "fail":
-                raise DataError(f"{source}:{line}: {error}; {HINT}") from error
-            skipped.append(Skipped(line, str(error), str(source)))
-    if not samples:
+    rows, reader = sources.rows(source, split), Reader(source, need_answer, allow_outside, columns, urls)
+    found = Standing(rows, reader)
+    bad = found.look(on_bad == "fail")
+    if bad and on_bad == "fail":
+        line, why = min(bad.items())
+        raise DataError(f"{source}:{line}: {why}; {HINT}")
+    skipped = [Skipped(line, why, str(source)) for line, why in sorted(bad.items())]
+    if not found:
         first = f"{len(skipped)} bad ones, the first on line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
         raise DataError(f"{source}: no usable row; {first or 'it is empty'}")
     where = str(source) if reader.remote else os.path.abspath(source)
-    return Dataset(samples, skipped, told=reader.told.hexdigest()[:16], source=where, columns=columns)
+    return Dataset(found, skipped, told=reader.told.hexdigest()[:16], source=where, columns=columns)
 
 
-class _Reader:
-    """Turns the rows of one file into samples; raises DataError without the place."""
+class Standing(Sequence[Sample]):
+    """The good rows of a source, read where they stand. Of each is kept its number, its line, its type and a hash of
+    its id."""
 
-    def __init__(
-        self,
-        source: str | Path,
-        need_answer: bool,
-        allow_outside: bool,
-        columns: Mapping[str, str] | None = None,
-        urls: bool = False,
-    ) -> None:
-        self.source, self.columns, self.urls = source, columns, urls
-        self.remote = str(source).startswith(sources.HUB)
-        path = Path(source)
-        folder = path if path.is_dir() else path.parent
-        self.folder = Path(os.path.abspath(folder))  # unlike resolve: links may lead out of the folder
-        self.need_answer = need_answer
-        self.allow_outside = allow_outside
-        self.lines: dict[str, int] = {}
-        self.sizes: dict[Path, int] = {}
-        self.told = hashlib.sha256()
+    def __init__(self, rows: sources.Rows, reader: Reader) -> None:
+        self.rows, self.reader = rows, reader
+        self.places, self.lines, self.ids, self.kinds = array("q"), array("q"), array("q"), array("l")
+        self.names: dict[str | None, int] = {}
 
-    def sample(self, line: int, told: sources.Row) -> Sample:
-        row = self._row(told, line)
-        sample_id, prompt = _text(row, "id"), _text(row, "prompt")
-        answer = _text(row, "answer") if self.need_answer or row.get("answer") is not None else None
-        references = tuple(row.get("references") or ())
-        kind = _text(row, "type") if row.get("type") is not None else None
-        images = tuple(self._image(name) for name in _names(row))
-        turns = tuple((role, text) for role, text in row.get("turns") or ())
-        _check_places("".join(text for _, text in turns) + prompt, images)
-        if sample_id in self.lines:
-            raise DataError(f"the id {cut(sample_id)!r} is taken by line {self.lines[sample_id]}; ids must differ")
-        self.lines[sample_id] = line
-        sizes = [self.sizes[image] for image in images if isinstance(image, Path)]
-        if isinstance(told, bytes):
-            self.told.update(told.strip() + repr(sizes).encode())
-        else:
-            held = [hashlib.sha256(own).hexdigest() for own in images if isinstance(own, bytes)]
-            self.told.update(repr((sample_id, turns, prompt, answer, kind, sizes, held, *references)).encode())
-        place = f"{self.source}:{line}"
-        return Sample(sample_id, images, prompt, answer, kind, turns=turns, place=place, references=references)
+    def look(self, stop: bool) -> dict[int, str]:
+        """Look at all rows, and say what is wrong with bad ones by their lines.
 
-    def _row(self, told: sources.Row, line: int) -> dict[str, Any]:
-        if not isinstance(told, bytes):
-            return formats.ours(told, line, self.columns)
+        Args:
+            stop: look no further than the first bad one.
+        """
+        bad: dict[int, str] = {}
+        for at, (line, told) in enumerate(self.rows):
+            try:
+                row = self.reader.first(line, told)
+            except DataError as error:
+                bad[line] = str(error)
+                if stop:
+                    break
+                continue
+            self.places.append(at)
+            self.lines.append(line)
+            self.ids.append(hash(row.id))
+            self.kinds.append(self.names.setdefault(row.type, len(self.names)))
+        return bad | self._taken()
+
+    def _taken(self) -> dict[int, str]:
+        """Leave out rows whose id an earlier one has."""
+        taken: dict[int, str] = {}
+        out: list[int] = []
+        for own in _alike(self.ids):
+            first: dict[str, int] = {}
+            for at in own:
+                if (name := self[at].id) not in first:  # two ids may have one hash
+                    first[name] = self.lines[at]
+                    continue
+                taken[self.lines[at]] = f"the id {cut(name)!r} is taken by line {first[name]}; ids must differ"
+                out.append(at)
+        if out:
+            for column in ("places", "lines", "ids", "kinds"):
+                told = np.delete(np.asarray(getattr(self, column)), out)
+                setattr(self, column, array(getattr(self, column).typecode, told.tobytes()))
+        return taken
+
+    def type_of(self, index: int) -> str | None:
+        """The type of a row, which need not be read for it."""
+        return list(self.names)[self.kinds[index]]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(index, slice):
+            return Part(self, range(*index.indices(len(self))))
+        line = self.lines[index]
+        place = f"{self.reader.source}:{line}"
         try:
-            row = json.loads(told.rstrip(b"\r\n"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON: {_told(error, told)}; each line must hold one object") from error
-        if not isinstance(row, dict):
-            raise DataError(f"expected a JSON object, got {told.decode(errors='replace').strip()[:40]!r}")
-        if not self.columns and formats.kind_of(row) == "ours":
-            for key in row:
-                if key not in KEYS:
-                    raise DataError(f"unknown key {cut(key)!r}; {nearest(key, KEYS)}")
-        return formats.ours(row, line, self.columns, whole=True)
-
-    def _image(self, named: Any) -> Picture:
-        if isinstance(named, Mapping):  # as the package datasets stores one
-            named = named.get("bytes") or named.get("path")
-        if isinstance(named, bytes):
-            verify(named)
-            return named
-        if not isinstance(named, str) or not named:
-            raise DataError(f"an image is a path or bytes, got {cut(repr(named))}")
-        if named.startswith(("http://", "https://")):
-            if self.urls:
-                return self._measured(stored(named))
-            raise DataError(
-                f"the image {cut(named)!r} is a URL; download it into the folder of the file, or pass --allow-urls"
-            )
-        if (held := embedded(named)) is not None:
-            verify(held)
-            return held
-        path = Path(os.path.abspath(self.folder / named))
-        if not self.allow_outside and (self.remote or not path.is_relative_to(self.folder)):
-            raise DataError(
-                f"the image {cut(named)!r} lies outside the folder of the file; move it there, or pass --allow-outside"
-            )
-        return self._measured(path)
-
-    def _measured(self, path: Path) -> Path:
-        if path not in self.sizes:
-            verify(path)
-            self.sizes[path] = path.stat().st_size
-        return path
+            row = self.reader.again(line, self.rows.again(self.places[index]))
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+        return Sample(*row[:5], turns=row.turns, place=place, references=row.references)
 
 
-def _told(error: Exception, text: bytes) -> str:
-    if text.strip() in (b"[", b"{"):
-        return "the file is one JSON value over several lines"
-    if not isinstance(error, json.JSONDecodeError):
-        return str(error)
-    cut_off = ", perhaps cut off" if error.pos >= len(error.doc.rstrip()) - 1 or "Unterminated" in error.msg else ""
-    return f"{error.msg.removesuffix(' at')} at column {error.colno}{cut_off}"
+def _alike(hashes: array[int]) -> Iterator[list[int]]:
+    """Indices that have the same hash, where several do; in order."""
+    own = np.asarray(hashes)
+    order = np.argsort(own, kind="stable")
+    same = own[order][1:] == own[order][:-1]
+    starts = np.flatnonzero(np.diff(same.astype(np.int8), prepend=0, append=0) == 1)
+    ends = np.flatnonzero(np.diff(same.astype(np.int8), prepend=0, append=0) == -1)
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        yield order[start : end + 1].tolist()
 
 
-def _text(row: Mapping[str, Any], key: str) -> str:
-    value = row.get(key)
-    if isinstance(value, int) and not isinstance(value, bool) and key == "id":
-        return str(value)
-    if value is None:
-        raise DataError(f"{key!r} is missing")
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{key!r} must be a text that is not empty, got {cut(repr(value))}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = value[error.start]
-        raise DataError(f"{key!r} holds {half!r}, half of a character (a lone surrogate); mend the text") from error
-    return value
+class Part(Sequence[Sample]):
+    """Some of a sequence's samples, by their indices."""
 
+    def __init__(self, whole: Sequence[Sample], chosen: Sequence[int]) -> None:
+        self.whole, self.chosen = whole, chosen
 
-def _names(row: Mapping[str, Any]) -> Iterable[Any]:
-    """The row's images; a row may have none."""
-    if "image" in row and "images" in row:
-        raise DataError("both 'image' and 'images'; keep one")
-    names = [row["image"]] if row.get("image") is not None else row.get("images") or []
-    if not isinstance(names, list) or not all(isinstance(name, (str, bytes, Mapping)) and name for name in names):
-        raise DataError("'image' must be a path and 'images' a list of paths")
-    return names
+    def type_of(self, index: int) -> str | None:
+        """The type of a sample, which need not be made for it."""
+        known = getattr(self.whole, "type_of", None)
+        return known(self.chosen[index]) if known else self[index].type
 
+    def __len__(self) -> int:
+        return len(self.chosen)
 
-def _check_places(prompt: str, images: Sequence[object]) -> None:
-    if (places := prompt.count(PLACEHOLDER)) and places != len(images):
-        raise DataError(f"the prompt has {places} {PLACEHOLDER}, and images: {len(images)}")
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(index, slice):
+            return Part(self.whole, self.chosen[index])
+        return self.whole[self.chosen[index]]

@@ -1,0 +1,177 @@
+"""What one row says: its texts and its images, checked, or what is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vismem_core.base.images import PLACEHOLDER, Picture, embedded, verify
+from vismem_core.errors import DataError, cut, nearest
+
+from . import formats, sources
+from .texts import Row
+from .urls import stored
+
+KEYS = ("id", "image", "images", "prompt", "answer", "answers", "type")
+REMEMBERED = 2**16
+"""Images that are not looked at again where several rows show them."""
+
+
+class Read(NamedTuple):
+    """What a row says, in the order of a sample's attributes; see :class:`vismem_core.files.samples.Sample`."""
+
+    id: str
+    images: tuple[Picture, ...]
+    prompt: str
+    answer: str | None
+    type: str | None
+    turns: tuple[tuple[str, str], ...]
+    references: tuple[str, ...]
+
+
+class Reader:
+    """Reads the rows of one source; raises DataError without the place."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        need_answer: bool,
+        allow_outside: bool,
+        columns: Mapping[str, str] | None = None,
+        urls: bool = False,
+    ) -> None:
+        self.source, self.columns, self.urls = source, columns, urls
+        self.remote = str(source).startswith(sources.HUB)
+        path = Path(source)
+        self.folder = os.path.abspath(path if path.is_dir() else path.parent)  # unlike resolve: links may lead out
+        self.inside = os.path.join(self.folder, "")
+        self.need_answer, self.allow_outside = need_answer, allow_outside
+        self.told = hashlib.sha256()
+        self._paths: dict[str, Path] = {}
+        self._sizes: dict[str, int] = {}
+
+    def first(self, line: int, told: Row) -> Read:
+        """A row that is met for the first time: its images are looked at, and the digest takes it in."""
+        row = self.again(line, told)
+        sizes: list[int] = []
+        for image in row.images:
+            if isinstance(image, bytes):
+                verify(image)
+            elif isinstance(image, Path):
+                sizes.append(self._size(image))
+        if isinstance(told, bytes):
+            self.told.update(told.strip() + repr(sizes).encode())
+        else:
+            held = [hashlib.sha256(own).hexdigest() for own in row.images if isinstance(own, bytes)]
+            texts = (row.id, row.turns, row.prompt, row.answer, row.type)
+            self.told.update(repr((*texts, sizes, held, *row.references)).encode())
+        return row
+
+    def again(self, line: int, told: Row) -> Read:
+        """What a row says; its images are not looked at."""
+        row = self._row(told, line)
+        own = _text(row, "id"), _text(row, "prompt")
+        answer = _text(row, "answer") if self.need_answer or row.get("answer") is not None else None
+        kind = _text(row, "type") if row.get("type") is not None else None
+        images = tuple(self._image(name) for name in _names(row))
+        turns = tuple((role, text) for role, text in row.get("turns") or ())
+        check_places("".join(text for _, text in turns) + own[1], images)
+        return Read(own[0], images, own[1], answer, kind, turns, tuple(row.get("references") or ()))
+
+    def _row(self, told: Row, line: int) -> dict[str, Any]:
+        if not isinstance(told, bytes):
+            return formats.ours(told, line, self.columns)
+        try:
+            row = json.loads(told.rstrip(b"\r\n"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"not JSON: {_told(error, told)}; each line must hold one object") from error
+        if not isinstance(row, dict):
+            raise DataError(f"expected a JSON object, got {told.decode(errors='replace').strip()[:40]!r}")
+        if not self.columns and formats.kind_of(row) == "ours":
+            for key in row:
+                if key not in KEYS:
+                    raise DataError(f"unknown key {cut(key)!r}; {nearest(key, KEYS)}")
+        return formats.ours(row, line, self.columns, whole=True)
+
+    def _image(self, named: Any) -> Picture:
+        if isinstance(named, Mapping):  # as the package datasets stores one
+            named = named.get("bytes") or named.get("path")
+        if isinstance(named, bytes):
+            return named
+        if not isinstance(named, str) or not named:
+            raise DataError(f"an image is a path or bytes, got {cut(repr(named))}")
+        if (known := self._paths.get(named)) is not None:
+            return known
+        if named.startswith(("http://", "https://")):
+            if self.urls:
+                return _kept(self._paths, named, stored(named))
+            raise DataError(
+                f"the image {cut(named)!r} is a URL; download it into the folder of the file, or pass --allow-urls"
+            )
+        if (held := embedded(named)) is not None:
+            return held
+        path = os.path.abspath(os.path.join(self.folder, named))
+        if not self.allow_outside and (self.remote or not path.startswith(self.inside)):
+            raise DataError(
+                f"the image {cut(named)!r} lies outside the folder of the file; move it there, or pass --allow-outside"
+            )
+        return _kept(self._paths, named, Path(path))
+
+    def _size(self, image: Path) -> int:
+        """The size of an image's file, which is looked at unless it was."""
+        if (size := self._sizes.get(str(image))) is None:
+            verify(image)
+            size = _kept(self._sizes, str(image), image.stat().st_size)
+        return size
+
+
+def _kept(known: dict[str, Any], key: str, value: Any) -> Any:
+    """Remember a value, and not too many."""
+    if len(known) >= REMEMBERED:
+        known.clear()
+    known[key] = value
+    return value
+
+
+def _told(error: Exception, text: bytes) -> str:
+    if text.strip() in (b"[", b"{"):
+        return "the file is one JSON value over several lines"
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    cut_off = ", perhaps cut off" if error.pos >= len(error.doc.rstrip()) - 1 or "Unterminated" in error.msg else ""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}{cut_off}"
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if isinstance(value, int) and not isinstance(value, bool) and key == "id":
+        return str(value)
+    if value is None:
+        raise DataError(f"{key!r} is missing")
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{key!r} must be a text that is not empty, got {cut(repr(value))}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise DataError(f"{key!r} holds {half!r}, half of a character (a lone surrogate); mend the text") from error
+    return value
+
+
+def _names(row: Mapping[str, Any]) -> Iterable[Any]:
+    """The row's images; a row may have none."""
+    if "image" in row and "images" in row:
+        raise DataError("both 'image' and 'images'; keep one")
+    names = [row["image"]] if row.get("image") is not None else row.get("images") or []
+    if not isinstance(names, list) or not all(isinstance(name, (str, bytes, Mapping)) and name for name in names):
+        raise DataError("'image' must be a path and 'images' a list of paths")
+    return names
+
+
+def check_places(prompt: str, images: Sequence[object]) -> None:
+    if (places := prompt.count(PLACEHOLDER)) and places != len(images):
+        raise DataError(f"the prompt has {places} {PLACEHOLDER}, and images: {len(images)}")
