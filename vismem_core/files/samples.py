@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import numpy as np
 from PIL import Image
 
 from vismem_core import plugins
@@ -19,6 +17,7 @@ from vismem_core.errors import DataError, cut, nearest
 
 from . import sources
 from .reading import Reader, check_places
+from .standing import Standing
 
 SPREAD = 64
 """Samples that tell one data set from another where reading all of them would mean making them."""
@@ -234,70 +233,29 @@ def read(
     found = Standing(rows, reader)
     bad = found.look(on_bad == "fail")
     if bad and on_bad == "fail":
-        line, why = min(bad.items())
-        raise DataError(f"{source}:{line}: {why}; {HINT}")
-    skipped = [Skipped(line, why, str(source)) for line, why in sorted(bad.items())]
-    if not found:
+        raise DataError(f"{source}:{bad[0].line}: {bad[0].why}; {HINT}")
+    skipped = [Skipped(own.line, own.why, str(source)) for own in bad]
+    if not len(found):
         first = f"{len(skipped)} bad ones, the first on line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
         raise DataError(f"{source}: no usable row; {first or 'it is empty'}")
     where = str(source) if reader.remote else os.path.abspath(source)
-    return Dataset(found, skipped, told=reader.told.hexdigest()[:16], source=where, columns=columns)
+    return Dataset(
+        _Standing(found, str(source)), skipped, told=reader.told.hexdigest()[:16], source=where, columns=columns
+    )
 
 
-class Standing(Sequence[Sample]):
-    """The good rows of a source, read where they stand. Of each is kept its number, its line, its type and a hash of
-    its id."""
+class _Standing(Sequence[Sample]):
+    """The good rows of a source, each of which is read when it is asked for."""
 
-    def __init__(self, rows: sources.Rows, reader: Reader) -> None:
-        self.rows, self.reader = rows, reader
-        self.places, self.lines, self.ids, self.kinds = array("q"), array("q"), array("q"), array("l")
-        self.names: dict[str | None, int] = {}
-
-    def look(self, stop: bool) -> dict[int, str]:
-        """Look at all rows, and say what is wrong with bad ones by their lines.
-
-        Args:
-            stop: look no further than the first bad one.
-        """
-        bad: dict[int, str] = {}
-        for at, (line, told) in enumerate(self.rows):
-            try:
-                row = self.reader.first(line, told)
-            except DataError as error:
-                bad[line] = str(error)
-                if stop:
-                    break
-                continue
-            self.places.append(at)
-            self.lines.append(line)
-            self.ids.append(hash(row.id))
-            self.kinds.append(self.names.setdefault(row.type, len(self.names)))
-        return bad | self._taken()
-
-    def _taken(self) -> dict[int, str]:
-        """Leave out rows whose id an earlier one has."""
-        taken: dict[int, str] = {}
-        out: list[int] = []
-        for own in _alike(self.ids):
-            first: dict[str, int] = {}
-            for at in own:
-                if (name := self[at].id) not in first:  # two ids may have one hash
-                    first[name] = self.lines[at]
-                    continue
-                taken[self.lines[at]] = f"the id {cut(name)!r} is taken by line {first[name]}; ids must differ"
-                out.append(at)
-        if out:
-            for column in ("places", "lines", "ids", "kinds"):
-                told = np.delete(np.asarray(getattr(self, column)), out)
-                setattr(self, column, array(getattr(self, column).typecode, told.tobytes()))
-        return taken
+    def __init__(self, rows: Standing, source: str) -> None:
+        self.rows, self.source = rows, source
 
     def type_of(self, index: int) -> str | None:
         """The type of a row, which need not be read for it."""
-        return list(self.names)[self.kinds[index]]
+        return self.rows.type_of(index)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -306,24 +264,12 @@ class Standing(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
         if isinstance(index, slice):
             return Part(self, range(*index.indices(len(self))))
-        line = self.lines[index]
-        place = f"{self.reader.source}:{line}"
+        place = f"{self.source}:{self.rows.lines[index]}"
         try:
-            row = self.reader.again(line, self.rows.again(self.places[index]))
+            row = self.rows.read(index)
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
         return Sample(*row[:5], turns=row.turns, place=place, references=row.references)
-
-
-def _alike(hashes: array[int]) -> Iterator[list[int]]:
-    """Indices that have the same hash, where several do; in order."""
-    own = np.asarray(hashes)
-    order = np.argsort(own, kind="stable")
-    same = own[order][1:] == own[order][:-1]
-    starts = np.flatnonzero(np.diff(same.astype(np.int8), prepend=0, append=0) == 1)
-    ends = np.flatnonzero(np.diff(same.astype(np.int8), prepend=0, append=0) == -1)
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        yield order[start : end + 1].tolist()
 
 
 class Part(Sequence[Sample]):

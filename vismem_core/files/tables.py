@@ -7,6 +7,7 @@ import tempfile
 from array import array
 from bisect import bisect
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,13 @@ class Parquet:
         place = Path(tempfile.mkdtemp(prefix="vismem-")) / "rows.arrow"
         try:
             yield from self._copied(place)
-            self._copy = self._ipc.open_file(self._map(str(place)))
         except self._errors as error:
             told = " ".join(str(error).split())[:200]
             raise DataError(f"{self.path}: cannot be read as Parquet: {told}") from error
-        finally:  # what is mapped stays; a system on which it does not keeps the file
-            shutil.rmtree(place.parent, ignore_errors=True)
+        finally:  # also where nobody wanted the rest
+            with suppress(*self._errors):
+                self._copy = self._ipc.open_file(self._map(str(place)))
+            shutil.rmtree(place.parent, ignore_errors=True)  # what is mapped stays
 
     def _copied(self, place: Path) -> Iterator[tuple[int, Row]]:
         number, most = 0, max(UNPACKED, PACKED * self.path.stat().st_size)
