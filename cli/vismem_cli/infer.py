@@ -160,10 +160,10 @@ def _answer_all(
 
             usable = check_rows(memory, samples.only(left), on_bad, check)
             left_out += usable.skipped
-            questions = {sample.id: sample for sample in usable}
+            questions = iter(usable)
             told = answers(memory, usable, left_out=left_out if on_bad == "skip" else None, **ask)
             for answer in track(told, "answering", total=len(usable), console=err):
-                asked = questions[answer.sample_id]
+                asked = next(own for own in questions if own.id == answer.sample_id)  # some may be left out
                 results.add({"id": asked.id, "question": asked.digest()} | answer.to_dict())
                 answered += 1
     kept, rows = len(samples) - len(left), len(samples) + len(samples.skipped)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,11 +23,13 @@ from vismem_core.base.backbone import Backbone
 from vismem_core.base.images import PLACEHOLDER, Picture
 from vismem_core.errors import AttachError, DataError, VismemError, cut
 from vismem_core.files import cache
-from vismem_core.files.samples import HINT, Dataset, OnBad, Sample, Skipped, asked
+from vismem_core.files.samples import HINT, Dataset, OnBad, Part, Sample, Skipped, asked
 from vismem_core.memory.tokens import NAMES
 
 CHUNK = 256
-VERSION = 1
+REMEMBERED = 2**14
+"""Images whose sizes are remembered, since several questions may be about them."""
+VERSION = 2
 """Of what is remembered; a change of what counts as a fault raises it."""
 Sizes = tuple[tuple[int, int], ...]
 Progress = Callable[[int, int], None]
@@ -40,6 +43,7 @@ class Findings:
         faults: by index of the sample, what is wrong with it.
         long: indices of samples that are longer than the model's context.
         longest: of all samples, in tokens: prompt, images and answer.
+        bare: how many samples have no image.
         context: the model's, in tokens; 0 if it does not say.
     """
 
@@ -47,6 +51,7 @@ class Findings:
     long: list[int] = field(default_factory=list)
     longest: int = 0
     context: int = 0
+    bare: int = 0
 
 
 def checked(
@@ -75,16 +80,15 @@ def checked(
             f"{len(found.long)} of {len(data)} rows are longer than the model's context of {found.context} tokens "
             f"(the longest has {found.longest}), the first is {first.name}"
         )
-    bare = sum(not data[at].images for at in range(len(data)))
-    if bare and warn:
-        warn(f"{bare} of {len(data)} rows of {data.source} have no image")
+    if found.bare and warn:
+        warn(f"{found.bare} of {len(data)} rows of {data.source} have no image")
     if not found.faults:
         return data
     at, why = min(found.faults.items())
     if on_bad == "fail" or len(found.faults) == len(data):
         more = f" (and {len(found.faults) - 1} more bad rows)" if len(found.faults) > 1 else ""
         raise DataError(f"{data[at].name}: {why}{more}; {HINT}")
-    kept = [data[at] for at in range(len(data)) if at not in found.faults]
+    kept = Part(data.samples, array("q", (at for at in range(len(data)) if at not in found.faults)))
     out = [left_out(data[at], why) for at, why in sorted(found.faults.items())]
     return Dataset(kept, [*data.skipped, *out], data.groups, data.told, data.source)
 
@@ -209,7 +213,10 @@ class _Checker:
                 sizes = str(error).removeprefix(f"{sample.name}: ")
             if not files:
                 return sizes
+            if len(self._by_files) >= REMEMBERED:
+                self._by_files.clear()
             self._by_files[sample.images] = sizes
+            return sizes
         return self._by_files[sample.images]
 
     def alone(self, sample: Sample) -> str | None:
@@ -246,6 +253,7 @@ def _look(checker: _Checker, data: Dataset, progress: Progress | None) -> Findin
             seen = pool.map(checker.sizes, samples)
             lengths: list[int] = []
             faults = dict(checker.texts(samples, lengths))
+            found.bare += sum(not own.images for own in samples)
             for at, (sample, sizes) in enumerate(zip(samples, seen, strict=True)):
                 why, count = (sizes, 0) if isinstance(sizes, str) else checker.taken(sample, sizes)
                 if why := faults.get(at) or why:

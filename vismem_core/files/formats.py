@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vismem_core.base.images import PLACEHOLDER
-from vismem_core.errors import DataError, cut
+from vismem_core.errors import DataError, cut, nearest
 
+KEYS = dict.fromkeys(("id", "image", "images", "prompt", "answer", "answers", "type"))
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 IDS = ("id", "question_id", "uid", "sample_id")
 TYPES = ("type", "question_type", "category")
@@ -29,10 +30,10 @@ def ours(
     Args:
         number: of the row, which is its id where it has none.
         columns: the row's own name of some of our keys.
-        whole: a row of our own form stays as it is, with what is not known there. Others' columns are left aside.
+        whole: a row of our own form holds our keys and nothing else. Others' columns are left aside.
 
     Raises:
-        DataError: a named column is missing, or what is in one cannot be understood.
+        DataError: an unknown key, a named column is missing, or what is in one cannot be understood.
     """
     if columns:
         if lost := [own for own in columns.values() if own not in row]:
@@ -43,6 +44,8 @@ def ours(
         }
     kind = kind_of(row)
     if kind == "ours" and whole and not columns:
+        if strange := next((own for own in row if own not in KEYS), None):
+            raise DataError(f"unknown key {cut(strange)!r}; {nearest(strange, KEYS)}")
         return dict(row) if row.get("answers") is None else {**row, **_answers(row)}
     told = _known(row, number)
     if kind in ("ours", "columns"):
@@ -67,19 +70,29 @@ def kind_of(row: Mapping[str, Any]) -> str:
 
 def _known(row: Mapping[str, Any], number: int) -> dict[str, Any]:
     """What all formats have in common; other columns are left aside."""
-    told: dict[str, Any] = {"id": next((row[key] for key in IDS if row.get(key) is not None), number)}
-    if (type_ := next((row[key] for key in TYPES if isinstance(row.get(key), str)), None)) is not None:
-        told["type"] = type_
-    images = next((row[key] for key in IMAGES if row.get(key) is not None), None)
+    own, kind, images = _first(row, IDS), _first(row, TYPES, str), _first(row, IMAGES)
+    told: dict[str, Any] = {"id": number if own is None else own}
+    if kind is not None:
+        told["type"] = kind
     if images is not None:
         told["images"] = images if isinstance(images, list) else [images]
     return told
 
 
+def _first(row: Mapping[str, Any], keys: Sequence[str], kind: type = object) -> Any:
+    """What stands under the first of some keys that holds something, or something of that kind."""
+    for key in keys:
+        if (value := row.get(key)) is not None and isinstance(value, kind):
+            return value
+    return None
+
+
 def _answers(row: Mapping[str, Any]) -> dict[str, Any]:
     """The answer to learn, which is the one that most annotators gave, or the first of those, where none is named; and
     all that were given, where there are several."""
-    answer = next((row[key] for key in ANSWERS if row.get(key) is not None), None)
+    answer = _first(row, ANSWERS)
+    if isinstance(answer, str) and row.get("answers") is None:
+        return {"answer": answer}
     given = [_each(own) for own in (row.get("answers"), answer) if isinstance(own, list)]
     if isinstance(answer, list):
         answer = Counter(given[-1]).most_common(1)[0][0]

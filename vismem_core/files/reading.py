@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vismem_core.base.images import PLACEHOLDER, Picture, embedded, verify
-from vismem_core.errors import DataError, cut, nearest
+from vismem_core.errors import DataError, cut
 
 from . import formats, sources
 from .texts import Row
 from .urls import stored
 
-KEYS = ("id", "image", "images", "prompt", "answer", "answers", "type")
+DECODE = json.JSONDecoder().decode
 REMEMBERED = 2**16
 """Images that are not looked at again where several rows show them."""
 
@@ -77,8 +77,8 @@ class Reader:
         own = _text(row, "id"), _text(row, "prompt")
         answer = _text(row, "answer") if self.need_answer or row.get("answer") is not None else None
         kind = _text(row, "type") if row.get("type") is not None else None
-        images = tuple(self._image(name) for name in _names(row))
-        turns = tuple((role, text) for role, text in row.get("turns") or ())
+        images = tuple(map(self._image, _names(row)))
+        turns = tuple((role, text) for role, text in row["turns"]) if row.get("turns") else ()
         check_places("".join(text for _, text in turns) + own[1], images)
         return Read(own[0], images, own[1], answer, kind, turns, tuple(row.get("references") or ()))
 
@@ -86,15 +86,11 @@ class Reader:
         if not isinstance(told, bytes):
             return formats.ours(told, line, self.columns)
         try:
-            row = json.loads(told.rstrip(b"\r\n"))
+            row = DECODE(told.decode())
         except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON: {_told(error, told)}; each line must hold one object") from error
         if not isinstance(row, dict):
             raise DataError(f"expected a JSON object, got {told.decode(errors='replace').strip()[:40]!r}")
-        if not self.columns and formats.kind_of(row) == "ours":
-            for key in row:
-                if key not in KEYS:
-                    raise DataError(f"unknown key {cut(key)!r}; {nearest(key, KEYS)}")
         return formats.ours(row, line, self.columns, whole=True)
 
     def _image(self, named: Any) -> Picture:
@@ -138,6 +134,8 @@ def _kept(known: dict[str, Any], key: str, value: Any) -> Any:
 
 
 def _told(error: Exception, text: bytes) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8: {error.reason} at byte {error.start + 1}"
     if text.strip() in (b"[", b"{"):
         return "the file is one JSON value over several lines"
     if not isinstance(error, json.JSONDecodeError):
@@ -154,6 +152,8 @@ def _text(row: Mapping[str, Any], key: str) -> str:
         raise DataError(f"{key!r} is missing")
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{key!r} must be a text that is not empty, got {cut(repr(value))}")
+    if value.isascii():
+        return value
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -166,7 +166,9 @@ def _names(row: Mapping[str, Any]) -> Iterable[Any]:
     """The row's images; a row may have none."""
     if "image" in row and "images" in row:
         raise DataError("both 'image' and 'images'; keep one")
-    names = [row["image"]] if row.get("image") is not None else row.get("images") or []
+    if isinstance(name := row.get("image"), str) and name:
+        return [name]
+    names = [name] if name is not None else row.get("images") or []
     if not isinstance(names, list) or not all(isinstance(name, (str, bytes, Mapping)) and name for name in names):
         raise DataError("'image' must be a path and 'images' a list of paths")
     return names

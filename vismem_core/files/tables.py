@@ -16,7 +16,7 @@ from vismem_core.errors import DataError
 from .texts import PACKED, UNPACKED, Row
 
 EXTRA = "pip install 'vismem[data]'"
-TOGETHER = 64
+TOGETHER = 256
 """Rows that are unpacked together; they may hold images."""
 
 

@@ -160,8 +160,9 @@ class Lines(_Spans):
     """A JSON object on each line, which is left as it is."""
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
-        at = 0
         with self.text.whole() as file:
+            at = len(codecs.BOM_UTF8) if self.text.start().startswith(codecs.BOM_UTF8) else 0
+            file.seek(at)
             for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
                 if len(line) == LONGEST:
                     raise DataError(f"{self.text.path}:{number}: is longer than {LONGEST:,} bytes")
@@ -195,7 +196,8 @@ class Elements(_Spans):
             if not isinstance(row, Mapping):
                 raise DataError(f"{path}:{line}: expected an object for each row, got {str(row)[:40]!r}")
             self._stands(at, end)
-            yield line, self.again(-1)
+            own = text[at:end]
+            yield line, row if own.isascii() else json.loads(own.encode("latin-1"))
             at = end
 
     def again(self, at: int) -> Row:
