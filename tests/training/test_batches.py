@@ -16,7 +16,8 @@ from transformers import BatchFeature
 from vismem_core.base.families import find_backbone
 from vismem_core.errors import DataError
 from vismem_core.files.samples import Sample, Skipped
-from vismem_core.training.batches import Batch, Draws, Sampler, extended
+from vismem_core.training.batches import Batch, Sampler, extended
+from vismem_core.training.draws import Draws
 from vismem_core.training.processes import Processes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -95,6 +95,14 @@ def asked(samples: Sequence[Sample]) -> tuple[Any, ...]:
     """What :meth:`vismem_core.base.backbone.Backbone.inputs` takes of samples: prompts, images and earlier turns."""
     told = [own.prompt for own in samples], [own.load_images() for own in samples]
     return (*told, [own.turns for own in samples]) if any(own.turns for own in samples) else told
+
+
+def seen(sample: Sample) -> Sample:
+    """The same sample with its images decoded; as it is where one does not, which whoever uses it will tell."""
+    try:
+        return replace(sample, images=tuple(sample.load_images()))
+    except DataError:
+        return sample
 
 
 @dataclass(frozen=True)

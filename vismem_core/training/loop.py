@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ from vismem_core.errors import DataError, RunInterruptedError, TrainingError
 from vismem_core.files.samples import Skipped
 from vismem_core.memory.memory import Memory
 
-from .batches import Batch, Draws
+from .batches import Batch
+from .draws import Draws
 from .interrupt import Interrupt
 from .metrics import Metrics
 from .processes import Processes
@@ -56,7 +58,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
         )
-        self.first, self.finished = 0, False
+        self.first, self.finished, self.seconds = 0, False, 0.0
         self.saver = Saver(output, memory, self.optimizer, stage, name, left_out)
         if (batch := draws.sampler.batch) < processes.count:
             raise TrainingError(f"{name}: a batch of {batch} is too small for {processes.count} processes")
@@ -73,7 +75,7 @@ class Loop:
 
         Args:
             metrics: gets a row for each step.
-            note: is told the same row when the step is done.
+            note: is told the same row when the step is done, with the seconds that it waited for data as ``data_wait``.
 
         Raises:
             TrainingError: a signal came, or nothing is learnt any more.
@@ -88,6 +90,7 @@ class Loop:
             interrupt,
         ):
             for step in range(self.first, steps):
+                began, waited = time.perf_counter(), self.draws.waited
                 figures, norm = self._gradients(step)
                 skipped = 0 if math.isfinite(norm) else skipped + 1
                 row = {"stage": self.name, "step": step + 1, **figures, "norm": norm, "skipped": bool(skipped)}
@@ -95,7 +98,8 @@ class Loop:
                     self._step(step, norm)
                     metrics.add(row)
                     self.saver.whole(step + 1, self.draws.position)
-                note(row)
+                self.seconds += time.perf_counter() - began
+                note({**row, "data_wait": self.draws.waited - waited})
                 if skipped == TRIES:
                     raise TrainingError(
                         f"{self.name}: the gradient was not finite in {TRIES} steps in a row, the last one number "

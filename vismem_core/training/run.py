@@ -25,8 +25,8 @@ from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped
 from vismem_core.memory.memory import Memory
 
 from . import state
-from .batches import Draws
 from .display import Display
+from .draws import Draws
 from .folder import BASIS, METRICS, SETTINGS, Basis, basis, read_json, refuse
 from .formation import Formation
 from .formation_grpo import FormationGrpo
@@ -123,6 +123,7 @@ class Run:
         self.parts = self.processes.count
         self.done: state.State | None = None
         self.left_out: list[Skipped] = []
+        self.waited, self.stepped = 0.0, 0.0
         self.display = Display(console, shown=self.processes.first)
         self.trackers = Trackers(config.train.trackers, output, to_dict(config))
 
@@ -238,7 +239,11 @@ class Run:
             loop.restore(self.done)
         self.display.begin(name, stage.settings.steps, loop.first)
         metrics = Metrics(self.output / METRICS, list(STAGES), name, loop.first, self.processes.first)
-        loop.run(metrics, self._note)
+        try:
+            loop.run(metrics, self._note)
+        finally:
+            draws.close()
+        self.waited, self.stepped = self.waited + draws.waited, self.stepped + loop.seconds
 
     def _note(self, row: dict[str, Any]) -> None:
         self.trackers.log(row)
@@ -299,11 +304,13 @@ class Run:
             )
 
     def told(self, data: Sequence[Sample], heldout: Sequence[Sample]) -> dict[str, Any]:
-        """What a report says besides accuracies: rows that were left out, steps that were skipped."""
+        """What a report says besides accuracies: rows that were left out, steps that were skipped, and the share of
+        training's time in which it waited for data."""
         rows = (self.output / METRICS).read_text(encoding="utf-8").splitlines()
         lost = [*getattr(data, "skipped", ()), *getattr(heldout, "skipped", ()), *self.left_out]
         return {
             "skipped": [asdict(own) for own in dict.fromkeys(lost)],
+            "data_wait": round(self.waited / self.stepped, 4) if self.stepped else 0.0,
             "skipped_steps": sum(bool(json.loads(row)["skipped"]) for row in rows),
         }
 
