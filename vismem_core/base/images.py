@@ -48,6 +48,7 @@ def decode(picture: Picture) -> Image.Image:
         if isinstance(picture, Image.Image):
             return _rgb(picture)
         with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+            _no_program(opened)
             return _rgb(opened)
     except Exception as error:  # damaged files make PIL raise nearly anything
         raise DataError(_why(error)) from error
@@ -64,6 +65,7 @@ def verify(picture: Path | bytes) -> None:
         raise DataError(f"no such image: {shown(picture)}")
     try:
         with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            _no_program(image)
             image.verify()
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} {_why(error)}") from error
@@ -116,6 +118,12 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def _no_program(image: Image.Image) -> None:
+    """PIL has Ghostscript run what a PostScript file holds."""
+    if image.format == "EPS":
+        raise DataError("is PostScript, which is a program and no picture")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
