@@ -120,19 +120,68 @@ def measure(count: int, formats: list[str]) -> dict[str, Any]:
     return found
 
 
+def waiting(steps: int, batch: int, seconds: float) -> dict[str, Any]:
+    """The share of training's time in which it waits for data, where a device takes so many seconds for a step.
+
+    The device is stood in for by sleep; rows, photos of 1280 x 960 and the embedded Qwen2.5-VL's processor are real.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from vismem_core.base.families import find_backbone
+    from vismem_core.base.loading import load_base
+    from vismem_core.files.samples import read
+    from vismem_core.training.draws import Draws
+    from vismem_core.training.processes import Processes
+
+    model, processor, _ = load_base("qwen2_5_vl")
+    backbone, noise = find_backbone(model)(model, processor), np.random.default_rng(0)
+    told: dict[str, Any] = {"steps": steps, "batch": batch, "step_seconds": seconds}
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "rows.jsonl"
+        for at in range(4 * batch):
+            small = Image.fromarray(noise.integers(0, 256, (120, 160, 3), dtype=np.uint8))
+            small.resize((1280, 960)).save(Path(place) / f"{at}.jpg")
+        own = ({"id": str(at), "image": f"{at}.jpg", "prompt": "what ?", "answer": "a bag"} for at in range(4 * batch))
+        path.write_text("".join(json.dumps(row) + "\n" for row in own))
+        data = read(path, need_answer=True)
+        for name, beside in (("waits_without_threads", False), ("waits", True)):
+            draws = Draws(backbone, data, batch, 0, Processes(), None)
+            draws(batch)  # the first batch is always waited for
+            draws.waited, began = 0.0, time.perf_counter()
+            for _ in range(steps):
+                draws.beside = beside
+                if beside:
+                    draws.ahead(batch)
+                time.sleep(seconds)
+                draws(batch)
+            told[name] = round(draws.waited / (time.perf_counter() - began), 4)
+            draws.close()
+    return told
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--wait", action="store_true", help="measure how long training waits for data instead")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--step-seconds", type=float, default=1.0)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--open", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.open:
         print(json.dumps(opened(args.open)))
         return
-    found = measure(args.rows, args.formats.split(","))
+    if args.wait:
+        found = waiting(args.steps, args.batch, args.step_seconds)
+    else:
+        found = measure(args.rows, args.formats.split(","))
     if args.json:
         print(json.dumps(found))
+    elif args.wait:
+        print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
 
 
 if __name__ == "__main__":

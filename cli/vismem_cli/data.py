@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vismem_core.errors import cut
+from vismem_core.files.reading import FRAMES
 from vismem_core.files.samples import Dataset, Sample, open_dataset
 
 from . import options
@@ -36,6 +37,7 @@ def data(
     ] = None,
     allow_outside: options.AllowOutside = False,
     allow_urls: options.AllowUrls = False,
+    frames: options.Frames = FRAMES,
     as_json: options.Json = False,
 ) -> None:
     """Say what is understood of some data: how many questions, of which types, how long, and what is wrong with rows.
@@ -54,6 +56,7 @@ def data(
             on_bad="skip",
             allow_outside=allow_outside,
             urls=allow_urls,
+            frames=frames,
             columns=options.named_columns(columns),
         )
         told = _told(found)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vismem_core.files.reading import FRAMES
 from vismem_core.files.samples import open_dataset
 from vismem_core.training.folder import basis
 
@@ -32,6 +33,7 @@ def eval_(
     columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
     allow_urls: options.AllowUrls = False,
+    frames: options.Frames = FRAMES,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
@@ -51,6 +53,7 @@ def eval_(
         on_bad=on_bad_sample.value,
         allow_outside=allow_outside,
         urls=allow_urls,
+        frames=frames,
         columns=options.named_columns(columns),
     )
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)

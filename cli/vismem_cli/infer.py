@@ -11,6 +11,7 @@ from rich.text import Text
 
 from vismem_core.base.embedded import embedded
 from vismem_core.errors import CheckpointError, VismemError
+from vismem_core.files.reading import FRAMES
 from vismem_core.files.results import Results
 from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped, open_dataset, question
 
@@ -58,6 +59,7 @@ def infer(
     columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
     allow_urls: options.AllowUrls = False,
+    frames: options.Frames = FRAMES,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
@@ -84,6 +86,7 @@ def infer(
             on_bad=on_bad_sample.value,
             allow_outside=allow_outside,
             urls=allow_urls,
+            frames=frames,
             columns=options.named_columns(columns),
         )
         left_out = list(samples.skipped)

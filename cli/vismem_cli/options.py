@@ -69,6 +69,10 @@ AllowOutside = Annotated[
 AllowUrls = Annotated[
     bool, typer.Option("--allow-urls", help="Fetch images that the data names by URL, from public addresses only.")
 ]
+Frames = Annotated[
+    int,
+    typer.Option("--frames", metavar="N", min=1, help="Images that stand for each video, spread over it."),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -98,7 +102,7 @@ def named_columns(told: str | None) -> dict[str, str] | None:
     if told is None:
         return None
     found = dict(own.split("=", 1) for own in told.split(",") if "=" in own)
-    keys = ("id", "image", "images", "prompt", "answer", "type")
+    keys = ("id", "image", "images", "video", "prompt", "answer", "answers", "type")
     if len(found) != len(told.split(",")) or not all(found.values()) or found.keys() - set(keys):
         raise typer.BadParameter(f"expected KEY=NAME,... with keys among {', '.join(keys)}", param_hint="--columns")
     return found

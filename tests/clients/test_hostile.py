@@ -1,4 +1,4 @@
-"""Hostile rows, images and archives: the first of many that ``by_hand/hostile_rows.py`` makes, in a process of its own."""
+"""Hostile rows, images and archives: the first hundred that ``by_hand/hostile_rows.py`` makes."""
 
 import subprocess
 import sys

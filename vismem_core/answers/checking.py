@@ -21,6 +21,7 @@ from transformers import BatchFeature
 
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.images import PLACEHOLDER, Picture
+from vismem_core.base.videos import Frame
 from vismem_core.errors import AttachError, DataError, VismemError, cut
 from vismem_core.files import cache
 from vismem_core.files.samples import HINT, Dataset, OnBad, Part, Sample, Skipped, asked
@@ -205,7 +206,7 @@ class _Checker:
 
     def sizes(self, sample: Sample) -> Sizes | str:
         """The sizes of a sample's images, all of them decoded; or why one does not."""
-        files = all(isinstance(image, Path) for image in sample.images)  # often several questions are about one
+        files = all(isinstance(image, Path | Frame) for image in sample.images)  # often several questions are about one
         if not files or sample.images not in self._by_files:
             try:
                 sizes: Sizes | str = tuple(image.size for image in sample.load_images())

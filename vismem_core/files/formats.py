@@ -14,18 +14,22 @@ from typing import Any
 from vismem_core.base.images import PLACEHOLDER
 from vismem_core.errors import DataError, cut, nearest
 
-KEYS = dict.fromkeys(("id", "image", "images", "prompt", "answer", "answers", "type"))
+KEYS = ("id", "image", "images", "video", "videos", "frames", "prompt", "answer", "answers", "type")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 IDS = ("id", "question_id", "uid", "sample_id")
 TYPES = ("type", "question_type", "category")
 ANSWERS = ("answer", "multiple_choice_answer", "answers", "label")
 IMAGES = ("image", "images", "img", "image_path")
+VIDEOS = ("video", "videos", "video_path")
+CLIP = "<video>"
+"""Where a video stands in a prompt."""
 
 
 def ours(
     row: Mapping[str, Any], number: int, columns: Mapping[str, str] | None = None, *, whole: bool = False
 ) -> dict[str, Any]:
-    """The same row with our keys: ``id``, ``images``, ``prompt``, ``answer``, ``type``, ``turns``, ``references``.
+    """The same row with our keys: ``id``, ``images``, ``videos``, ``frames``, ``prompt``, ``answer``, ``type``,
+    ``turns`` and ``references``.
 
     Args:
         number: of the row, which is its id where it has none.
@@ -50,9 +54,9 @@ def ours(
     told = _known(row, number)
     if kind in ("ours", "columns"):
         return told | {"prompt": row.get("prompt", row.get("question"))} | _answers(row)
-    images = list(told.get("images") or [])
-    turns = list(_turns(row, kind, images))
-    told["images"] = images
+    images, videos = list(told.get("images") or []), list(told.get("videos") or [])
+    turns = list(_turns(row, kind, images, videos))
+    told |= {"images": images, "videos": videos}
     answer = turns.pop()[1] if turns and turns[-1][0] == "assistant" else None
     if not turns or turns[-1][0] != "user":
         raise DataError("the conversation has no question of a user in front of its end")
@@ -76,6 +80,9 @@ def _known(row: Mapping[str, Any], number: int) -> dict[str, Any]:
         told["type"] = kind
     if images is not None:
         told["images"] = images if isinstance(images, list) else [images]
+    if (videos := _first(row, VIDEOS)) is not None:
+        told["videos"] = videos if isinstance(videos, list) else [videos]
+        told["frames"] = row.get("frames")
     return told
 
 
@@ -110,15 +117,52 @@ def _each(answers: Sequence[Any]) -> list[str]:
     return texts
 
 
-def _turns(row: Mapping[str, Any], kind: str, images: list[Any]) -> Iterator[tuple[str, str]]:
-    """Role and text of each turn. Images that stand in the turns themselves are put among ``images``, in order."""
+class _Placed:
+    """Images, or videos, of a conversation in the order in which its turns show them.
+
+    Args:
+        own: those that the row has beside its turns; they stand where a turn has a mark and names none.
+        mark: what stands in texts in the place of one.
+        keys: under which a part names its own.
+    """
+
+    def __init__(self, own: list[Any], mark: str, keys: Sequence[str]) -> None:
+        self.own, self.mark, self.keys = own, mark, keys
+        self.waiting, self.found = iter(list(own)), list[Any]()
+
+    def marked(self, text: str) -> None:
+        """The marks of a text take what is waiting."""
+        for _ in range(text.count(self.mark)):
+            self.found.extend(own for own in [next(self.waiting, None)] if own is not None)
+
+    def part(self, part: Mapping[str, Any], at: int) -> str:
+        """A part that shows one; the mark for the turn's text."""
+        named = _first(part, self.keys)
+        if isinstance(named, Mapping) and isinstance(named.get("url"), str):
+            named = named["url"]
+        found = named if named is not None else next(self.waiting, None)
+        if found is None:
+            raise DataError(f"turn {at} shows more {self.mark[1:-1]}s than the row has")
+        self.found.append(found)
+        return self.mark
+
+    def end(self) -> None:
+        if self.found:
+            self.own[:] = [*self.found, *self.waiting]
+
+
+def _turns(row: Mapping[str, Any], kind: str, images: list[Any], videos: list[Any]) -> Iterator[tuple[str, str]]:
+    """Role and text of each turn. What stands in the turns themselves is put among ``images`` and ``videos``."""
     if kind == "conversations":
         messages: Sequence[Any] = row["conversations"]
         role, content = "from", "value"
     else:
         written = row["messages"] if isinstance(row.get("messages"), list) else [*row["prompt"], *_completion(row)]
         messages, role, content = written, "role", "content"
-    waiting, placed = iter(list(images)), list[Any]()
+    shown = {
+        "image": _Placed(images, PLACEHOLDER, ("image", "path", "url", "image_url")),
+        "video": _Placed(videos, CLIP, ("video", "path", "url", "video_url")),
+    }
     for at, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise DataError(f"turn {at} must be an object, got {cut(repr(message))}")
@@ -127,9 +171,9 @@ def _turns(row: Mapping[str, Any], kind: str, images: list[Any]) -> Iterator[tup
             raise DataError(
                 f"turn {at}: {role!r} is {cut(repr(message.get(role)))}; it must be one of {', '.join(ROLES)}"
             )
-        yield own, _text(message.get(content), at, waiting, placed)
-    if placed:
-        images[:] = [*placed, *waiting]
+        yield own, _text(message.get(content), at, shown)
+    for medium in shown.values():
+        medium.end()
 
 
 def _completion(row: Mapping[str, Any]) -> Sequence[Any]:
@@ -137,11 +181,11 @@ def _completion(row: Mapping[str, Any]) -> Sequence[Any]:
     return completion if isinstance(completion, list) else []
 
 
-def _text(content: Any, at: int, waiting: Iterator[Any], placed: list[Any]) -> str:
-    """The text of a turn, with a mark where an image stands."""
+def _text(content: Any, at: int, shown: Mapping[str, _Placed]) -> str:
+    """The text of a turn, with a mark where an image or a video stands."""
     if isinstance(content, str):
-        for _ in range(content.count(PLACEHOLDER)):
-            placed.extend(own for own in [next(waiting, None)] if own is not None)
+        for medium in shown.values():
+            medium.marked(content)
         return content
     if not isinstance(content, list):
         raise DataError(f"turn {at}: its content must be a text or a list of parts, got {cut(repr(content))}")
@@ -153,19 +197,8 @@ def _text(content: Any, at: int, waiting: Iterator[Any], placed: list[Any]) -> s
         kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
             pieces.append(part["text"])
-        elif kind in ("image", "image_url"):
-            placed.append(_image(part, at, waiting))
-            pieces.append(PLACEHOLDER)
+        elif isinstance(kind, str) and (medium := shown.get(kind.removesuffix("_url"))) is not None:
+            pieces.append(medium.part(part, at))
         else:
-            raise DataError(f"turn {at}: a part of type {cut(repr(kind))}; parts are text or image")
+            raise DataError(f"turn {at}: a part of type {cut(repr(kind))}; parts are text, image or video")
     return "".join(pieces)
-
-
-def _image(part: Mapping[str, Any], at: int, waiting: Iterator[Any]) -> Any:
-    named = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
-    if isinstance(named, Mapping) and isinstance(named.get("url"), str):
-        named = named["url"]
-    found = named if named is not None else next(waiting, None)
-    if found is None:
-        raise DataError(f"turn {at} shows more images than the row has")
-    return found

@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vismem_core.base.images import PLACEHOLDER, Picture, embedded, verify
+from vismem_core.base.videos import Frame
 from vismem_core.errors import DataError, cut
 
 from . import formats, sources
 from .texts import Row
 from .urls import stored
 
+MARKS = re.compile(f"{PLACEHOLDER}|{formats.CLIP}")
 DECODE = json.JSONDecoder().decode
+FRAMES, MOST_FRAMES = 8, 1024
+"""Of a video, where nobody says how many; and as many as there may be."""
 REMEMBERED = 2**16
 """Images that are not looked at again where several rows show them."""
 
@@ -43,8 +49,9 @@ class Reader:
         allow_outside: bool,
         columns: Mapping[str, str] | None = None,
         urls: bool = False,
+        frames: int = FRAMES,
     ) -> None:
-        self.source, self.columns, self.urls = source, columns, urls
+        self.source, self.columns, self.urls, self.frames = source, columns, urls, frames
         self.remote = str(source).startswith(sources.HUB)
         path = Path(source)
         self.folder = os.path.abspath(path if path.is_dir() else path.parent)  # unlike resolve: links may lead out
@@ -57,12 +64,14 @@ class Reader:
     def first(self, line: int, told: Row) -> Read:
         """A row that is met for the first time: its images are looked at, and the digest takes it in."""
         row = self.again(line, told)
-        sizes: list[int] = []
+        sizes: list[Any] = []
         for image in row.images:
             if isinstance(image, bytes):
                 verify(image)
             elif isinstance(image, Path):
-                sizes.append(self._size(image))
+                sizes.append(self._size(image, image))
+            elif isinstance(image, Frame) and not image.at:
+                sizes.append((self._size(image, image.path), image.of))
         if isinstance(told, bytes):
             self.told.update(told.strip() + repr(sizes).encode())
         else:
@@ -77,10 +86,16 @@ class Reader:
         own = _text(row, "id"), _text(row, "prompt")
         answer = _text(row, "answer") if self.need_answer or row.get("answer") is not None else None
         kind = _text(row, "type") if row.get("type") is not None else None
-        images = tuple(map(self._image, _names(row)))
+        images: tuple[Picture, ...] = tuple(map(self._image, _names(row)))
         turns = tuple((role, text) for role, text in row["turns"]) if row.get("turns") else ()
-        check_places("".join(text for _, text in turns) + own[1], images)
-        return Read(own[0], images, own[1], answer, kind, turns, tuple(row.get("references") or ()))
+        prompt = own[1]
+        if clips := _names(row, "video"):
+            count = _count(row.get("frames"), self.frames)
+            images = _placed(images, [self._frames(name, count) for name in clips], turns, prompt)
+            turns = tuple((role, text.replace(formats.CLIP, PLACEHOLDER * count)) for role, text in turns)
+            prompt = prompt.replace(formats.CLIP, PLACEHOLDER * count)
+        check_places("".join(text for _, text in turns) + prompt, images)
+        return Read(own[0], images, prompt, answer, kind, turns, tuple(row.get("references") or ()))
 
     def _row(self, told: Row, line: int) -> dict[str, Any]:
         if not isinstance(told, bytes):
@@ -110,18 +125,31 @@ class Reader:
             )
         if (held := embedded(named)) is not None:
             return held
+        return _kept(self._paths, named, self._path(named, "image"))
+
+    def _frames(self, named: Any, count: int) -> list[Picture]:
+        if isinstance(named, Mapping):
+            named = named.get("path")
+        if not isinstance(named, str) or not named:
+            raise DataError(f"a video is a path, got {cut(repr(named))}")
+        if named.startswith(("http://", "https://")):
+            raise DataError(f"the video {cut(named)!r} is a URL; download it into the folder of the file")
+        path = self._path(named, "video")
+        return [Frame(path, at, count) for at in range(count)]
+
+    def _path(self, named: str, kind: str) -> Path:
         path = os.path.abspath(os.path.join(self.folder, named))
         if not self.allow_outside and (self.remote or not path.startswith(self.inside)):
             raise DataError(
-                f"the image {cut(named)!r} lies outside the folder of the file; move it there, or pass --allow-outside"
+                f"the {kind} {cut(named)!r} lies outside the folder of the file; move it there, or pass --allow-outside"
             )
-        return _kept(self._paths, named, Path(path))
+        return Path(path)
 
-    def _size(self, image: Path) -> int:
-        """The size of an image's file, which is looked at unless it was."""
-        if (size := self._sizes.get(str(image))) is None:
+    def _size(self, image: Path | Frame, file: Path) -> int:
+        """The size of an image's or a video's file, which is looked at unless it was."""
+        if (size := self._sizes.get(str(file))) is None:
             verify(image)
-            size = _kept(self._sizes, str(image), image.stat().st_size)
+            size = _kept(self._sizes, str(file), file.stat().st_size)
         return size
 
 
@@ -162,16 +190,39 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _names(row: Mapping[str, Any]) -> Iterable[Any]:
-    """The row's images; a row may have none."""
-    if "image" in row and "images" in row:
-        raise DataError("both 'image' and 'images'; keep one")
-    if isinstance(name := row.get("image"), str) and name:
+def _names(row: Mapping[str, Any], kind: str = "image") -> list[Any]:
+    """The row's images, or videos; it may have none."""
+    several = f"{kind}s"
+    if kind in row and several in row:
+        raise DataError(f"both {kind!r} and {several!r}; keep one")
+    if isinstance(name := row.get(kind), str) and name:
         return [name]
-    names = [name] if name is not None else row.get("images") or []
+    names = [name] if name is not None else row.get(several) or []
     if not isinstance(names, list) or not all(isinstance(name, (str, bytes, Mapping)) and name for name in names):
-        raise DataError("'image' must be a path and 'images' a list of paths")
+        raise DataError(f"{kind!r} must be a path and {several!r} a list of paths")
     return names
+
+
+def _count(told: Any, default: int) -> int:
+    count = default if told is None else int(told) if isinstance(told, str) and told.isdecimal() else told
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_FRAMES:
+        raise DataError(f"'frames' must be a number from 1 to {MOST_FRAMES}, got {cut(repr(count))}")
+    return count
+
+
+def _placed(
+    images: Sequence[Picture], clips: Sequence[list[Picture]], turns: Sequence[tuple[str, str]], prompt: str
+) -> tuple[Picture, ...]:
+    """Images and frames of videos in the order of their marks; videos come behind images where there is no mark."""
+    marks = MARKS.findall("".join(text for _, text in turns) + prompt)
+    if not marks:
+        return (*images, *chain(*clips))
+    found = (marks.count(PLACEHOLDER), marks.count(formats.CLIP))
+    if found != (len(images), len(clips)):
+        told = f"images: {len(images)}, and videos: {len(clips)}"
+        raise DataError(f"the prompt has {found[0]} {PLACEHOLDER} and {found[1]} {formats.CLIP}, {told}")
+    image, clip = iter(images), iter(clips)
+    return tuple(own for mark in marks for own in ([next(image)] if mark == PLACEHOLDER else next(clip)))
 
 
 def check_places(prompt: str, images: Sequence[object]) -> None:

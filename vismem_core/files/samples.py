@@ -13,10 +13,11 @@ from PIL import Image
 
 from vismem_core import plugins
 from vismem_core.base.images import Picture, decode, shown, verify
+from vismem_core.base.videos import Frame
 from vismem_core.errors import DataError, cut, nearest
 
 from . import sources
-from .reading import Reader, check_places
+from .reading import FRAMES, Reader, check_places
 from .standing import Standing
 
 SPREAD = 64
@@ -71,7 +72,8 @@ class Sample:
             try:
                 images.append(decode(image))
             except DataError as error:
-                file = f"the image {shown(image)}" if isinstance(image, Path) else "its image"
+                kind = "video" if isinstance(image, Frame) else "image"
+                file = f"the {kind} {shown(image)}" if isinstance(image, Path | Frame) else "its image"
                 raise DataError(f"{self.name}: {file} {error}") from error
         return images
 
@@ -84,6 +86,8 @@ class Sample:
 
 
 def _bytes(image: Picture) -> bytes:
+    if isinstance(image, Frame):
+        return repr((image.at, image.of)).encode() + (b"" if image.at else image.path.read_bytes())
     if isinstance(image, Path):
         return image.read_bytes()
     if isinstance(image, str):
@@ -196,6 +200,7 @@ def open_dataset(
     allow_outside: bool = False,
     columns: Mapping[str, str] | None = None,
     urls: bool = False,
+    frames: int = FRAMES,
 ) -> Dataset:
     """A registered data set's split, or what :func:`read` reads; a file is the same for both splits.
 
@@ -209,7 +214,13 @@ def open_dataset(
         return Dataset(samples, groups=getattr(samples, "groups", None), source=str(source))
     if not sources.known(source):
         raise DataError(f"{shown(Path(source))}: neither a file nor a data set; {nearest(str(source), names)}")
-    options: dict[str, Any] = {"on_bad": on_bad, "allow_outside": allow_outside, "columns": columns, "urls": urls}
+    options: dict[str, Any] = {
+        "on_bad": on_bad,
+        "allow_outside": allow_outside,
+        "columns": columns,
+        "urls": urls,
+        "frames": frames,
+    }
     return read(source, split, need_answer=need_answer, **options)
 
 
@@ -222,6 +233,7 @@ def read(
     allow_outside: bool = False,
     columns: Mapping[str, str] | None = None,
     urls: bool = False,
+    frames: int = FRAMES,
 ) -> Dataset:
     """The rows of a source (:mod:`vismem_core.files.sources`), in whatever format (:mod:`vismem_core.files.formats`).
 
@@ -235,11 +247,12 @@ def read(
         allow_outside: whether images may lie outside the folder.
         columns: what a source calls some of our keys, ``{"prompt": "question"}``.
         urls: whether images may be http and https URLs: they are fetched now, into the user's cache.
+        frames: of each video, as which it is shown, where its row does not say ``frames``.
 
     Raises:
         DataError: a bad row, as ``file:line: what is wrong``, or no usable row at all.
     """
-    rows, reader = sources.rows(source, split), Reader(source, need_answer, allow_outside, columns, urls)
+    rows, reader = sources.rows(source, split), Reader(source, need_answer, allow_outside, columns, urls, frames)
     found = Standing(rows, reader)
     bad = found.look(on_bad == "fail")
     if bad and on_bad == "fail":

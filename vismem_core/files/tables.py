@@ -44,8 +44,8 @@ class Saved:
 def _stored(feature: Any) -> Any:
     import datasets
 
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
+    if isinstance(feature, (datasets.Image, getattr(datasets, "Video", datasets.Image))):
+        return type(feature)(decode=False)
     inner = getattr(feature, "feature", None)
     return type(feature)(_stored(inner)) if inner is not None else feature
 

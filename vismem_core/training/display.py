@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as Eta
 from rich.table import Table
 
-HIDDEN = ("stage", "step", "skipped")
+HIDDEN = ("data_wait", "stage", "step", "skipped")
 
 
 class Display:
