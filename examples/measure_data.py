@@ -21,43 +21,43 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = ("jsonl", "jsonl.gz", "json", "csv", "parquet", "datasets")
-PICTURES = 1000
-"""Images that the rows are about; each is opened once."""
 READ = 10_000
 """Rows that are read at random once the data is open."""
 
 
-def rows(count: int) -> Iterator[dict[str, str]]:
+def rows(count: int, pictures: int) -> Iterator[dict[str, str]]:
     """Questions such as people ask, of some 150 bytes each."""
     for at in range(count):
         yield {
             "id": f"question-{at:08d}",
-            "image": f"images/{at % PICTURES:04d}.jpg",
+            "image": f"images/{at % pictures}.jpg",
             "prompt": f"<image> how many cups are on the table number {at} ?",
             "answer": f"there are {at % 13}",
             "type": ("count", "colour", "place", "kind")[at % 4],
         }
 
 
-def write(folder: Path, name: str, count: int) -> Path:
+def write(folder: Path, name: str, *size: int) -> Path:
     """The rows as a file, or a folder, of one format."""
     path = folder / f"rows.{name}"
     if name in ("jsonl", "jsonl.gz"):
         with (gzip.open if name.endswith("gz") else open)(path, "wt") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows(count))
+            file.writelines(json.dumps(row) + "\n" for row in rows(*size))
     elif name == "json":
         with path.open("w") as file:
-            file.write("[" + ",\n".join(map(json.dumps, rows(count))) + "]")
+            file.write("[" + ",\n".join(map(json.dumps, rows(*size))) + "]")
     elif name == "csv":
         with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(next(rows(1))))
+            table = csv.DictWriter(file, list(next(rows(1, 1))))
             table.writeheader()
-            table.writerows(rows(count))
+            table.writerows(rows(*size))
     else:
         import datasets
 
         datasets.disable_progress_bars()
-        own = datasets.Dataset.from_generator(rows, gen_kwargs={"count": count}, cache_dir=str(folder / "cache"))
+        own = datasets.Dataset.from_generator(
+            rows, gen_kwargs={"count": size[0], "pictures": size[1]}, cache_dir=str(folder / "cache")
+        )
         own.to_parquet(str(path)) if name == "parquet" else own.save_to_disk(str(folder / name))
         if name == "datasets":
             path = folder / name
@@ -102,7 +102,7 @@ def _peak(anew: bool = False) -> int:
     return 1024 * int(next(own for own in status.read_text().splitlines() if own.startswith("VmHWM")).split()[1])
 
 
-def measure(count: int, formats: list[str]) -> dict[str, Any]:
+def measure(count: int, pictures: int, formats: list[str]) -> dict[str, Any]:
     """Every format in a process of its own."""
     from PIL import Image
 
@@ -110,10 +110,10 @@ def measure(count: int, formats: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "images").mkdir()
-        for at in range(PICTURES):
-            Image.new("RGB", (64, 48), (at % 256, at // 4 % 256, 90)).save(folder / "images" / f"{at:04d}.jpg")
+        for at in range(pictures):
+            Image.new("RGB", (64, 48), (at % 256, at // 4 % 256, 90)).save(folder / "images" / f"{at}.jpg")
         for name in formats:
-            path = write(folder, name, count)
+            path = write(folder, name, count, pictures)
             told = subprocess.run([sys.executable, __file__, "--open", str(path)], check=True, stdout=subprocess.PIPE)
             found[name] = json.loads(told.stdout)
             print(f"{name}: {found[name]}", file=sys.stderr)
@@ -131,7 +131,7 @@ def waiting(steps: int, batch: int, seconds: float) -> dict[str, Any]:
     from vismem_core.base.families import find_backbone
     from vismem_core.base.loading import load_base
     from vismem_core.files.samples import read
-    from vismem_core.training.draws import Draws
+    from vismem_core.training.draws import AHEAD, Draws
     from vismem_core.training.processes import Processes
 
     model, processor, _ = load_base("qwen2_5_vl")
@@ -148,7 +148,7 @@ def waiting(steps: int, batch: int, seconds: float) -> dict[str, Any]:
         for name, beside in (("waits_without_threads", False), ("waits", True)):
             draws = Draws(backbone, data, batch, 0, Processes(), None)
             draws(batch)  # the first batch is always waited for
-            draws.waited, began = 0.0, time.perf_counter()
+            draws.waited, began, worked = 0.0, time.perf_counter(), time.process_time()
             for _ in range(steps):
                 draws.beside = beside
                 if beside:
@@ -157,12 +157,14 @@ def waiting(steps: int, batch: int, seconds: float) -> dict[str, Any]:
                 draws(batch)
             told[name] = round(draws.waited / (time.perf_counter() - began), 4)
             draws.close()
+            told["processor_seconds_a_batch"] = round((time.process_time() - worked) / (steps + AHEAD * beside), 2)
     return told
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--pictures", type=int, default=1000, help="images that the rows are about")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--wait", action="store_true", help="measure how long training waits for data instead")
     parser.add_argument("--steps", type=int, default=20)
@@ -177,7 +179,7 @@ def main() -> None:
     if args.wait:
         found = waiting(args.steps, args.batch, args.step_seconds)
     else:
-        found = measure(args.rows, args.formats.split(","))
+        found = measure(args.rows, args.pictures, args.formats.split(","))
     if args.json:
         print(json.dumps(found))
     elif args.wait:
