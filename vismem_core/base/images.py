@@ -74,7 +74,7 @@ def verify(picture: Path | bytes | Frame) -> None:
         with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
             _no_program(image)
             image.verify()
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, DataError) as error:
         raise DataError(f"{name} {_why(error)}") from error
     except Exception as error:  # damaged files make PIL raise nearly anything
         raise DataError(f"{name} is damaged or of no known format") from error
