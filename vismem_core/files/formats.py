@@ -111,7 +111,7 @@ def _answers(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _each(answers: Sequence[Any]) -> list[str]:
-    texts = [own.get("answer") if isinstance(own, Mapping) else own for own in answers]
+    texts: list[Any] = [own.get("answer") if isinstance(own, Mapping) else own for own in answers]
     if not texts or not all(isinstance(own, str) for own in texts):
         raise DataError("'answers' must be a list of texts, or of objects with an 'answer'")
     return texts
@@ -197,8 +197,8 @@ def _text(content: Any, at: int, shown: Mapping[str, _Placed]) -> str:
         kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
             pieces.append(part["text"])
-        elif isinstance(kind, str) and (medium := shown.get(kind.removesuffix("_url"))) is not None:
-            pieces.append(medium.part(part, at))
+        elif isinstance(kind, str) and kind.removesuffix("_url") in shown:
+            pieces.append(shown[kind.removesuffix("_url")].part(part, at))
         else:
             raise DataError(f"turn {at}: a part of type {cut(repr(kind))}; parts are text, image or video")
     return "".join(pieces)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from vismem_core.base.images import PLACEHOLDER, Picture, embedded, verify
 from vismem_core.base.videos import Frame
@@ -19,6 +19,7 @@ from . import formats, sources
 from .texts import Row
 from .urls import stored
 
+Value = TypeVar("Value")
 MARKS = re.compile(f"{PLACEHOLDER}|{formats.CLIP}")
 DECODE = json.JSONDecoder().decode
 FRAMES, MOST_FRAMES = 8, 1024
@@ -153,7 +154,7 @@ class Reader:
         return size
 
 
-def _kept(known: dict[str, Any], key: str, value: Any) -> Any:
+def _kept(known: dict[str, Value], key: str, value: Value) -> Value:
     """Remember a value, and not too many."""
     if len(known) >= REMEMBERED:
         known.clear()

@@ -96,9 +96,10 @@ class Draws:
         wanted = [(count, self.position + count * own) for own in range(AHEAD)]
         for key in self._coming.keys() - set(wanted):
             self._coming.pop(key).cancel()
-        for key in wanted:
-            if key not in self._coming:
-                self._coming[key] = self._maker.submit(copy_context().run, self._round, *key)
+        for own, position in wanted:
+            if (own, position) not in self._coming:
+                made = self._maker.submit(copy_context().run, self._round, own, position)
+                self._coming[own, position] = made
 
     def close(self) -> None:
         """End the threads; what they were about to make is not needed."""
