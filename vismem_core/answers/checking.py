@@ -28,7 +28,7 @@ from vismem_core.files.samples import HINT, Dataset, OnBad, Part, Sample, Skippe
 from vismem_core.memory.tokens import NAMES
 
 CHUNK = 256
-REMEMBERED = 2**14
+REMEMBERED = 2**16
 """Images whose sizes are remembered, since several questions may be about them."""
 VERSION = 2
 """Of what is remembered; a change of what counts as a fault raises it."""
