@@ -23,6 +23,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -394,6 +395,8 @@ def run(cases: int, seed: int) -> tuple[Counter[str], list[str], float]:
     found, wrong, longest = Counter[str](), list[str](), 0.0
     texts.UNPACKED = tables.UNPACKED = 2**22
     texts.LONGEST = 2**20
+    with suppress(ImportError):
+        import datasets  # noqa: F401 - which takes long, and is no case's fault
     signal.signal(signal.SIGALRM, late)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
