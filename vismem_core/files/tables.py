@@ -81,7 +81,7 @@ class Parquet:
                 for batch in file.iter_batches(batch_size=TOGETHER):
                     self.starts.append(number)
                     copy.write_batch(batch.cast(plain))
-                    if number % 1024 == 0 and place.stat().st_size > most:
+                    if place.stat().st_size > most:
                         raise DataError(f"{self.path}: unpacks to more than {PACKED} times its size")
                     for row in batch.to_pylist():
                         number += 1

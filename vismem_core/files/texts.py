@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import threading
+import weakref
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -55,6 +56,7 @@ class Text:
             elif start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and path.suffix.lower() not in (".csv", ".tsv"):
                 raise DataError(f"{path}: is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
             self.state = self._now()
+        weakref.finalize(self, self.file.close)
 
     def _now(self) -> tuple[int, int]:
         now = os.fstat(self.file.fileno())
