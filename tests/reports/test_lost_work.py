@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import qwen
 
 from vismem_core.errors import AttachError, RewardError, TrainingError
-from vismem_core.training import batches, interrupt
+from vismem_core.training import draws, interrupt
 from vismem_core.training import loop as loops
 from vismem_core.training.display import Display
 from vismem_core.training.formation import Formation
@@ -47,7 +47,7 @@ def steps(output: Path) -> int:
 
 PLACES = {
     "while gradients are made": (loops.Loop, "_gradients"),
-    "while a batch is made": (batches, "usable_batch"),
+    "while a batch is made": (draws, "usable_batch"),
     "after the step": (Display, "step"),
 }
 
