@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = [
     (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    for name in ("index", "attach", "python", "training", "measuring", "publish")
+    for name in ("index", "attach", "python", "training", "measuring", "publish", "data")
 ]
 SHORT = {
     "train": "--set train.formation.steps=2 --set train.invocation.steps=2 --set train.eval_samples=2 "
@@ -26,6 +26,7 @@ SHORT = {
     "eval": "--per-type 4",
     "probe": "--per-type 2",
     "examples/trainers.py": "--steps 2",
+    "examples/measure_data.py": "--rows 2000 --formats jsonl",
     "examples/benchmark.py": "--only a --tokens 16 --repeats 1 --set text.num_hidden_layers=1",
 }
 """What makes a command of minutes one of seconds."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vismem_core.errors import cut
+from vismem_core.files.reading import FRAMES
 from vismem_core.files.samples import Dataset, Sample, open_dataset
 
 from . import completion, options
@@ -18,6 +21,8 @@ from .report import list_skipped, tell_skipped
 EXAMPLE = "Example: vismem data train.json --columns prompt=question"
 SHOWN = 5
 """Rows that are shown."""
+MADE = 1000
+"""Samples that are looked at of a data set that has to make them."""
 
 
 def data(
@@ -35,6 +40,8 @@ def data(
     ] = "train",
     columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
+    allow_urls: options.AllowUrls = False,
+    frames: options.Frames = FRAMES,
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A page with the first rows and images.", rich_help_panel=options.OUTPUT),
@@ -56,6 +63,8 @@ def data(
             need_answer=False,
             on_bad="skip",
             allow_outside=allow_outside,
+            urls=allow_urls,
+            frames=frames,
             columns=options.named_columns(columns),
         )
         told = _told(found)
@@ -72,22 +81,32 @@ def data(
 
 def _told(found: Dataset) -> dict[str, Any]:
     """Counts over all rows, and the first ones; of a data set that makes its samples, over a thousand of them."""
-    looked = found[:1000] if not found.told else found[:]
-    types = Counter(own.type or "" for own in looked)
+    looked = range(len(found) if found.told else min(len(found), MADE))
+    types, images, turns = Counter[str](), Counter[int](), 0
+    prompts, answers, several = array("l"), array("l"), 0
+    for own in (found[at] for at in looked):
+        types[own.type or ""] += 1
+        images[len(own.images)] += 1
+        turns += bool(own.turns)
+        several += len(own.references) > 1
+        prompts.append(len(own.prompt.split()))
+        if own.answer is not None:
+            answers.append(len(own.answer.split()))
     return {
         "questions": len(found),
         "looked_at": len(looked),
         "types": dict(types.most_common()),
-        "images": dict(sorted(Counter(len(own.images) for own in looked).items())),
-        "without_answer": sum(own.answer is None for own in looked),
-        "earlier_turns": sum(bool(own.turns) for own in looked),
-        "words_prompt": _spread([len(own.prompt.split()) for own in looked]),
-        "words_answer": _spread([len(own.answer.split()) for own in looked if own.answer is not None]),
-        "rows": [_row(own) for own in looked[:SHOWN]],
+        "images": dict(sorted(images.items())),
+        "without_answer": len(looked) - len(answers),
+        "several_answers": several,
+        "earlier_turns": turns,
+        "words_prompt": _spread(prompts),
+        "words_answer": _spread(answers),
+        "rows": [_row(own) for own in found[:SHOWN]],
     }
 
 
-def _spread(lengths: list[int]) -> dict[str, int]:
+def _spread(lengths: Iterable[int]) -> dict[str, int]:
     """Least, middle and most."""
     own = sorted(lengths)
     return {"least": own[0], "middle": own[len(own) // 2], "most": own[-1]} if own else {}
@@ -105,6 +124,8 @@ def _show(told: dict[str, Any]) -> None:
     rows.append(("types", ", ".join(f"{name} {number}" for name, number in list(types.items())[:12]) or "none"))
     rows.append(("images", ", ".join(f"{count} in {number}" for count, number in list(told["images"].items())[:8])))
     rows.append(("without answer", str(told["without_answer"])))
+    if told["several_answers"]:
+        rows.append(("several answers", f"in {told['several_answers']}"))
     if told["earlier_turns"]:
         rows.append(("earlier turns", f"in {told['earlier_turns']}"))
     for key, name in (("words_prompt", "words of prompts"), ("words_answer", "words of answers")):

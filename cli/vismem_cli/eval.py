@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vismem_core.files.reading import FRAMES
 from vismem_core.files.samples import open_dataset
 from vismem_core.training.folder import basis
 
@@ -27,6 +28,8 @@ def eval_(
     on_bad_sample: options.OnBad = options.OnBadSample.fail,
     check: options.Check = options.CheckRows.all,
     allow_outside: options.AllowOutside = False,
+    allow_urls: options.AllowUrls = False,
+    frames: options.Frames = FRAMES,
     memory: options.Memory = None,
     any_base: options.AnyBase = False,
     backbone: options.Backbone = None,
@@ -52,6 +55,8 @@ def eval_(
         "heldout",
         on_bad=on_bad_sample.value,
         allow_outside=allow_outside,
+        urls=allow_urls,
+        frames=frames,
         columns=options.named_columns(columns),
     )
     load = LoadOptions(memory, backbone, model, any_base, dtype.value, device, trust_remote_code, revision)

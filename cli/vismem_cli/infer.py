@@ -11,6 +11,7 @@ from rich.text import Text
 
 from vismem_core.base.embedded import embedded
 from vismem_core.errors import CheckpointError, VismemError, cut
+from vismem_core.files.reading import FRAMES
 from vismem_core.files.results import Results
 from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped, open_dataset, question, read
 
@@ -40,6 +41,8 @@ def infer(
     on_bad_sample: options.OnBad = options.OnBadSample.fail,
     check: options.Check = options.CheckRows.all,
     allow_outside: options.AllowOutside = False,
+    allow_urls: options.AllowUrls = False,
+    frames: options.Frames = FRAMES,
     memory: options.Memory = None,
     trigger: Annotated[
         str | None,
@@ -96,6 +99,8 @@ def infer(
             need_answer=False,
             on_bad=on_bad_sample.value,
             allow_outside=allow_outside,
+            urls=allow_urls,
+            frames=frames,
             columns=options.named_columns(columns),
         )
         left_out = list(samples.skipped)
@@ -173,10 +178,10 @@ def _answer_all(
 
             usable = check_rows(memory, samples.only(left), on_bad, check)
             left_out += usable.skipped
-            questions = {sample.id: sample for sample in usable}
+            questions = iter(usable)
             told = answers(memory, usable, left_out=left_out if on_bad == "skip" else None, **ask)
             for answer in track(told, "answering", total=len(usable), console=err):
-                asked = questions[answer.sample_id]
+                asked = next(own for own in questions if own.id == answer.sample_id)  # some may be left out
                 verdict = _judged(asked, answer)
                 results.add({"id": asked.id, "question": asked.digest()} | answer.to_dict() | verdict)
                 judged += [verdict["right"]] if verdict else []

@@ -69,6 +69,14 @@ AllowOutside = Annotated[
     bool,
     typer.Option("--allow-outside", help="Let a data file name images outside its folder.", rich_help_panel=DATA),
 ]
+AllowUrls = Annotated[
+    bool,
+    typer.Option("--allow-urls", help="Fetch images named by URL, public ones only.", rich_help_panel=DATA),
+]
+Frames = Annotated[
+    int,
+    typer.Option("--frames", metavar="N", min=1, help="Images that stand for each video.", rich_help_panel=DATA),
+]
 
 Memory = Annotated[
     str | None,
@@ -153,7 +161,7 @@ def named_columns(told: str | None) -> dict[str, str] | None:
     if told is None:
         return None
     found = dict(own.split("=", 1) for own in told.split(",") if "=" in own)
-    keys = ("id", "image", "images", "prompt", "answer", "type")
+    keys = ("id", "image", "images", "video", "prompt", "answer", "answers", "type")
     if len(found) != len(told.split(",")) or not all(found.values()) or found.keys() - set(keys):
         raise typer.BadParameter(f"expected KEY=NAME,... with keys among {', '.join(keys)}", param_hint="--columns")
     return found

@@ -13,6 +13,7 @@ import typer
 from vismem_core.base.embedded import embedded
 from vismem_core.config import Config, load
 from vismem_core.errors import ConfigError, TrainingError
+from vismem_core.files.reading import FRAMES
 from vismem_core.files.samples import open_dataset
 from vismem_core.training.folder import Basis, basis, refuse
 from vismem_core.training.folder import settings as run_settings
@@ -69,6 +70,8 @@ def train(
         ),
     ] = None,
     allow_outside: options.AllowOutside = False,
+    allow_urls: options.AllowUrls = False,
+    frames: options.Frames = FRAMES,
     backbone: options.Backbone = None,
     model: options.Model = None,
     device: options.Device = "auto",
@@ -161,7 +164,12 @@ def train(
     told |= {"check": check.value} if check else {}
     source = data or (stood and stood.data["source"]) or default_data(base.backbone, base.model)
     heldout = heldout or (stood and stood.heldout["source"]) or None
-    rows: dict[str, Any] = {"on_bad": told["on_bad"], "allow_outside": allow_outside}
+    rows: dict[str, Any] = {
+        "on_bad": told["on_bad"],
+        "allow_outside": allow_outside,
+        "urls": allow_urls,
+        "frames": frames,
+    }
     rows["columns"] = options.named_columns(columns) or (stood and stood.data.get("columns")) or None
     samples = open_dataset(source, "train", **rows)
     asked = open_dataset(heldout or source, "heldout", **rows)

@@ -139,3 +139,11 @@ def test_a_question_is_checked_like_a_row(folder: Path) -> None:
     ]:
         with pytest.raises(DataError, match=message):
             question(prompt, [folder / name])
+
+
+def test_postscript_is_refused(folder: Path) -> None:
+    (folder / "red.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(DataError, match=r"red\.png is PostScript, which is a program"):
+        read(write(folder, ROW), need_answer=True)
+    with pytest.raises(DataError, match="is PostScript"):
+        Sample("a", ((folder / "red.png").read_bytes(),), "?").load_images()

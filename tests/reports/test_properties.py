@@ -20,7 +20,8 @@ from tiny import picture
 from vismem_core.base.images import decode
 from vismem_core.errors import CheckpointError, DataError, VismemError
 from vismem_core.files import checkpoint
-from vismem_core.files.samples import KEYS, read
+from vismem_core.files.formats import KEYS
+from vismem_core.files.samples import read
 
 ROWS, IMAGES, MEMORIES = 10_000, 2_000, 2_000
 TOGETHER = 50

@@ -16,7 +16,7 @@ from tiny import qwen
 
 from vismem_cli import main
 from vismem_core.errors import TrainingError
-from vismem_core.training import batches
+from vismem_core.training import draws
 from vismem_core.training import loop as loops
 
 
@@ -184,13 +184,13 @@ def test_another_number_of_processes_keeps_the_batch(
     told = json.loads((output / "run.json").read_text())
     (output / "run.json").write_text(json.dumps(told | {"processes": 2}))
     sizes: list[int] = []
-    usable = batches.usable_batch
+    usable = draws.usable_batch
 
     def counted(backbone: Any, some: Any, out: Any) -> Any:
         sizes.append(len(some))
         return usable(backbone, some, out)
 
-    monkeypatch.setattr(batches, "usable_batch", counted)
+    monkeypatch.setattr(draws, "usable_batch", counted)
     run(output, resume=True)
     assert set(sizes) == {6}
     assert "began on 2 processes and goes on on 1; the steps' batches stay as large" in capsys.readouterr().err

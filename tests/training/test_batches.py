@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from transformers import BatchFeature
 from vismem_core.base.families import find_backbone
 from vismem_core.errors import DataError
 from vismem_core.files.samples import Sample, Skipped
-from vismem_core.training.batches import Batch, Draws, Sampler, extended
+from vismem_core.training.batches import Batch, Sampler, extended
+from vismem_core.training.draws import Draws
 from vismem_core.training.processes import Processes
 
 
@@ -108,3 +111,38 @@ def test_a_bad_sample_is_told_when_its_batch_is_asked_for() -> None:
     time.sleep(0.5)
     assert not left_out and lenient.position == 4  # what is saved now knows nothing of it
     assert "bad" not in ids(lenient(4)) and len(left_out) == 1 and lenient.position == 9
+
+
+def test_an_image_is_decoded_once_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, opened = [], Counter[str]()
+    for at in range(12):
+        Image.new("RGB", (56, 56), (at, 0, 0)).save(tmp_path / f"{at}.png")
+        text = "red or <|image_pad|> ?" if at in Sampler(12, 4, 0).draw()[1:3] else "red or green ?"
+        data.append(Sample(str(at), (tmp_path / f"{at}.png",), text, "red", "t"))
+    real = Image.open
+
+    def counted(file: Any, *rest: Any, **named: Any) -> Any:
+        opened[str(file)] += 1
+        return real(file, *rest, **named)
+
+    monkeypatch.setattr(Image, "open", counted)
+    left_out: list[Skipped] = []
+    draws = drawing(data, left_out)
+    batch = draws(4)
+    assert batch is not None and len(batch) == 4 and len(left_out) == 2
+    assert set(opened.values()) == {1} and all(isinstance(own.images[0], Path) for own in batch.samples)
+    draws.close()
+    assert not [own.name for own in threading.enumerate() if own.name.startswith("vismem-")]
+
+
+def test_on_a_cpu_threads_are_used_where_data_is_waited_for() -> None:
+    draws = drawing(samples())
+    draws.beside = False
+    draws.began -= 1e6
+    draws.ahead(4)
+    assert not draws._coming
+    draws.waited = 1e6
+    draws.ahead(4)
+    assert list(draws._coming) == [(4, 0), (4, 4)]
+    assert ids(draws(4)) == ids(drawing(samples())(4))
+    draws.close()

@@ -1,7 +1,7 @@
 """What is wrong with samples for one model, found before they are used: all of a file at once, or a batch as it is met.
 
 Rows are checked once: what was found is remembered by the digest of the data and of the processor, in the user's cache
-folder (``VISMEM_CACHE``, or else ``vismem`` in ``XDG_CACHE_HOME`` or ``~/.cache``).
+folder (:mod:`vismem_core.files.cache`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,16 @@ from transformers import BatchFeature
 
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.images import PLACEHOLDER, Picture
+from vismem_core.base.videos import Frame
 from vismem_core.errors import AttachError, DataError, VismemError, cut
-from vismem_core.files.samples import HINT, Dataset, OnBad, Sample, Skipped, asked
+from vismem_core.files import cache
+from vismem_core.files.samples import HINT, Dataset, OnBad, Part, Sample, Skipped, asked
 from vismem_core.memory.tokens import NAMES
 
 CHUNK = 256
-VERSION = 1
+REMEMBERED = 2**16
+"""Images whose sizes are remembered, since several questions may be about them."""
+VERSION = 2
 """Of what is remembered; a change of what counts as a fault raises it."""
 Sizes = tuple[tuple[int, int], ...]
 Progress = Callable[[int, int], None]
@@ -38,6 +44,7 @@ class Findings:
         faults: by index of the sample, what is wrong with it.
         long: indices of samples that are longer than the model's context.
         longest: of all samples, in tokens: prompt, images and answer.
+        bare: how many samples have no image.
         context: the model's, in tokens; 0 if it does not say.
     """
 
@@ -45,6 +52,7 @@ class Findings:
     long: list[int] = field(default_factory=list)
     longest: int = 0
     context: int = 0
+    bare: int = 0
 
 
 def checked(
@@ -73,16 +81,15 @@ def checked(
             f"{len(found.long)} of {len(data)} rows are longer than the model's context of {found.context} tokens "
             f"(the longest has {found.longest}), the first is {first.name}"
         )
-    bare = sum(not data[at].images for at in range(len(data)))
-    if bare and warn:
-        warn(f"{bare} of {len(data)} rows of {data.source} have no image")
+    if found.bare and warn:
+        warn(f"{found.bare} of {len(data)} rows of {data.source} have no image")
     if not found.faults:
         return data
     at, why = min(found.faults.items())
     if on_bad == "fail" or len(found.faults) == len(data):
         more = f" (and {len(found.faults) - 1} more bad rows)" if len(found.faults) > 1 else ""
         raise DataError(f"{data[at].name}: {why}{more}; {HINT}")
-    kept = [data[at] for at in range(len(data)) if at not in found.faults]
+    kept = Part(data.samples, array("q", (at for at in range(len(data)) if at not in found.faults)))
     out = [left_out(data[at], why) for at, why in sorted(found.faults.items())]
     return Dataset(kept, [*data.skipped, *out], data.groups, data.told, data.source)
 
@@ -99,13 +106,8 @@ def find(backbone: Backbone, data: Dataset, *, answers: bool, progress: Progress
         pass  # nothing is remembered, or not in this form: check anew
     found = _look(_Checker(backbone, answers), data, progress)
     if place is not None:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            waiting = place.with_suffix(f".{os.getpid()}")
-            waiting.write_text(json.dumps(vars(found)), encoding="utf-8")
-            os.replace(waiting, place)
-        except OSError:
-            pass  # a cache that cannot be written costs time and nothing else
+        with suppress(OSError):  # a cache that cannot be written costs time and nothing else
+            cache.keep(place, json.dumps(vars(found)).encode())
     return found
 
 
@@ -204,7 +206,7 @@ class _Checker:
 
     def sizes(self, sample: Sample) -> Sizes | str:
         """The sizes of a sample's images, all of them decoded; or why one does not."""
-        files = all(isinstance(image, Path) for image in sample.images)  # often several questions are about one
+        files = all(isinstance(image, Path | Frame) for image in sample.images)  # often several questions are about one
         if not files or sample.images not in self._by_files:
             try:
                 sizes: Sizes | str = tuple(image.size for image in sample.load_images())
@@ -212,7 +214,10 @@ class _Checker:
                 sizes = str(error).removeprefix(f"{sample.name}: ")
             if not files:
                 return sizes
+            if len(self._by_files) >= REMEMBERED:
+                self._by_files.clear()
             self._by_files[sample.images] = sizes
+            return sizes
         return self._by_files[sample.images]
 
     def alone(self, sample: Sample) -> str | None:
@@ -249,6 +254,7 @@ def _look(checker: _Checker, data: Dataset, progress: Progress | None) -> Findin
             seen = pool.map(checker.sizes, samples)
             lengths: list[int] = []
             faults = dict(checker.texts(samples, lengths))
+            found.bare += sum(not own.images for own in samples)
             for at, (sample, sizes) in enumerate(zip(samples, seen, strict=True)):
                 why, count = (sizes, 0) if isinstance(sizes, str) else checker.taken(sample, sizes)
                 if why := faults.get(at) or why:
@@ -270,5 +276,4 @@ def _remembered(backbone: Backbone, data: Dataset, answers: bool) -> Path:
     images: Any = getattr(processor, "image_processor", None)
     parts.append(images.to_json_string() if hasattr(images, "to_json_string") else repr(images))
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("VISMEM_CACHE") or Path(home) / "vismem") / "checks" / f"{key}.json"
+    return cache.folder("checks") / f"{key}.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from operator import mul
 from typing import Protocol
@@ -129,12 +129,28 @@ def score(
 
 
 def by_row(rule: Callable[[str, Sample], float]) -> Reward:
-    """A reward that takes one answer's text and its sample at a time."""
+    """A reward that takes one answer's text and its sample at a time: the best over the sample's references.
+
+    A reference that the rule cannot read, and raises for, counts only where it can read none of them.
+    """
 
     def reward(answers: Sequence[Written], samples: Sequence[Sample], /) -> list[float]:
-        return [rule(answer.text, sample) for answer, sample in zip(answers, samples, strict=True)]
+        return [_best(rule, answer.text, sample) for answer, sample in zip(answers, samples, strict=True)]
 
     return reward
+
+
+def _best(rule: Callable[[str, Sample], float], text: str, sample: Sample) -> float:
+    values: list[float] = []
+    failed: RewardError | None = None
+    for own in dict.fromkeys(sample.references) or (sample.answer,):
+        try:
+            values.append(rule(text, replace(sample, answer=own, references=())))
+        except RewardError as error:
+            failed = failed or error
+    if failed and not values:
+        raise failed
+    return max(values)
 
 
 def reference(sample: Sample) -> str:

@@ -16,8 +16,11 @@ from PIL import Image, ImageOps
 
 from vismem_core.errors import DataError, cut
 
-Picture = Image.Image | Path | bytes | str
-"""An image, the path of an image file, or what such a file holds; as text, a path, a data URL or base64."""
+from .videos import Frame, decode_frame, verify_video
+
+Picture = Image.Image | Path | bytes | str | Frame
+"""An image, the path of an image file, or what such a file holds; as text, a path, a data URL or base64; or a video's
+frame."""
 
 PLACEHOLDER = "<image>"
 """Where an image stands in a prompt; a prompt without any has its images in front."""
@@ -45,30 +48,45 @@ def decode(picture: Picture) -> Image.Image:
     if isinstance(picture, Path) and not is_file(picture):
         raise DataError(f"is no file: {shown(picture)}")
     try:
+        if isinstance(picture, Frame):
+            return _rgb(decode_frame(picture))
         if isinstance(picture, Image.Image):
             return _rgb(picture)
         with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+            _no_program(opened)
             return _rgb(opened)
     except Exception as error:  # damaged files make PIL raise nearly anything
         raise DataError(_why(error)) from error
 
 
-def verify(picture: Path | bytes) -> None:
-    """Check that a file is an image, without decoding its pixels.
+def verify(picture: Path | bytes | Frame) -> None:
+    """Check that a file is an image, or the video that a frame is of, without decoding its pixels.
 
     Raises:
         DataError: there is no such file, or it is damaged or of no known format.
     """
+    if isinstance(picture, Frame):
+        return _verify_video(picture.path)
     name = "the embedded image" if isinstance(picture, bytes) else f"the image {shown(picture)}"
     if not isinstance(picture, bytes) and not is_file(picture):
         raise DataError(f"no such image: {shown(picture)}")
     try:
         with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            _no_program(image)
             image.verify()
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, DataError) as error:
         raise DataError(f"{name} {_why(error)}") from error
     except Exception as error:  # damaged files make PIL raise nearly anything
         raise DataError(f"{name} is damaged or of no known format") from error
+
+
+def _verify_video(path: Path) -> None:
+    if not is_file(path):
+        raise DataError(f"no such video: {shown(path)}")
+    try:
+        verify_video(path)
+    except DataError as error:
+        raise DataError(f"the video {shown(path)} {error}") from error
 
 
 def embedded(text: str) -> bytes | None:
@@ -105,7 +123,7 @@ def content(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def shown(path: Path) -> str:
+def shown(path: Path | Frame) -> str:
     """A path for a message; whole, unless it is longer than paths are."""
     return cut(path, 80 if len(str(path)) > LONGEST else LONGEST)
 
@@ -116,6 +134,12 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def _no_program(image: Image.Image) -> None:
+    """PIL has Ghostscript run what a PostScript file holds."""
+    if image.format == "EPS":
+        raise DataError("is PostScript, which is a program and no picture")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -12,27 +12,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vismem_core.base.images import PLACEHOLDER
-from vismem_core.errors import DataError, cut
+from vismem_core.errors import DataError, cut, nearest
 
+KEYS = ("id", "image", "images", "video", "videos", "frames", "prompt", "answer", "answers", "type")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 IDS = ("id", "question_id", "uid", "sample_id")
 TYPES = ("type", "question_type", "category")
 ANSWERS = ("answer", "multiple_choice_answer", "answers", "label")
 IMAGES = ("image", "images", "img", "image_path")
+VIDEOS = ("video", "videos", "video_path")
+CLIP = "<video>"
+"""Where a video stands in a prompt."""
 
 
 def ours(
     row: Mapping[str, Any], number: int, columns: Mapping[str, str] | None = None, *, whole: bool = False
 ) -> dict[str, Any]:
-    """The same row with our keys: ``id``, ``images``, ``prompt``, ``answer``, ``type``, ``turns``.
+    """The same row with our keys: ``id``, ``images``, ``videos``, ``frames``, ``prompt``, ``answer``, ``type``,
+    ``turns`` and ``references``.
 
     Args:
         number: of the row, which is its id where it has none.
         columns: the row's own name of some of our keys.
-        whole: a row of our own form stays as it is, with what is not known there. Others' columns are left aside.
+        whole: a row of our own form holds our keys and nothing else. Others' columns are left aside.
 
     Raises:
-        DataError: a named column is missing, or what is in one cannot be understood.
+        DataError: an unknown key, a named column is missing, or what is in one cannot be understood.
     """
     if columns:
         if lost := [own for own in columns.values() if own not in row]:
@@ -43,15 +48,15 @@ def ours(
         }
     kind = kind_of(row)
     if kind == "ours" and whole and not columns:
-        return dict(row)
+        if strange := next((own for own in row if own not in KEYS), None):
+            raise DataError(f"unknown key {cut(strange)!r}; {nearest(strange, KEYS)}")
+        return dict(row) if row.get("answers") is None else {**row, **_answers(row)}
     told = _known(row, number)
     if kind in ("ours", "columns"):
-        told["prompt"] = row.get("prompt", row.get("question"))
-        told["answer"] = _agreed(next((row[key] for key in ANSWERS if row.get(key) is not None), None))
-        return told
-    images = list(told.get("images") or [])
-    turns = list(_turns(row, kind, images))
-    told["images"] = images
+        return told | {"prompt": row.get("prompt", row.get("question"))} | _answers(row)
+    images, videos = list(told.get("images") or []), list(told.get("videos") or [])
+    turns = list(_turns(row, kind, images, videos))
+    told |= {"images": images, "videos": videos}
     answer = turns.pop()[1] if turns and turns[-1][0] == "assistant" else None
     if not turns or turns[-1][0] != "user":
         raise DataError("the conversation has no question of a user in front of its end")
@@ -69,36 +74,95 @@ def kind_of(row: Mapping[str, Any]) -> str:
 
 def _known(row: Mapping[str, Any], number: int) -> dict[str, Any]:
     """What all formats have in common; other columns are left aside."""
-    told: dict[str, Any] = {"id": next((row[key] for key in IDS if row.get(key) is not None), number)}
-    if (type_ := next((row[key] for key in TYPES if isinstance(row.get(key), str)), None)) is not None:
-        told["type"] = type_
-    images = next((row[key] for key in IMAGES if row.get(key) is not None), None)
+    own, kind, images = _first(row, IDS), _first(row, TYPES, str), _first(row, IMAGES)
+    told: dict[str, Any] = {"id": number if own is None else own}
+    if kind is not None:
+        told["type"] = kind
     if images is not None:
         told["images"] = images if isinstance(images, list) else [images]
+    if (videos := _first(row, VIDEOS)) is not None:
+        told["videos"] = videos if isinstance(videos, list) else [videos]
+        told["frames"] = row.get("frames")
     return told
 
 
-def _agreed(answers: Any) -> Any:
-    """The answer that most annotators gave, the first of those that as many did."""
-    if isinstance(answers, (int, float)):
-        return str(answers)
-    if not isinstance(answers, list):
-        return answers
-    texts = [own.get("answer") if isinstance(own, Mapping) else own for own in answers]
+def _first(row: Mapping[str, Any], keys: Sequence[str], kind: type = object) -> Any:
+    """What stands under the first of some keys that holds something, or something of that kind."""
+    for key in keys:
+        if (value := row.get(key)) is not None and isinstance(value, kind):
+            return value
+    return None
+
+
+def _answers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to learn, which is the one that most annotators gave, or the first of those, where none is named; and
+    all that were given, where there are several."""
+    answer = _first(row, ANSWERS)
+    if isinstance(answer, str) and row.get("answers") is None:
+        return {"answer": answer}
+    given = [_each(own) for own in (row.get("answers"), answer) if isinstance(own, list)]
+    if isinstance(answer, list):
+        answer = Counter(given[-1]).most_common(1)[0][0]
+    elif isinstance(answer, (int, float)):
+        answer = str(answer)
+    if not given:
+        return {"answer": answer}
+    return {"answer": answer, "references": given[0] if answer in given[0] else [answer, *given[0]]}
+
+
+def _each(answers: Sequence[Any]) -> list[str]:
+    texts: list[Any] = [own.get("answer") if isinstance(own, Mapping) else own for own in answers]
     if not texts or not all(isinstance(own, str) for own in texts):
         raise DataError("'answers' must be a list of texts, or of objects with an 'answer'")
-    return Counter(texts).most_common(1)[0][0]
+    return texts
 
 
-def _turns(row: Mapping[str, Any], kind: str, images: list[Any]) -> Iterator[tuple[str, str]]:
-    """Role and text of each turn. Images that stand in the turns themselves are put among ``images``, in order."""
+class _Placed:
+    """Images, or videos, of a conversation in the order in which its turns show them.
+
+    Args:
+        own: those that the row has beside its turns; they stand where a turn has a mark and names none.
+        mark: what stands in texts in the place of one.
+        keys: under which a part names its own.
+    """
+
+    def __init__(self, own: list[Any], mark: str, keys: Sequence[str]) -> None:
+        self.own, self.mark, self.keys = own, mark, keys
+        self.waiting, self.found = iter(list(own)), list[Any]()
+
+    def marked(self, text: str) -> None:
+        """The marks of a text take what is waiting."""
+        for _ in range(text.count(self.mark)):
+            self.found.extend(own for own in [next(self.waiting, None)] if own is not None)
+
+    def part(self, part: Mapping[str, Any], at: int) -> str:
+        """A part that shows one; the mark for the turn's text."""
+        named = _first(part, self.keys)
+        if isinstance(named, Mapping) and isinstance(named.get("url"), str):
+            named = named["url"]
+        found = named if named is not None else next(self.waiting, None)
+        if found is None:
+            raise DataError(f"turn {at} shows more {self.mark[1:-1]}s than the row has")
+        self.found.append(found)
+        return self.mark
+
+    def end(self) -> None:
+        if self.found:
+            self.own[:] = [*self.found, *self.waiting]
+
+
+def _turns(row: Mapping[str, Any], kind: str, images: list[Any], videos: list[Any]) -> Iterator[tuple[str, str]]:
+    """Role and text of each turn. What stands in the turns themselves is put among ``images`` and ``videos``."""
     if kind == "conversations":
         messages: Sequence[Any] = row["conversations"]
         role, content = "from", "value"
     else:
         written = row["messages"] if isinstance(row.get("messages"), list) else [*row["prompt"], *_completion(row)]
         messages, role, content = written, "role", "content"
-    waiting, placed = iter(list(images)), list[Any]()
+    shown = {
+        "image": _Placed(images, PLACEHOLDER, ("image", "path", "url", "image_url")),
+        "video": _Placed(videos, CLIP, ("video", "path", "url", "video_url")),
+    }
     for at, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise DataError(f"turn {at} must be an object, got {cut(repr(message))}")
@@ -107,9 +171,9 @@ def _turns(row: Mapping[str, Any], kind: str, images: list[Any]) -> Iterator[tup
             raise DataError(
                 f"turn {at}: {role!r} is {cut(repr(message.get(role)))}; it must be one of {', '.join(ROLES)}"
             )
-        yield own, _text(message.get(content), at, waiting, placed)
-    if placed:
-        images[:] = [*placed, *waiting]
+        yield own, _text(message.get(content), at, shown)
+    for medium in shown.values():
+        medium.end()
 
 
 def _completion(row: Mapping[str, Any]) -> Sequence[Any]:
@@ -117,11 +181,11 @@ def _completion(row: Mapping[str, Any]) -> Sequence[Any]:
     return completion if isinstance(completion, list) else []
 
 
-def _text(content: Any, at: int, waiting: Iterator[Any], placed: list[Any]) -> str:
-    """The text of a turn, with a mark where an image stands."""
+def _text(content: Any, at: int, shown: Mapping[str, _Placed]) -> str:
+    """The text of a turn, with a mark where an image or a video stands."""
     if isinstance(content, str):
-        for _ in range(content.count(PLACEHOLDER)):
-            placed.extend(own for own in [next(waiting, None)] if own is not None)
+        for medium in shown.values():
+            medium.marked(content)
         return content
     if not isinstance(content, list):
         raise DataError(f"turn {at}: its content must be a text or a list of parts, got {cut(repr(content))}")
@@ -133,19 +197,8 @@ def _text(content: Any, at: int, waiting: Iterator[Any], placed: list[Any]) -> s
         kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
             pieces.append(part["text"])
-        elif kind in ("image", "image_url"):
-            placed.append(_image(part, at, waiting))
-            pieces.append(PLACEHOLDER)
+        elif isinstance(kind, str) and kind.removesuffix("_url") in shown:
+            pieces.append(shown[kind.removesuffix("_url")].part(part, at))
         else:
-            raise DataError(f"turn {at}: a part of type {cut(repr(kind))}; parts are text or image")
+            raise DataError(f"turn {at}: a part of type {cut(repr(kind))}; parts are text, image or video")
     return "".join(pieces)
-
-
-def _image(part: Mapping[str, Any], at: int, waiting: Iterator[Any]) -> Any:
-    named = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
-    if isinstance(named, Mapping) and isinstance(named.get("url"), str):
-        named = named["url"]
-    found = named if named is not None else next(waiting, None)
-    if found is None:
-        raise DataError(f"turn {at} shows more images than the row has")
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from vismem_core.errors import DataError
 
 from .lock import alone
-from .samples import Sample
+from .samples import Part, Sample
 
 
 class Results:
@@ -75,19 +76,22 @@ class Results:
                 return
         self._read(number, line)
 
-    def left(self, samples: Sequence[Sample]) -> list[Sample]:
+    def left(self, samples: Sequence[Sample]) -> Sequence[Sample]:
         """The samples that have no answer yet.
 
         Raises:
             DataError: an answer to another question under a sample's id.
         """
-        for sample in samples:
-            if sample.id in self.kept and self.kept[sample.id] != sample.digest():
+        left = array("q")
+        for at, sample in enumerate(samples):
+            if sample.id not in self.kept:
+                left.append(at)
+            elif self.kept[sample.id] != sample.digest():
                 raise DataError(
                     f"{self.path}: {sample.id!r} answers another prompt or image; choose another output file, or "
                     "remove this one"
                 )
-        return [sample for sample in samples if sample.id not in self.kept]
+        return Part(samples, left)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row, which must have an ``id``."""

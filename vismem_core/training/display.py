@@ -14,7 +14,7 @@ from rich.progress import TimeRemainingColumn as Eta
 from rich.table import Table
 from rich.text import Text
 
-HIDDEN = ("stage", "step", "skipped")
+HIDDEN = ("data_wait", "stage", "step", "skipped")
 
 
 class Display:

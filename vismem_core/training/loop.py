@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,9 @@ from vismem_core.files import checkpoint
 from vismem_core.files.samples import Skipped
 from vismem_core.memory.memory import Memory
 
-from .batches import Batch, Draws
+from .batches import Batch
 from .callbacks import Callbacks
+from .draws import Draws
 from .folder import BEST
 from .heldout import Heldout
 from .interrupt import Interrupt
@@ -65,7 +67,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
         )
-        self.done, self.rank, self.finished = 0, 0, False
+        self.done, self.rank, self.finished, self.seconds = 0, 0, False, 0.0
         self.saver = Saver(output, memory, self.optimizer, stage, name, left_out)
         if (batch := draws.sampler.batch) < processes.count:
             raise TrainingError(f"{name}: a batch of {batch} is too small for {processes.count} processes")
@@ -115,6 +117,7 @@ class Loop:
         if self._due():  # the run ended before it was evaluated here
             self._evaluate(record, interrupt)
         while self.done < steps and not self.callbacks.stopping:
+            began, waited = time.perf_counter(), self.draws.waited
             self.callbacks.tell("on_step_begin")
             figures, norm = self._gradients(self.done)
             self.callbacks.tell("on_pre_optimizer_step")
@@ -125,7 +128,8 @@ class Loop:
                 record.write(row)
                 self.done, self.rank = self.done + 1, 0
                 self._whole()
-            record.stepped(row)
+            self.seconds += time.perf_counter() - began
+            record.stepped({**row, "data_wait": self.draws.waited - waited})
             self.callbacks.stepped(self.done, self.draws.position / self.draws.sampler.size, row)
             self._whole()
             if skipped == TRIES:

@@ -23,11 +23,11 @@ from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped
 from vismem_core.memory.memory import Memory
 
 from . import state
-from .batches import Draws
 from .callbacks import Callbacks, parse
 from .callbacks import checked as checked_callback
 from .closing import Closing, course, lost
 from .display import Display
+from .draws import Draws
 from .folder import BASIS, BEST, SETTINGS, Basis, basis, read_json, refuse
 from .formation import Formation
 from .formation_grpo import FormationGrpo
@@ -107,6 +107,7 @@ def train(
         if not run.processes.first:
             return {}
         report |= course(output, questions.metric.name)
+        report["data_wait"] = round(run.waited / run.stepped, 4) if run.stepped else 0.0
         report["skipped"] = lost(usable, asked, left_out=run.left_out)
         report["seconds"] = round(time.monotonic() - began, 1)
         checkpoint.write_card(output, report)
@@ -138,6 +139,7 @@ class Run:
         self.parts = self.processes.count
         self.done: state.State | None = None
         self.left_out: list[Skipped] = []
+        self.waited, self.stepped = 0.0, 0.0
         self.display = Display(console, shown=self.processes.first)
         self.trackers = Trackers(config.train.trackers, output, to_dict(config))
         self.callbacks = Callbacks(told, config.train, memory, self.processes, output)
@@ -265,7 +267,11 @@ class Run:
             loop.restore(self.done)
         self.display.begin(name, stage.settings.steps, loop.done)
         files = (self.output, list(STAGES), name, loop.mark, processes.first)
-        loop.run(Record(*files, self.trackers, self.display))
+        try:
+            loop.run(Record(*files, self.trackers, self.display))
+        finally:
+            draws.close()
+        self.waited, self.stepped = self.waited + draws.waited, self.stepped + loop.seconds
 
 
 def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from vismem_core.answers.metric import Scores
 from vismem_core.answers.reward import Written, parse, score
@@ -21,19 +20,10 @@ def judge(argument: str) -> Scores:
 
 
 def _of(name: str, argument: str) -> Scores:
-    """The best value of a reward over a sample's references."""
+    """A reward's value, which is the best over a sample's references."""
     reward = parse([f"{name}:{argument}" if argument else name])
 
     def scores(predictions: Sequence[str], samples: Sequence[Sample], /) -> list[float]:
-        asked = [
-            (at, Written(text), replace(sample, answer=own))
-            for at, (text, sample) in enumerate(zip(predictions, samples, strict=True))
-            for own in dict.fromkeys(sample.references) or (sample.answer,)
-        ]
-        told = score(reward, [own for _, own, _ in asked], [own for _, _, own in asked])
-        best = [0.0] * len(samples)
-        for (at, _, _), value in zip(asked, told, strict=True):
-            best[at] = max(best[at], value)
-        return best
+        return score(reward, [Written(text) for text in predictions], samples)
 
     return scores

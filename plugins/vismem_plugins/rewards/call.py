@@ -11,7 +11,7 @@ from vismem_core.errors import ConfigError
 from vismem_core.files.samples import Sample
 from vismem_core.plugins import TARGET, reason, resolve
 
-COLUMNS = ("id", "answer", "type")
+COLUMNS = ("id", "answer", "type", "references")
 """What a sample has, as TRL passes the columns of a data set: lists by name."""
 OURS = ("answers", "samples")
 
@@ -20,8 +20,8 @@ def call(argument: str) -> Reward:
     """The function that ``package.module:function`` names.
 
     It has the form of ``vismem_core.Reward``, or that of TRL's reward functions: it takes ``completions``, and perhaps
-    ``prompts``, ``completion_ids`` and columns of the data (``id``, ``answer``, ``type``), by name, all of them lists.
-    Completions are texts.
+    ``prompts``, ``completion_ids`` and columns of the data (``id``, ``answer``, ``type``, ``references``), by name, all
+    of them lists. Completions are texts.
 
     Raises:
         ConfigError: it cannot be imported, is no function, or takes what is neither of the two.

@@ -1,0 +1,152 @@
+"""Batches that are made while something else is done, the same ones at any time and in any number of processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+from threading import Lock
+
+import torch
+
+from vismem_core.base.backbone import Backbone
+from vismem_core.errors import DataError
+from vismem_core.files.samples import Sample, Skipped, seen
+
+from .batches import Batch, Sampler, usable_batch
+from .processes import Processes
+
+AHEAD = 2
+"""Batches that are made before they are asked for."""
+NOTICED = 0.02
+"""Share of the time from which on waiting for data is worth threads on a CPU, which slow the step."""
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What was made of some drawn samples in this process: a batch of the usable ones, and the faults of the others.
+
+    Attributes:
+        samples: with their images decoded; :attr:`batch` holds some of them.
+        drawn: the same samples as the data has them.
+    """
+
+    drawn: list[Sample]
+    samples: list[Sample]
+    batch: Batch | None
+    faults: list[Skipped]
+
+
+class Draws:
+    """Gives so many samples of the data as a batch, this process's part of them; None if that is none.
+
+    Batches are made in a thread while a step is taken, and their images decoded in several. What comes out is the same
+    as if they were made when they are asked for.
+
+    Args:
+        batch: samples of a step, in all processes.
+        left_out: bad samples are left out and added here, and further ones take their places; without it the first one
+            raises.
+
+    Attributes:
+        position: where the samples stand that are yet to be given.
+        waited: seconds that who asked has waited.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: Sequence[Sample],
+        batch: int,
+        seed: int,
+        processes: Processes,
+        left_out: list[Skipped] | None,
+    ) -> None:
+        self.backbone, self.data, self.processes, self.left_out = backbone, data, processes, left_out
+        self.sampler, self.position = Sampler(len(data), batch, seed), 0
+        self.beside, self.waited, self.began = backbone.device.type != "cpu", 0.0, time.perf_counter()
+        self._maker = ThreadPoolExecutor(1, "vismem-batches")
+        self._decoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "vismem-images")
+        self._processor = Lock()  # tokenizers are one thread's at a time
+        self._coming: dict[tuple[int, int], Future[_Round]] = {}
+
+    def __call__(self, count: int) -> Batch | None:
+        """All processes ask for the same number.
+
+        Raises:
+            DataError: a bad sample, or no good one is left.
+        """
+        began = time.perf_counter()
+        try:
+            return self._agreed(count)
+        finally:
+            self.waited += time.perf_counter() - began
+
+    def ahead(self, count: int) -> None:
+        """Begin to make the next batches beside what else is done: images are decoded while a GPU takes a step.
+
+        On a CPU only where the data is waited for, since the step is slower for it.
+        """
+        self.beside = self.beside or self.waited > NOTICED * (time.perf_counter() - self.began)
+        if not self.beside:
+            return
+        wanted = [(count, self.position + count * own) for own in range(AHEAD)]
+        for key in self._coming.keys() - set(wanted):
+            self._coming.pop(key).cancel()
+        for own, position in wanted:
+            if (own, position) not in self._coming:
+                made = self._maker.submit(copy_context().run, self._round, own, position)
+                self._coming[own, position] = made
+
+    def settle(self) -> None:
+        """Until the batches that are made ahead are there, for who uses the processor meanwhile."""
+        wait(self._coming.values())
+
+    def close(self) -> None:
+        """End the threads; what they were about to make is not needed."""
+        for own in (self._maker, self._decoders):
+            own.shutdown(wait=True, cancel_futures=True)
+
+    def _agreed(self, count: int) -> Batch | None:
+        """A batch in which further samples have taken the places of bad ones, in all processes."""
+        left_out = None if self.left_out is None else list(self.left_out)
+        good: list[Sample] = []
+        whole: dict[int, Sample] = {}
+        batch, wanted, looked, position = None, count, 0, self.position
+        while wanted:
+            if looked > len(self.data) + count:
+                one = f"; one of the faults: {left_out[0]}" if left_out else ""
+                raise DataError(f"no usable sample is left in the data{one}")
+            coming = self._coming.pop((wanted, position), None)
+            own = coming.result() if coming else self._round(wanted, position)
+            position, looked, batch = position + wanted, looked + wanted, own.batch
+            whole |= {id(seen): plain for seen, plain in zip(own.samples, own.drawn, strict=True)}
+            lost = len(own.samples) - (len(batch) if batch else 0)
+            wanted = int(self.processes.total(torch.tensor(float(lost))).item())
+            if wanted and left_out is not None:  # an epoch later they are met again
+                left_out = list(dict.fromkeys(self.processes.everyones([*left_out, *own.faults])))
+            if wanted or good:
+                good += batch.samples if batch else []
+                batch = None
+        if good:
+            batch = self._usable(good, left_out)
+        self.position = position
+        if self.left_out is not None:
+            self.left_out[:] = left_out or []
+        return batch and replace(batch, samples=[whole[id(seen)] for seen in batch.samples])
+
+    def _round(self, count: int, position: int) -> _Round:
+        """Some samples' part of this process; no other process is asked."""
+        drawn = [self.data[at] for at in self.sampler.at(position, count)]
+        own = list(self.processes.part(sorted(drawn, key=lambda one: -len(one.answer or ""))))
+        samples = list(self._decoders.map(seen, own))
+        faults: list[Skipped] = []
+        batch = self._usable(samples, None if self.left_out is None else faults) if samples else None
+        return _Round(own, samples, batch, faults)
+
+    def _usable(self, samples: Sequence[Sample], left_out: list[Skipped] | None) -> Batch | None:
+        with self._processor:
+            return usable_batch(self.backbone, samples, left_out)
