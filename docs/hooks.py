@@ -19,9 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import typer.main
-
-from vismem_cli.app import app
+from vismem_cli.app import OWN, own_command
 from vismem_core.config import Config, schema
 
 DOCS = Path(__file__).parent
@@ -58,7 +56,7 @@ def generated(markdown: str) -> str:
 
 def commands() -> str:
     """Every command of the program: what it does, its arguments, its options and their defaults."""
-    return "\n\n".join(_command(name, own) for name, own in typer.main.get_command(app).commands.items())  # type: ignore[attr-defined]
+    return "\n\n".join(_command(name, own_command(name)) for name in OWN)
 
 
 def _command(name: str, command: Any) -> str:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 import yaml
 
-from vismem_cli.app import app
+from vismem_cli.app import OWN, own_command
 from vismem_cli.program import USAGE
 from vismem_core.config import Config, to_dict
 
@@ -23,11 +22,9 @@ DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = sorted(DOCS.rglob("*.md"))
 TOLD = [README, ROOT / "CONTRIBUTING.md", *PAGES]
-GROUP: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = {name: own_command(name) for name in OWN}
 BLOCK = re.compile(r"^```(?:sh|text)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"(?<!`)`(vismem [a-z]+[^`]*)`")
-ELSEWHERE = {"serve", "demo"}
-"""Commands that pages may show before they are there."""
 
 
 def hooks() -> Any:
@@ -79,9 +76,9 @@ def shown(page: Path) -> Iterator[list[str]]:
 
 
 def command(words: list[str], page: Path) -> Any:
-    """The command that words begin with; None for one that is a page's own plugin's, or not there yet."""
-    found = GROUP.commands.get(words[0])
-    assert found or words[0] in ELSEWHERE or page.parent.name == "plugins", f"there is no command {words[0]!r}"
+    """The command that words begin with; None for one that is a page's own plugin's."""
+    found = COMMANDS.get(words[0])
+    assert found or page.parent.name == "plugins", f"there is no command {words[0]!r}"
     return found
 
 
@@ -110,8 +107,8 @@ def test_pages_get_what_they_ask_for() -> None:
             yield from keys(value, f"{path}{key}.") if isinstance(value, dict) else [path + key]
 
     wanted = [f"| <code>{key}</code> | " for key in keys(to_dict(Config()))]
-    wanted += [f"## vismem {own}\n" for own in GROUP.commands]
-    wanted += [f"<code>{option}" for own in GROUP.commands.values() for one in own.params for option in one.opts[-1:]
+    wanted += [f"## vismem {own}\n" for own in COMMANDS]
+    wanted += [f"<code>{option}" for own in COMMANDS.values() for one in own.params for option in one.opts[-1:]
                if one.param_type_name == "option"]  # fmt: skip
     wanted += [f"::: {own}\n" for names in HOOKS.public().values() for own in names]
     assert [own for own in wanted if own not in told + "\n"] == []

@@ -136,7 +136,9 @@ def same(ours: Path, whole: Path) -> None:
     for name in ("memory.safetensors", "best/memory.safetensors"):
         got, expected = (load_file(place / name) for place in (ours, whole))
         assert all(got[key].equal(expected[key]) for key in expected), name
-    reports = [json.loads((place / "report.json").read_text()) | {"seconds": 0, "data_wait": 0} for place in (ours, whole)]
+    reports = [
+        json.loads((place / "report.json").read_text()) | {"seconds": 0, "data_wait": 0} for place in (ours, whole)
+    ]
     assert reports[0] == reports[1]
 
 
