@@ -6,10 +6,16 @@ import json
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 import pytest
 from hub import hub
 
@@ -22,6 +28,11 @@ COMMANDS = [
 ]
 
 
+SERVERS = {"serve": ("8000", "/health"), "demo": ("7860", "/")}
+"""Commands that stay: the port that the page has, and what answers once they are there."""
+(ASKING,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
 @pytest.mark.long
 def test_the_whole_road(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -30,16 +41,49 @@ def test_the_whole_road(tmp_path: Path) -> None:
         keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         settings = {"HF_ENDPOINT": place.address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_ours"}
         settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        for words in COMMANDS:
-            program = [sys.executable, "-m", "vismem_cli"] if words[0] == "vismem" else [sys.executable]
+
+        def run(*words: str) -> str:
             ran = subprocess.run(
-                [*program, *words[1:]], cwd=tmp_path, env=keep | settings, capture_output=True, text=True, check=False
+                [sys.executable, *words], cwd=tmp_path, env=keep | settings, capture_output=True, text=True, check=False
             )
             assert ran.returncode == 0, f"{shlex.join(words)}\n{ran.stderr[-2000:]}"
-            said[words[1]] = ran.stdout + ran.stderr
+            return ran.stdout + ran.stderr
+
+        for words in COMMANDS:
+            if words[1] not in SERVERS:
+                said[words[1]] = run(*(["-m", "vismem_cli"] if words[0] == "vismem" else []), *words[1:])
+                continue
+            with serving(words, tmp_path, keep | settings) as port:
+                if words[1] == "serve":
+                    said["serve"] = run("-c", ASKING.replace("8000", port))
         assert "user/mosaics" in place.repos
-    assert list(said) == ["examples/llava_mosaics.py", "data", "train", "eval", "push", "infer"]
+    assert list(said) == ["examples/llava_mosaics.py", "data", "train", "eval", "push", "infer", "serve"]
     assert "200" in said["data"] and "published" in said["push"]
     report = json.loads((tmp_path / "runs" / "mosaics" / "report.json").read_text(encoding="utf-8"))
     assert report["samples"] == 40
     assert "prompt  what is below row 1 column 1 ?" in said["infer"] and "memory  " in said["infer"]
+    answers = said["serve"].splitlines()
+    assert len(answers) == 3 and all(re.fullmatch(r"\w.* \[.*\]", own) for own in answers)
+    assert answers[0].rpartition(" [")[0] in said["infer"].splitlines()
+
+
+@contextmanager
+def serving(words: list[str], place: Path, settings: dict[str, str]) -> Iterator[str]:
+    """The command while it answers, at a port that is free; it ends well when it is asked to."""
+    usual, path = SERVERS[words[1]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    asked = [own for own in words[1:] if own not in ("--port", usual)] + ["--port", port]
+    with subprocess.Popen([sys.executable, "-m", "vismem_cli", *asked], cwd=place, env=settings) as running:
+        try:
+            for _ in range(600):
+                with suppress(httpx.TransportError):
+                    if httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200:
+                        break
+                assert running.poll() is None, f"{shlex.join(words)} ended with {running.returncode}"
+                time.sleep(0.1)
+            yield port
+        finally:
+            running.send_signal(signal.SIGTERM)
+    assert words[1] != "serve" or running.returncode == 0
