@@ -43,7 +43,7 @@ def experiment(
         int | None, typer.Option(metavar="N", min=1, help="Processes at a time; by default as many as cores.")
     ] = None,
     config: options.ConfigFile = None,
-    device: options.Device = "auto",
+    device: options.DeviceAlone = "auto",
     dtype: options.Dtype = options.DType.auto,
     as_json: options.Json = False,
 ) -> None:

@@ -48,7 +48,19 @@ AnyBase = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option("--device", metavar="NAME", help="Such as cpu, cuda or cuda:1; or map or shard (docs/training.md)."),
+    typer.Option("--device", metavar="NAME", help="Such as cpu, cuda or cuda:1; or map or tensor (docs/scaling.md)."),
+]
+
+
+def _alone(device: str) -> str:
+    if device.partition(":")[0] == "tensor":
+        raise typer.BadParameter("only train, infer and eval share a base between processes; map spreads it over GPUs")
+    return device
+
+
+DeviceAlone = Annotated[
+    str,
+    typer.Option("--device", metavar="NAME", help="Such as cpu, cuda or cuda:1; or map.", callback=_alone),
 ]
 Dtype = Annotated[DType, typer.Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32.")]
 TrustRemoteCode = Annotated[

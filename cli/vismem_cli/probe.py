@@ -34,7 +34,7 @@ def probe(
     check: options.Check = options.CheckRows.all,
     columns: options.Columns = None,
     allow_outside: options.AllowOutside = False,
-    device: options.Device = "auto",
+    device: options.DeviceAlone = "auto",
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,

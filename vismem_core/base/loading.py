@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import disable_fsdp_ram_efficient_loading, get_max_memory
+from accelerate.utils import get_max_memory
 from transformers import AutoConfig
+from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -17,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from vismem_core.errors import AttachError, VismemError, nearest
 from vismem_core.plugins import registry
 
-from . import shards
+from . import tensor
 from .embedded import embedded
 from .families import find_backbone
 
@@ -39,8 +41,8 @@ def load_base(
         model: hub id or folder; None takes the model embedded for ``backbone``.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's on a GPU, fp32 on a CPU.
         device: a torch device, ``auto`` for a GPU where there is one, ``map`` to spread over all GPUs (each of
-            several processes on a machine over its share of them), or ``shard`` for layers that all processes share
-            (:mod:`vismem_core.base.shards`), which is ``auto`` where ``accelerate launch`` asks for FSDP.
+            several processes on a machine over its share of them), or ``tensor:N`` for a base that N processes hold
+            together (:mod:`vismem_core.base.tensor`); ``tensor`` is all those of a machine.
 
     Raises:
         VismemError: what is missing or does not fit, and what to do.
@@ -56,22 +58,24 @@ def load_base(
     if not name:
         raise AttachError(f"{source}: {unknown}")
     family = registry("backbones").get(name)
-    plain = "cuda" if torch.cuda.is_available() else "cpu"
-    place = ("shard" if shards.asked() else plain) if device == "auto" else device
-    precise = (plain if place == "shard" else place) == "cpu"
+    plain, sharers = "cuda" if torch.cuda.is_available() else "cpu", tensor.asked(device)
+    place = plain if device == "auto" else device
+    precise = (plain if sharers else place) == "cpu"
     if place == "cuda":  # each process that ``accelerate launch`` starts has a GPU of its own
         place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     options["dtype"] = (torch.float32 if precise else "auto") if dtype == "auto" else getattr(torch, dtype)
     if place == "map":
         options |= {"device_map": "auto"} | _share()
-    if place == "shard":
-        disable_fsdp_ram_efficient_loading()  # with it transformers gives weights to the first process alone
+    if sharers:
+        tensor.refuse(source, backbone_of(source, trust_remote_code, revision)[0], sharers)
+        options["distributed_config"] = DistributedConfig(tp_size=sharers)
     try:
-        loaded, processor = family.load(source, **options)
+        with tensor.groups(sharers) if sharers else nullcontext():
+            loaded, processor = family.load(source, **options)
     except Exception as error:  # damaged files make the libraries that read them raise nearly anything
         raise AttachError(_reason(source, error)) from error
-    if place not in ("map", "shard"):
+    if place != "map" and not sharers:
         try:
             loaded = loaded.to(place)
         except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
@@ -80,8 +84,6 @@ def load_base(
         name = find_backbone(loaded).name
     elif not family.matches(loaded):
         raise AttachError(f"{source}: backbone {name!r} does not know model type {loaded.config.model_type!r}")
-    if place == "shard":
-        shards.Shards(loaded)
     return loaded, processor, name
 
 
@@ -134,6 +136,8 @@ def _reason(source: str, error: Exception) -> str:
         return str(error)
     if "trust_remote_code" in str(error):
         return f"{source}: brings its own code, which would run on this machine; pass --trust-remote-code to allow it"
+    if "no `tp_plan`" in str(error):
+        return f"{source}: {tensor.NO_PLAN}; {tensor.INSTEAD}"
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     if isinstance(error, OSError) and not Path(source).exists():
         why = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "it could not be fetched from the hub"

@@ -84,7 +84,6 @@ class Loop:
             metrics,
             self._saved_whatever_happens(metrics),
             only(self.memory, self.parameters),
-            self.processes.graphs(),
             interrupt,
         ):
             for step in range(self.first, steps):

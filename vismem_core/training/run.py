@@ -90,12 +90,12 @@ def train(
         stack.enter_context(run.display)
         stack.enter_context(run.trackers)
         stages = run.stages()
-        if stages and run.processes.first:
+        if stages and run.processes.leads:
             run.rehearse(asked, groups)
         run.processes.wait()
         for name in stages:
             run.train(name, usable)
-        if run.processes.first:
+        if run.processes.leads:
             run.refuse_nonsense(asked)
             memory.save(output, training=to_dict(config.train))
             report = run.measure(asked, groups)
