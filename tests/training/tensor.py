@@ -184,4 +184,4 @@ if __name__ == "__main__":
         else:
             worst = compare(found(case, here, device), torch.load(here / "expected.pt"))
             if dist.get_rank() == 0:
-                print(name, worst, flush=True)
+                print(name, worst, flush=True)  # noqa: T201

@@ -121,7 +121,7 @@ class Adapter:
         own = states[:, tokens] if isinstance(tokens, slice) else states
         own = tensor.gathered(own, down.in_features, self.among)
         made = up(down(layer.lora_dropout[self.name](own.to(down.weight.dtype)))) * layer.scaling[self.name]
-        made = tensor.like(made, output, self.among)
+        made = tensor.parted(made, output.shape[-1], self.among)
         if not isinstance(tokens, slice):
             whole: Tensor = output + (made * self._shares()[..., None] if tokens else made)
             return whole.to(output.dtype)

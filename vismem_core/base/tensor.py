@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,6 @@ from transformers.distributed import mixin, utils
 
 from vismem_core.errors import AttachError, TrainingError
 
-if TYPE_CHECKING:
-    from transformers.distributed.configuration_utils import DistributedConfig
-
 KEYS = ("k_proj", "qkv_proj", "query_key_value")
 """Layers whose split splits attention, by the last part of their names."""
 NO_PLAN = "transformers has no plan that splits this model's attention"
@@ -32,28 +29,17 @@ INSTEAD = "use --device map, or cuda where a GPU holds all of it"
 
 
 def everyone() -> Accelerator:
-    """The processes that ``accelerate launch`` or ``torchrun`` started, and this one's place among them.
-
-    Raises:
-        TrainingError: there are others that cannot be reached.
-    """
+    """The processes that ``accelerate launch`` or ``torchrun`` started; TrainingError if they cannot be reached."""
     found = Accelerator()  # reads what ``accelerate launch`` set
     started = os.environ.get("WORLD_SIZE", "1")
     if started != str(found.num_processes):
-        raise TrainingError(
-            f"started as one of {started} processes, which do not see each other: on the CPU, set "
-            "ACCELERATE_USE_CPU=true"
-        )
+        told = f"started as one of {started} processes, which do not see each other"
+        raise TrainingError(f"{told}: on the CPU, set ACCELERATE_USE_CPU=true")
     return found
 
 
 def asked(device: str) -> int:
-    """How many processes are to hold one base by ``tensor`` or ``tensor:N``; 0 for another device.
-
-    Raises:
-        AttachError: no such number of them, or not as many as were started can do so.
-        TrainingError: as :func:`everyone`.
-    """
+    """How many processes are to hold one base by ``tensor[:N]``, 0 by others; AttachError if those started cannot."""
     name, _, told = device.partition(":")
     if name != "tensor":
         return 0
@@ -70,11 +56,7 @@ def asked(device: str) -> int:
 
 
 def refuse(source: str, config: Any, size: int) -> None:
-    """See, before weights are read, that a base of this configuration can be split among ``size`` processes.
-
-    Raises:
-        AttachError: it cannot, and what can be done instead.
-    """
+    """AttachError where ``size`` processes cannot hold a base of this configuration; before weights are read."""
     text = config.get_text_config(decoder=True)
     plan: dict[str, str] = getattr(text, "base_model_tp_plan", None) or {}
     heads: Any = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
@@ -94,7 +76,7 @@ def refuse(source: str, config: Any, size: int) -> None:
 def groups(size: int) -> Iterator[None]:
     """Bases loaded inside the context are held by ``size`` neighbours each; transformers means all processes."""
 
-    def neighbours(distributed_config: DistributedConfig) -> tuple[torch.device, utils.TransformersDeviceMesh]:
+    def neighbours(distributed_config: Any) -> tuple[torch.device, utils.TransformersDeviceMesh]:
         kind = torch._C._get_accelerator().type
         device = utils._bind_local_device(kind, int(os.environ.get("LOCAL_RANK", 0)))
         shape = (1, dist.get_world_size() // size, 1, size)
@@ -114,7 +96,7 @@ def mesh(model: Any) -> Any:
     return model._device_mesh["tp"] if (getattr(model, "_tp_size", None) or 1) > 1 else None
 
 
-def first(model: Any) -> bool:
+def writes(model: Any) -> bool:
     """Whether this process writes what those that hold ``model`` together have come to; true where there is one."""
     return mesh(model) is None or dist.get_rank() == 0
 
@@ -132,19 +114,15 @@ def agreed(model: Any, value: Tensor) -> Tensor:
     return value
 
 
-def gathered(states: Tensor, width: int, among: Any) -> Tensor:
-    """All (.., width) of a layer's input or output of which this process may have its part; as is its gradient."""
-    return states if states.shape[-1] == width else _moved(states, width, among, Shard(-1), Replicate())
+def gathered(part: Tensor, width: int, among: Any) -> Tensor:
+    """All (.., width) of what goes into a layer, of which this process may have its part; as of its gradient."""
+    return part if part.shape[-1] == width else _moved(part, among, Shard(-1), Replicate())
 
 
-def like(made: Tensor, output: Tensor, among: Any) -> Tensor:
-    """This process's part of ``made``, if ``output`` is one; its gradient is of all of it."""
-    width = made.shape[-1]
-    return made if output.shape[-1] == width else _moved(made, width, among, Replicate(), Shard(-1))
+def parted(whole: Tensor, width: int, among: Any) -> Tensor:
+    """This process's part (.., width) of what comes out of a layer, or all of it; its gradient is that of all parts."""
+    return whole if whole.shape[-1] == width else _moved(whole, among, Replicate(), Shard(-1))
 
 
-def _moved(own: Tensor, width: int, among: Any, now: Placement, then: Placement) -> Tensor:
-    shape = torch.Size([*own.shape[:-1], width])
-    stride = torch.empty(shape, device="meta").stride()
-    placed = DTensor.from_local(own, among, [now], run_check=False, shape=shape, stride=stride)
-    return placed.redistribute(placements=[then]).to_local()
+def _moved(own: Tensor, among: Any, now: Placement, then: Placement) -> Tensor:
+    return DTensor.from_local(own, among, [now], run_check=False).redistribute(placements=[then]).to_local()

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vismem_core.base import tensor as parallel
 from vismem_core.base.adapters import foreign
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.embedded import embedded
+from vismem_core.base.tensor import whole, writes
 from vismem_core.config import MemoryConfig, from_dict, to_dict
 from vismem_core.errors import CheckpointError, VismemError
 from vismem_core.plugins import registry
@@ -52,7 +52,7 @@ def save(
         "memory": to_dict(config),
         **about,
     }
-    if not parallel.first(backbone.model):
+    if not writes(backbone.model):
         return
     folder.mkdir(parents=True, exist_ok=True)
     # Both are on disk before either replaces its predecessor; the description goes last and names its weights.
@@ -137,11 +137,11 @@ def fingerprint(backbone: Backbone) -> str:
     """
     own = ((name, tensor) for name, tensor in backbone.model.named_parameters() if not foreign(name))
     tensors = {name.replace(".base_layer", ""): tensor for name, tensor in own if tensor.ndim == 1}
-    tensors["embeddings"] = parallel.whole(backbone.embeddings.weight)[:64]
+    tensors["embeddings"] = whole(backbone.embeddings.weight)[:64]
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        rounded = parallel.whole(tensor.detach()).to("cpu", torch.bfloat16)
+        rounded = whole(tensor.detach()).to("cpu", torch.bfloat16)
         rounded = rounded.where(rounded.abs() >= 2.0**-16, 0)
         digest.update(rounded.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
