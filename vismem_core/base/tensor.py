@@ -43,6 +43,8 @@ def asked(device: str) -> int:
     name, _, told = device.partition(":")
     if name != "tensor":
         return 0
+    if not hasattr(utils, "TransformersDeviceMesh"):
+        raise AttachError(f"device {device!r} takes transformers 5.24: pip install -U transformers")
     if told and not told.isdecimal():
         raise AttachError(f"device {device!r}: tensor:N takes the number of processes that hold one base")
     count = everyone().num_processes
@@ -59,14 +61,13 @@ def refuse(source: str, config: Any, size: int) -> None:
     """AttachError where ``size`` processes cannot hold a base of this configuration; before weights are read."""
     text = config.get_text_config(decoder=True)
     plan: dict[str, str] = getattr(text, "base_model_tp_plan", None) or {}
-    heads: Any = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
     if (quantised := getattr(config, "quantization_config", None)) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         why = f"its weights are quantised ({method})"
     elif not any(name.endswith(KEYS) and style == "colwise" for name, style in plan.items()):
         why = f"{NO_PLAN} ({text.model_type})"
-    elif any(own % size for own in (heads if isinstance(heads, list) else [heads])):
-        why = f"{size} processes cannot share its {heads} key heads evenly"
+    elif odd := {own.num_key_value_heads for own in text.per_layer_config if own.num_key_value_heads % size}:
+        why = f"{size} processes cannot share its {min(odd)} key heads evenly"
     else:
         return
     raise AttachError(f"{source}: {why}; {INSTEAD}")
