@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import vismem_core as vismem
 from vismem_core.base.loading import load_base
-from vismem_core.base.tensor import whole
+from vismem_core.base.tensor import mesh, whole
 from vismem_core.config import (
     Config,
     GrpoConfig,
@@ -42,9 +42,16 @@ from vismem_core.training.processes import Processes
 from vismem_core.training.run import train
 
 LORA = config(policy=PolicyConfig("lora", rank=4))
-STAGE = PolicyStageConfig(steps=2, batch=4, lr=1e-3)
-GRPO = GrpoConfig(STAGE, STAGE, rewards=("call:samples:even",), group=4, max_new_tokens=10)
-WHOLE = TrainConfig(objective="sft+grpo", formation=STAGE, grpo=GRPO, eval_samples=1, max_new_tokens=4)
+
+
+def whole_run(batch: int = 4, lr: float = 1e-3, **more: Any) -> TrainConfig:
+    """A warm start and both stages of GRPO, of two steps each."""
+    stage = PolicyStageConfig(steps=2, batch=batch, lr=lr)
+    grpo = GrpoConfig(stage, stage, rewards=("call:samples:even",), group=4, max_new_tokens=10, **more)
+    return TrainConfig(objective="sft+grpo", formation=stage, grpo=grpo, eval_samples=1, max_new_tokens=4)
+
+
+WHOLE = whole_run()
 ONE = StageConfig(steps=1, batch=4, lr=1e-3)
 SHORT = TrainConfig(objective="sft", formation=ONE, invocation=ONE, eval_samples=1, max_new_tokens=4)
 TOLERANCES = {"fp32": 1e-5, "memory": 1e-4, "fp64": 1e-6, "gradient": 1e-5, "trained": 1e-4}
@@ -53,12 +60,16 @@ TOLERANCES = {"fp32": 1e-5, "memory": 1e-4, "fp64": 1e-6, "gradient": 1e-5, "tra
 
 @dataclass
 class Case:
-    """A base of bases.py, memory's settings and a run; one that ``resumes`` is stopped after so many steps."""
+    """A base of bases.py, memory's settings and a run.
+
+    Where several hold the base, a run that ``resumes`` is stopped after so many steps, and their groups run ``parts``.
+    """
 
     base: str
     settings: MemoryConfig
     run: TrainConfig
     resumes: int = 0
+    parts: TrainConfig | None = None
 
 
 def dry(settings: MemoryConfig) -> MemoryConfig:
@@ -74,11 +85,11 @@ CASES = {
     "llava_onevision": Case("llava_onevision", config(), SHORT),
     "timm_lm": Case("timm_lm", config(), SHORT),
     # By hand
-    "groups": Case("untied", dry(LORA), WHOLE),
+    "groups": Case("untied", dry(LORA), whole_run(4, 1e-5, settled=1.0), parts=whole_run(2, 1e-5, settled=1.0)),
     "recompute": Case(
         "tied",
         config("transformer", "recompute", "cross", policy=PolicyConfig("lora", rank=4)),
-        replace(WHOLE, grpo=replace(GRPO, checkpointing=True)),
+        replace(WHOLE, grpo=replace(WHOLE.grpo, checkpointing=True)),
     ),
     "reread": Case("llava_next", config("lora", "recompute"), SHORT),
     "dropped": Case(
@@ -108,7 +119,8 @@ def found(case: Case, folder: Path, device: str) -> dict[str, Any]:
     told["memory latents"] = torch.cat([own.latents for own in memory.trace.invocations])
     with memory.off():
         _asked(told, "fp32 off", base)
-    _same(base.generate(*QUESTIONS, do_sample=True, temperature=2.0, top_k=0).sequences)
+    together = mesh(model).get_group() if mesh(model) else None
+    _same(base.generate(*QUESTIONS, do_sample=True, temperature=2.0, top_k=0).sequences, together)
     model.double()
     _asked(told, "fp64 on", base)
     before = {name: whole(own.detach()).clone() for name, own in model.named_parameters()}
@@ -134,7 +146,8 @@ def _trained(told: dict[str, Any], case: Case, memory: vismem.Memory, output: Pa
         if stops and len(steps) > stops:
             raise KeyboardInterrupt
 
-    settings, stops = Config(case.settings, case.run), case.resumes if output.name == "tensor" else 0
+    several = output.name == "tensor"
+    settings, stops = Config(case.settings, case.parts if several and case.parts else case.run), case.resumes * several
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Processes, "add_gradients", noted)
         if resume := bool(stops):
@@ -147,16 +160,16 @@ def _trained(told: dict[str, Any], case: Case, memory: vismem.Memory, output: Pa
     told |= {f"trained {name}": _same(own.detach()).clone() for name, own in memory.trained().items()}
 
 
-def _same(own: Tensor) -> Tensor:
-    """What this process has, which is to the last bit what every other has."""
+def _same(own: Tensor, group: Any = None) -> Tensor:
+    """What this process has, which is to the last bit what every other has (of ``group``)."""
     if dist.is_initialized():
-        everyones = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyones, own.contiguous())
+        everyones = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyones, own.contiguous(), group=group)
         assert all(other.equal(own) for other in everyones)
     return own
 
 
-def compare(told: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+def compare(told: dict[str, Any], expected: dict[str, Any], slack: float) -> dict[str, float]:
     """The greatest difference of each kind; what has none is equal."""
     assert told.keys() == expected.keys()
     worst: dict[str, float] = {}
@@ -168,7 +181,7 @@ def compare(told: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
         assert own.shape == other.shape and own.isfinite().equal(other.isfinite()), name
         known = other.isfinite()
         gap = (own - other)[known].abs().max().item() / (other[known].abs().max().item() or 1.0)
-        assert gap <= TOLERANCES[kind], f"{name}: {gap}"
+        assert gap <= slack * TOLERANCES[kind], f"{name}: {gap}"
         worst[kind] = max(worst.get(kind, 0.0), gap)
     return worst
 
@@ -184,6 +197,7 @@ if __name__ == "__main__":
             made.processor.save_pretrained(here / "base")
             torch.save(found(case, here, device), here / "expected.pt")
         else:
-            worst = compare(found(case, here, device), torch.load(here / "expected.pt"))
+            slack = 10.0 if case.parts else 1.0  # sums over a batch in parts are memory's own, in fp32
+            worst = compare(found(case, here, device), torch.load(here / "expected.pt"), slack)
             if dist.get_rank() == 0:
                 print(name, worst, flush=True)  # noqa: T201

@@ -21,6 +21,7 @@ from vismem_core.base.compiled import Compiler
 from vismem_core.base.loading import load_base
 from vismem_core.errors import AttachError
 from vismem_core.files.results import Results
+from vismem_core.plugins import registry
 from vismem_core.training.processes import Processes
 
 FAMILIES = ("qwen2_5_vl", "internvl", "llava", "llava_next", "llava_onevision", "timm_lm")
@@ -85,6 +86,23 @@ def _quantised() -> Any:
 def test_bases_that_cannot_be_split(config: Any, told: str) -> None:
     with pytest.raises(AttachError, match=f"^a/b: .*{told}"):
         tensor.refuse("a/b", config(), 4)
+
+
+def test_a_family_may_say_why_not() -> None:
+    with pytest.raises(AttachError, match=r"^a/b: its MLPs keep what stands out.*use --device map"):
+        tensor.refuse("a/b", AutoConfig.for_model("gemma3n"), 2, registry("backbones").get("gemma3n").undivided)
+
+
+def test_a_class_that_drops_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the loaded class tells that; transformers' own words name settings that are not the user's."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ValueError("`tp_size=2` was requested, but `Own` has no `tp_plan`. Pass `tp_plan` in `DistributedConfig`")
+
+    monkeypatch.setattr(tensor, "everyone", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(registry("backbones").get("llava"), "load", fails)
+    with pytest.raises(AttachError, match=r"no plan that splits this model's attention; use --device map"):
+        load_base("llava", device="tensor:2")
 
 
 def test_a_base_that_can() -> None:

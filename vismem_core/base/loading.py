@@ -68,7 +68,7 @@ def load_base(
     if place == "map":
         options |= {"device_map": "auto"} | _share()
     if sharers:
-        tensor.refuse(source, backbone_of(source, trust_remote_code, revision)[0], sharers)
+        tensor.refuse(source, backbone_of(source, trust_remote_code, revision)[0], sharers, family.undivided)
         options["distributed_config"] = DistributedConfig(tp_size=sharers)
     try:
         with tensor.groups(sharers) if sharers else nullcontext():

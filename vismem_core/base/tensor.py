@@ -57,8 +57,8 @@ def asked(device: str) -> int:
     return size
 
 
-def refuse(source: str, config: Any, size: int) -> None:
-    """AttachError where ``size`` processes cannot hold a base of this configuration; before weights are read."""
+def refuse(source: str, config: Any, size: int, why: str = "") -> None:
+    """AttachError where ``size`` processes cannot hold a base of this configuration, or there is a reason already."""
     text = config.get_text_config(decoder=True)
     plan: dict[str, str] = getattr(text, "base_model_tp_plan", None) or {}
     if (quantised := getattr(config, "quantization_config", None)) is not None:
@@ -68,9 +68,8 @@ def refuse(source: str, config: Any, size: int) -> None:
         why = f"{NO_PLAN} ({text.model_type})"
     elif odd := {own.num_key_value_heads for own in text.per_layer_config if own.num_key_value_heads % size}:
         why = f"{size} processes cannot share its {min(odd)} key heads evenly"
-    else:
-        return
-    raise AttachError(f"{source}: {why}; {INSTEAD}")
+    if why:
+        raise AttachError(f"{source}: {why}; {INSTEAD}")
 
 
 @contextmanager
