@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,21 +29,18 @@ FAMILIES = ("qwen2_5_vl", "internvl", "llava", "llava_next", "llava_onevision", 
 
 
 @pytest.mark.long
-def test_two_that_hold_a_base_are_one(tmp_path: Path) -> None:
-    script = [sys.executable, str(Path(__file__).with_name("tensor.py")), str(tmp_path)]
-    launch([*script, "cpu", *FAMILIES], 1)
-    launch([*script, "tensor:2", *FAMILIES], 2)
-
-
-@pytest.mark.long
-def test_two_that_answer_speak_and_write_once(tmp_path: Path) -> None:
-    file, rows = tmp_path / "answers.jsonl", tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"id": str(at), "prompt": "what is it ?"}) + "\n" for at in range(3)))
-    asked = [sys.executable, "-m", "vismem_cli", "infer", "--data", str(rows), "--output", str(file)]
-    told = launch([*asked, "--device", "tensor:2", "--max-new-tokens", "8", "--json"], 2)
+def test_two_that_hold_a_base_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They also speak and write once."""
+    script = str(Path(__file__).with_name("tensor.py"))
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path), "cpu", *FAMILIES])
+    runpy.run_path(script, run_name="__main__")
+    asked = [{"id": str(at), "prompt": "what is it ?"} for at in range(3)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    told = launch([sys.executable, script, str(tmp_path), "tensor:2", *FAMILIES, "infer"], 2)
     assert json.loads(told[0])["answered"] == 3
     assert told[1] == ""
-    assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == ["0", "1", "2"]
+    answers = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in answers] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(
