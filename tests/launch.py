@@ -7,12 +7,13 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 
 
-def launch(command: Sequence[str], processes: int) -> None:
-    """What ``ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`` starts; all of them have to end well."""
+def launch(command: Sequence[str], processes: int) -> list[str]:
+    """What ``ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`` starts; all have to end well. Each one's stdout."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -22,13 +23,15 @@ def launch(command: Sequence[str], processes: int) -> None:
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
         for rank in range(processes)
     ]
-    running = [
-        subprocess.Popen(command, env=os.environ | shared | own, stderr=subprocess.PIPE, text=True) for own in ranks
-    ]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, env=os.environ | shared | own, **pipes) for own in ranks]
+    told: list[str] = []
     try:
         for own in running:
-            _, errors = own.communicate(timeout=240)
+            output, errors = own.communicate(timeout=240)
             assert own.returncode == 0, errors
+            told.append(output)
     finally:
         for own in running:
             own.kill()
+    return told

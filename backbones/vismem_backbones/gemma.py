@@ -76,6 +76,7 @@ class Gemma3n(Gemma4):
 
     name = "gemma3n"
     model_types = ("gemma3n",)
+    undivided = "its MLPs keep what stands out of all their columns, of which a process would see its own alone"
 
     @property
     def _nothing(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,12 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+FIRST = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+"""Whether this process is the one of several, started by ``torchrun``, that speaks and writes."""
+out = Console(highlight=False, quiet=not FIRST)
+err = Console(stderr=True, highlight=False, quiet=not FIRST)
 
 
 def print_json(data: Mapping[str, Any]) -> None:
     """One object on stdout, on one line; in ASCII where stdout is not Unicode."""
+    if not FIRST:
+        return
     unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
     typer.echo(json.dumps(data, ensure_ascii=not unicode, default=str))
 

@@ -51,7 +51,7 @@ def experiment(
     ] = None,
     backbone: options.Backbone = None,
     model: options.Model = None,
-    device: options.Device = "auto",
+    device: options.DeviceAlone = "auto",
     dtype: options.Dtype = options.DType.auto,
     quick: Annotated[
         bool,

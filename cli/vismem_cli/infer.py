@@ -16,7 +16,7 @@ from vismem_core.files.results import Results
 from vismem_core.files.samples import Dataset, OnBad, Sample, Skipped, open_dataset, question, read
 
 from . import completion, options
-from .console import err, out, print_json, say
+from .console import FIRST, err, out, print_json, say
 from .report import list_skipped, tell_skipped
 from .sources import LoadOptions, check_names, check_rows, memory_source, open_memory, tell_unknown
 
@@ -123,12 +123,14 @@ def infer(
         print_json(answer.to_dict() | verdict)
     else:
         _show(sample, answer, verdict)
-    if picture is not None:
+    if picture is not None and FIRST:
         drawing.draw(answer, sample, picture)
     if html is not None:
         from vismem_core.experiments import look
 
-        look.write(look.look(opened, sample, max_new_tokens=max_new_tokens, trigger=trigger), html)
+        looked = look.look(opened, sample, max_new_tokens=max_new_tokens, trigger=trigger)
+        if FIRST:
+            look.write(looked, html)
 
 
 def _sample(load: LoadOptions, images: list[Path], prompt: str | None) -> Sample:
@@ -169,7 +171,7 @@ def _answer_all(
         left_out: gets the rows that cannot be used, if ``on_bad`` is ``skip``.
     """
     answered, judged = 0, list[bool]()
-    with Results(output, _made(load, ask)) as results:
+    with Results(output, _made(load, ask), writes=FIRST) as results:
         left = results.left(samples)
         if left:
             memory = open_memory(load)

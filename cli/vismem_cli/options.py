@@ -114,7 +114,21 @@ TrustRemoteCode = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1; map or shard over several.", rich_help_panel=MODEL
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1; map or tensor over several.", rich_help_panel=MODEL
+    ),
+]
+
+
+def _alone(device: str) -> str:
+    if device.partition(":")[0] == "tensor":
+        raise typer.BadParameter("only train, infer and eval share a base between processes; map spreads it over GPUs")
+    return device
+
+
+DeviceAlone = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1; map over several.", callback=_alone, rich_help_panel=MODEL
     ),
 ]
 Dtype = Annotated[

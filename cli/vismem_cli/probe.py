@@ -35,7 +35,7 @@ def probe(
     any_base: options.AnyBase = False,
     backbone: options.Backbone = None,
     model: options.Model = None,
-    device: options.Device = "auto",
+    device: options.DeviceAlone = "auto",
     dtype: options.Dtype = options.DType.auto,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,

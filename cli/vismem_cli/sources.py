@@ -75,8 +75,10 @@ def check_names(
 
 def open_memory(options: LoadOptions) -> Memory:
     """The memory of ``--memory``, or the shipped one, attached to the model it was trained on or to ``--model``."""
-    if options.device == "shard":
-        raise typer.BadParameter("only training shares a base between processes; map spreads it", param_hint="--device")
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != "1" and options.device not in ("tensor", f"tensor:{started}"):
+        told = f"{started} processes answer only if all hold one base together: tensor"
+        raise typer.BadParameter(told, param_hint="--device")
     source, options = memory_source(options), with_base(options)
     with err.status("loading"):
         from vismem_core import attach

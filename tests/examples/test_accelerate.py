@@ -11,7 +11,7 @@ FILES = sorted((Path(__file__).parents[2] / "examples" / "accelerate").glob("*.y
 @pytest.mark.parametrize("file", FILES, ids=lambda own: own.stem)
 def test_accelerate_reads_it(file: Path) -> None:
     config = load_config_from_file(str(file))
-    assert {"one": ("NO", 1), "ddp": ("MULTI_GPU", 2), "fsdp": ("FSDP", 2)}[file.stem] == (
+    assert {"one": ("NO", 1), "ddp": ("MULTI_GPU", 2)}[file.stem] == (
         config.distributed_type,
         config.num_processes,
     )

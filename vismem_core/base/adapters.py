@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from vismem_core.errors import AttachError
 
+from . import tensor
+
 FOREIGN = re.compile(r"\.(lora|ia3)_")
 """Names of parameters that are somebody's adapter, and not the model's own."""
 
@@ -68,6 +70,7 @@ class Adapter:
             why = f"{odd} is a {type(found[odd]).__name__}" if odd is not None else "no module has such a name"
             raise AttachError(f"the LoRA targets {targets!r} do not fit this model: {why}")
         self.name, self.share = f"vismem_{name}", cast("Tensor | None", None)
+        self.among = tensor.mesh(model)
         self.layers = _lora_layers(found, self.name, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout))
         self._handles = [own.register_forward_hook(_Hook(self, path)) for path, own in found.items()]
         self.train(False)
@@ -109,14 +112,16 @@ class Adapter:
         """What a layer's output becomes where the adapter is on.
 
         Args:
-            states, output: of the layer, (.., d_in) and (.., d_out).
+            states, output: of the layer, (.., d_in) and (.., d_out), or this process's part of them.
         """
         layer, tokens = self.layers[path], self._tokens()
         down, up = layer.lora_A[self.name], layer.lora_B[self.name]
         if down.weight.device != states.device:  # the model was moved after it was given memory
             layer.to(states.device)
         own = states[:, tokens] if isinstance(tokens, slice) else states
+        own = tensor.gathered(own, down.in_features, self.among)
         made = up(down(layer.lora_dropout[self.name](own.to(down.weight.dtype)))) * layer.scaling[self.name]
+        made = tensor.parted(made, output.shape[-1], self.among)
         if not isinstance(tokens, slice):
             whole: Tensor = output + (made * self._shares()[..., None] if tokens else made)
             return whole.to(output.dtype)

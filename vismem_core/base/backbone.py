@@ -44,6 +44,8 @@ class Backbone(ABC):
     rereads: bool = True
     """Whether the language model's states follow from embeddings, padding and positions alone, so that a prompt can be
     read again, as ``context="recompute"`` does."""
+    undivided: ClassVar[str] = ""
+    """Why processes cannot hold a base together (:mod:`vismem_core.base.tensor`), where transformers' plan errs."""
     packs: bool = False
     """Whether the language model's attention is plain ``sdpa`` and gets its keyword arguments from ``forward``, so that
     latents can enter in the neighbours' pass (:mod:`vismem_core.decoding.packing`) instead of in one of their own."""

@@ -17,6 +17,7 @@ from vismem_core.errors import AttachError
 from . import cache as kv
 from .adapters import active, share
 from .backbone import Backbone
+from .tensor import mesh
 
 FIXED = ("sdpa", "eager")
 """Kinds of attention that take a mask over room that is reserved, and not yet written."""
@@ -46,6 +47,10 @@ class Compiler:
             AttachError: it was asked for, and the model's attention or code does not allow it.
         """
         model, decoder = self.backbone.model, self.backbone.decoder
+        if mesh(model) is not None:
+            if asked:
+                raise AttachError("a base that several processes hold is not compiled: set memory.compile=false")
+            return None
         if not asked and not model._valid_auto_compile_criteria(model_kwargs, config):
             return None
         settings: CompileConfig = config.compile_config or model._default_compile_config()

@@ -23,6 +23,8 @@ from transformers import CONFIG_MAPPING
 
 from vismem_core.errors import VismemError, cut
 
+from . import tensor
+
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 TOKENIZERS = (
@@ -48,6 +50,8 @@ def reason(source: str, error: Exception, revision: str | None = None) -> str:
         return str(error)
     if "trust_remote_code" in str(error):
         return f"{source}: brings its own code, which would run on this machine; pass --trust-remote-code to allow it"
+    if "no `tp_plan`" in str(error):
+        return f"{source}: {tensor.NO_PLAN}; {tensor.INSTEAD}"
     folder = _folder(source, revision)
     if folder is None:
         if not HUB_ID.fullmatch(source):

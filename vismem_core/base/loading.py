@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import disable_fsdp_ram_efficient_loading, get_max_memory
+from accelerate.utils import get_max_memory
 from transformers import AutoConfig
+from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -16,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 from vismem_core.errors import AttachError, nearest
 from vismem_core.plugins import registry
 
-from . import damage, shards
+from . import damage, tensor
 from .embedded import embedded
 from .families import find_backbone
 
@@ -38,8 +40,8 @@ def load_base(
         model: hub id or folder; None takes the model embedded for ``backbone``.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's on a GPU, fp32 on a CPU.
         device: a torch device, ``auto`` for a GPU where there is one, ``map`` to spread over all GPUs (each of
-            several processes on a machine over its share of them), or ``shard`` for layers that all processes share
-            (:mod:`vismem_core.base.shards`), which is ``auto`` where ``accelerate launch`` asks for FSDP.
+            several processes on a machine over its share of them), or ``tensor:N`` for a base that N processes hold
+            together (:mod:`vismem_core.base.tensor`); ``tensor`` is all those of a machine.
 
     Raises:
         VismemError: what is missing or does not fit, and what to do.
@@ -55,25 +57,27 @@ def load_base(
     if not name:
         raise AttachError(f"{source}: {unknown}")
     family = registry("backbones").get(name)
-    plain = "cuda" if torch.cuda.is_available() else "cpu"
-    place = ("shard" if shards.asked() else plain) if device == "auto" else device
-    precise = (plain if place == "shard" else place) == "cpu"
+    plain, sharers = "cuda" if torch.cuda.is_available() else "cpu", tensor.asked(device)
+    place = plain if device == "auto" else device
+    precise = (plain if sharers else place) == "cpu"
     if place == "cuda":  # each process that ``accelerate launch`` starts has a GPU of its own
         place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     options["dtype"] = (torch.float32 if precise else "auto") if dtype == "auto" else getattr(torch, dtype)
     if place == "map":
         options |= {"device_map": "auto"} | _share()
-    if place == "shard":
-        disable_fsdp_ram_efficient_loading()  # with it transformers gives weights to the first process alone
-    _check_device(place)
+    if sharers:
+        tensor.refuse(source, backbone_of(source, trust_remote_code, revision)[0], sharers, family.undivided)
+        options["distributed_config"] = DistributedConfig(tp_size=sharers)
+    else:
+        _check_device(place)
     try:
-        with damage.heard(source):
+        with damage.heard(source), tensor.groups(sharers) if sharers else nullcontext():
             loaded, processor = family.load(source, **options)
         damage.check_tokenizer(source, processor)
     except Exception as error:  # damaged files make the libraries that read them raise nearly anything
         raise AttachError(damage.reason(source, error, revision)) from error
-    if place not in ("map", "shard"):
+    if place != "map" and not sharers:
         try:
             loaded = loaded.to(place)
         except (RuntimeError, AssertionError) as error:  # such as too little memory
@@ -82,14 +86,12 @@ def load_base(
         name = find_backbone(loaded).name
     elif not family.matches(loaded):
         raise AttachError(f"{source}: backbone {name!r} does not know model type {loaded.config.model_type!r}")
-    if place == "shard":
-        shards.Shards(loaded)
     return loaded, processor, name
 
 
 def _check_device(place: str) -> None:
     """Tell a device that is none before a model is loaded for it."""
-    if place in ("map", "shard"):
+    if place == "map":
         return
     try:
         device = torch.device(place)

@@ -75,7 +75,7 @@ class _Opened:
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}") from error
         try:
-            self.container = self.av.open(
+            self.container: Any = self.av.open(
                 self.file, options={"format_whitelist": FORMATS, "protocol_whitelist": "data"}
             )
             return self._stream()

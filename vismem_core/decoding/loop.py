@@ -25,6 +25,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from vismem_core.base import cache as kv
+from vismem_core.base.tensor import agreed
 from vismem_core.config import KINDS, Kind
 from vismem_core.errors import AttachError
 from vismem_core.memory.trace import Invocation, Trace
@@ -114,7 +115,7 @@ class Decoder:
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             owes = (tokens >= self.tokens.first) & (tokens < self.tokens.first + len(KINDS))
             ended = ended | stopping_criteria(input_ids, record.scores)
-            running = running & (~ended | owes)
+            running = agreed(self.memory.model, running & (~ended | owes))  # clocks, say, differ
             fed, going = torch.stack([tokens, running.long()]).tolist()  # the one wait for the device in a step
             self._note(fed)
             alive = list(map(bool, going))
@@ -161,9 +162,8 @@ class Decoder:
 
     def _select(self, scores: Tensor, sample: bool) -> Tensor:
         """Each row's next token."""
-        if sample:
-            return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-        return scores.argmax(-1)
+        tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1) if sample else scores.argmax(-1)
+        return agreed(self.memory.model, tokens)
 
     def _kept(self, alive: list[bool]) -> list[int] | None:
         """Before the next pass: the rows that go on, or None where all do, as in ``generate``."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from vismem_core.base.adapters import foreign
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.embedded import embedded
+from vismem_core.base.tensor import whole, writes
 from vismem_core.config import MemoryConfig, from_dict, to_dict
 from vismem_core.errors import CheckpointError, VismemError
 from vismem_core.plugins import registry
@@ -38,14 +39,14 @@ STAGED = re.compile(r"\..+\.\d+")
 def save(
     folder: Path, trained: Mapping[str, Tensor], backbone: Backbone, config: MemoryConfig, about: Mapping[str, Any]
 ) -> None:
-    """Write a memory's trained tensors and its description.
+    """Write a memory's trained tensors and its description. Processes that hold its base together all call it; the
+    first writes.
 
     Args:
         trained: its tensors, by name.
         backbone, config: the base it belongs to, and its settings.
         about: more entries for ``vismem.json``, such as how it was trained.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
     written: dict[str, Any] = {
         "format": FORMAT,
@@ -53,6 +54,9 @@ def save(
         "memory": to_dict(config),
         **about,
     }
+    if not writes(backbone.model):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     # Both are on disk before either replaces its predecessor; the description goes last and names its weights.
     with _staged(folder / ABOUT) as description, _staged(folder / WEIGHTS) as weights:
         save_file(tensors, weights)
@@ -134,13 +138,12 @@ def fingerprint(backbone: Backbone) -> str:
     tiny ones that fp16 rounds, which count as zero.
     """
     own = ((name, tensor) for name, tensor in backbone.model.named_parameters() if not foreign(name))
-    held = ((name, tensor) for name, tensor in own if tensor.numel())  # matrices of a shared base are empty for a while
-    tensors = {name.replace(".base_layer", ""): tensor for name, tensor in held if tensor.ndim == 1}
-    tensors["embeddings"] = backbone.embeddings.weight[:64]
+    tensors = {name.replace(".base_layer", ""): tensor for name, tensor in own if tensor.ndim == 1}
+    tensors["embeddings"] = whole(backbone.embeddings.weight)[:64]
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        rounded = tensor.detach().to("cpu", torch.bfloat16)
+        rounded = whole(tensor.detach()).to("cpu", torch.bfloat16)
         rounded = rounded.where(rounded.abs() >= 2.0**-16, 0)
         digest.update(rounded.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ class Results:
 
     Args:
         made: how answers are made (memory, trigger, ...); it is written into every row as ``made``.
+        writes: whether this process does; of several that make the same answers one does, and the others read.
 
     Raises:
         VismemError: another program writes to the file.
@@ -31,18 +33,19 @@ class Results:
         OSError: it cannot be written; ``filename`` says which file.
     """
 
-    def __init__(self, path: Path, made: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, made: Mapping[str, Any], *, writes: bool = True) -> None:
         self.path, self.made = path, dict(made)
         self.kept: dict[str, str] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            stack.enter_context(alone(path))
-            self._enter()
+            if writes:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(alone(path))
+            self._enter(writes)
             self._alone = stack.pop_all()
 
-    def _enter(self) -> None:
-        path = self.path
-        with path.open("ab+") as file:
+    def _enter(self, writes: bool) -> None:
+        path = self.path if writes or self.path.exists() else Path(os.devnull)
+        with path.open("ab+" if writes else "rb") as file:
             file.seek(0)
             complete = 0
             for number, line in enumerate(file, 1):
@@ -51,8 +54,9 @@ class Results:
                     break
                 self.kept.update([self._read(number, line)])
                 complete += len(line)
-            file.truncate(complete)
-        self._file = path.open("a", encoding="utf-8")
+            if writes:
+                file.truncate(complete)
+        self._file = (path if writes else Path(os.devnull)).open("a", encoding="utf-8")
 
     def _read(self, number: int, line: bytes) -> tuple[str, str]:
         try:

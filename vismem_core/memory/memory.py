@@ -17,6 +17,7 @@ from vismem_core.base import outlook
 from vismem_core.base.adapters import Adapter
 from vismem_core.base.backbone import Backbone
 from vismem_core.base.compiled import Compiler
+from vismem_core.base.tensor import writes
 from vismem_core.config import KINDS, Kind, MemoryConfig
 from vismem_core.errors import AttachError
 from vismem_core.files import checkpoint, publish
@@ -321,9 +322,14 @@ class Memory(nn.Module):
         license: str | None = None,
         message: str = "",
     ) -> str:
-        """Publish this memory; arguments, result and errors are those of :func:`vismem_core.files.publish.push`."""
+        """Publish this memory; arguments, result and errors are those of :func:`vismem_core.files.publish.push`.
+
+        Of processes that hold the base together the first does so, and the others give an empty text.
+        """
         with TemporaryDirectory() as folder:
             self.save(folder)
+            if not writes(self.model):
+                return ""
             return publish.push(folder, repo, private=private, revision=revision, license=license, message=message)
 
 

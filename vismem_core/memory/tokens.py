@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vismem_core.base.tensor import whole
 from vismem_core.config import KINDS, Kind
 from vismem_core.errors import AttachError
 
@@ -59,7 +60,7 @@ class MemoryTokens(nn.Module):
         """
         with torch.no_grad():  # the module is asked, since some multiply what their tables hold
             source = embeddings(torch.tensor(delimiter, device=embeddings.weight.device)).float()  # type: ignore[arg-type]
-        target = head.weight[delimiter].detach().float()  # type: ignore[index]
+        target = whole(head.weight.detach())[delimiter].float()  # type: ignore[operator]
         return cls(first, _perturbed(source), _perturbed(source), _perturbed(target).to(source.device))
 
     @property

@@ -201,7 +201,7 @@ class GroupStage(Stage):
     def score(self, trajectories: Sequence[Trajectory], batch: Batch) -> list[float]:
         """S of each trajectory."""
         samples: list[Sample] = [batch.samples[own.prompt] for own in trajectories]
-        return score(self.reward, [self.written(own) for own in trajectories], samples)
+        return self.processes.agreed(score(self.reward, [self.written(own) for own in trajectories], samples))
 
     def written(self, trajectory: Trajectory) -> Written:
         """What a reward may see of a trajectory."""

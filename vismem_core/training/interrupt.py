@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from .processes import Processes
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -44,8 +42,7 @@ class Interrupt:
 
     def agreed(self) -> bool:
         """Whether it came to any process; all have to ask."""
-        if self.processes.count > 1:
-            self.came = self.came or bool(self.processes.total(torch.tensor(float(self.came))).item())
+        self.came = self.processes.anyone(self.came)
         return self.came
 
     @contextmanager

@@ -100,7 +100,6 @@ class Loop:
             record,
             self._saved_whatever_happens(record),
             only(self.memory, self.parameters),
-            self.processes.graphs(),
             interrupt,
         ):
             self.callbacks.tell("on_train_begin")

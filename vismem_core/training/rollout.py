@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vismem_core.base import cache as kv
+from vismem_core.base.tensor import agreed
 from vismem_core.config import KINDS, Kind
 from vismem_core.decoding.loop import NEVER, Decoder
 from vismem_core.decoding.replay import Answer, Prompts
@@ -145,6 +146,7 @@ class _Rollout(Decoder):
             allowed[[row for row, deal in dealt.items() if deal == "none"], columns] = NEVER
         chances = self._chances[self.order, self.rows[0].step].to(scores.device)
         tokens = draw(allowed, chances, self.sampling.top_p) if temperature else allowed.argmax(-1)
+        tokens = agreed(self.memory.model, tokens)
         for row, deal in dealt.items():
             trajectory = self.trajectories[self.order[row]]
             trajectory.dealt, trajectory.state = len(trajectory.ids), self.session.hidden[row, -1]

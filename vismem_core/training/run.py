@@ -94,12 +94,12 @@ def train(
         stages = run.stages()
         closing = Closing(memory, asked, config.train, groups, run.lost)
         questions = Heldout(memory, asked, config.train, run.processes, run.lost)
-        if stages and run.processes.first:
+        if stages and run.processes.leads:
             closing.rehearse()
         run.processes.wait()
         for name in stages:
             run.train(name, usable, questions)
-        if run.processes.first:
+        if run.processes.leads:
             closing.refuse_nonsense(output)
             memory.save(output, training=to_dict(config.train))
             report = closing.measure(run.display.measuring)
