@@ -26,6 +26,7 @@ def free_port() -> int:
         return int(own.getsockname()[1])
 
 
+@pytest.mark.long
 def test_users_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     gradio = pytest.importorskip("gradio")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import tiny
 
 from vismem_core.testing import BackboneContract
@@ -14,6 +15,7 @@ class TestTied(BackboneContract):
         return tiny.internvl(tied=True)
 
 
+@pytest.mark.long
 class TestUntied(TestTied):
     def load(self) -> tuple[Any, Any]:
         return tiny.internvl(tied=False)

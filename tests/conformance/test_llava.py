@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import tiny
 
 from vismem_core.testing import BackboneContract
@@ -14,6 +15,7 @@ class TestLlava(BackboneContract):
         return tiny.llava(tied=False)
 
 
+@pytest.mark.long
 class TestLlavaNext(BackboneContract):
     backbone = "llava_next"
 
@@ -28,6 +30,7 @@ class TestLlavaOneVision(BackboneContract):
         return tiny.llava_onevision(tied=True)
 
 
+@pytest.mark.long
 class TestLlavaOneVision15(BackboneContract):
     backbone = "llava_onevision1_5"
 

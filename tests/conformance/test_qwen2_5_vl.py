@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import tiny
 
 from vismem_core.testing import BackboneContract
@@ -19,6 +20,7 @@ class TestUntied(TestTied):
         return tiny.qwen(tied=False)
 
 
+@pytest.mark.long
 class TestWindow(TestTied):
     """Half of the layers look back 12 tokens: prompts and answers cross that."""
 

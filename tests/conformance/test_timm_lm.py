@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import pytest
 import tiny
 
 from vismem_core.testing import BackboneContract
 
 
+@pytest.mark.long
 class TestTied(BackboneContract):
     """Class and register tokens."""
 

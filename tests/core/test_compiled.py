@@ -60,6 +60,7 @@ def test_the_cpu_backend_gives_the_same_tokens() -> None:
     ],
     ids=["policy", "recompute", "drop"],
 )
+@pytest.mark.long
 def test_what_else_a_step_may_hold(settings: dict[str, Any]) -> None:
     base = untied()
     memory = base.attach(config(**settings))
@@ -119,6 +120,7 @@ def test_invocations_in_compiled_passes(rows: list[int], trigger: str) -> None:
         torch.testing.assert_close(own.latents, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_room_is_the_next_calls() -> None:
     base = untied()
     memory = base.attach(config(compile=True))
@@ -143,6 +145,7 @@ def test_room_is_the_next_calls() -> None:
     assert all(layer.keys.equal(own) for layer, own in zip(cache.layers, before, strict=True))
 
 
+@pytest.mark.long
 def test_what_cuda_graphs_take_for_fixed_stays_where_it_is() -> None:
     """They are recorded anew when it moves, which takes longer than the pass."""
     moved, fixed = list[str](), set[str]()
@@ -205,6 +208,7 @@ def test_steps_are_compiled_where_generate_would() -> None:
     assert graphs() > 0
 
 
+@pytest.mark.long
 def test_the_model_is_left_as_it_was() -> None:
     base = untied()
     own = dict(vars(base.model.model.language_model))

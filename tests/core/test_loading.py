@@ -48,6 +48,7 @@ def test_a_device_that_is_none_is_told() -> None:
         load_base("llava", device="gpu")
 
 
+@pytest.mark.long
 def test_hub_ids_without_a_network_are_told_in_one_line(tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", OFFLINE.format(PUBLISHED)]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from vismem_core.base.embedded import embedded
+from vismem_core.files.samples import read
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,10 +45,10 @@ def test_the_laptops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, shipped = embedded()
-    assert shipped.image
-    row = str(shipped.image.with_suffix(".jsonl"))
-    values = {"MODEL": str(shipped.model), "DATA": row, "HELDOUT": row, "IMAGE": str(shipped.image)}
-    values |= {"QUESTION": shipped.prompt, "OUTPUT": "run", "DEVICE": "cpu", "DTYPE": "float32", "PER_TYPE": 1}
+    assert shipped.samples
+    asked, rows = read(shipped.samples)[0], str(shipped.samples)
+    values = {"MODEL": str(shipped.model), "DATA": rows, "HELDOUT": rows, "IMAGE": str(asked.images[0])}
+    values |= {"QUESTION": asked.prompt, "OUTPUT": "run", "DEVICE": "cpu", "DTYPE": "float32", "PER_TYPE": 1}
     values |= {"SETTINGS": "--set train.formation.steps=1 --set train.invocation.steps=1"}
     told = executed("gpu", tmp_path, monkeypatch, values)
     assert re.search(r"qwen2_5_vl: [\d,]+ trained beside", told)

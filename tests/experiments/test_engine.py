@@ -293,6 +293,7 @@ def test_the_page_opens_in_a_browser(done: tuple[Path, dict[str, Any]], tmp_path
     assert {(0, 114, 178), (255, 255, 255), (17, 17, 17)} <= colours  # the plot's first colour, the page, its text
 
 
+@pytest.mark.long
 def test_the_command(tmp_path: Path) -> None:
     run = CliRunner().invoke
     listed = run(app, ["experiment", "list", "--json"])

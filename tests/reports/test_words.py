@@ -329,17 +329,18 @@ def test_ctrl_c_at_any_moment_is_one_line() -> None:
 
 def test_ctrl_c_that_a_library_swallows_ends_in_its_code() -> None:
     code = """
-import os, signal
-from vismem_cli.app import app
+import os, signal, sys, types
+from vismem_cli.app import OWN
 from vismem_cli.program import run
 
-@app.command("deaf")
 def deaf() -> None:
     try:
         os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         print("what interrupt ?")
 
+sys.modules["vismem_cli.deaf"] = types.SimpleNamespace(deaf=deaf, EXAMPLE="")
+OWN["deaf"] = ("deaf:deaf", "Hears nothing.")
 run(["deaf"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -351,7 +352,7 @@ run(["deaf"])
 
 
 def trl(completions: list[str], **kwargs: Any) -> list[float]:
-    assert set(kwargs) == {"prompts", "completion_ids", "id", "answer", "type"}
+    assert set(kwargs) == {"prompts", "completion_ids", "id", "answer", "type", "references"}
     return [float(text == answer) for text, answer in zip(completions, kwargs["answer"], strict=True)]
 
 

@@ -68,6 +68,7 @@ def test_a_trajectory_can_be_sampled_alone(
 
 
 @pytest.mark.parametrize("shared", [0, 256])
+@pytest.mark.long
 def test_compiled_passes_sample_the_same(base: Base, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout, "SHARED", shared)
     plain = CompileConfig(backend="eager", mode="default")  # traced, and run as it is

@@ -102,7 +102,7 @@ class Reader:
         if not isinstance(told, bytes):
             return formats.ours(told, line, self.columns)
         try:
-            row = DECODE(told.decode())
+            row = DECODE(told.decode().rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON: {_told(error, told)}; each line must hold one object") from error
         if not isinstance(row, dict):

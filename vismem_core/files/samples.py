@@ -228,7 +228,7 @@ def read(
     source: str | Path,
     split: Literal["train", "heldout"] = "train",
     *,
-    need_answer: bool,
+    need_answer: bool = True,
     on_bad: OnBad = "fail",
     allow_outside: bool = False,
     columns: Mapping[str, str] | None = None,

@@ -216,6 +216,8 @@ def _sample(told: object, limits: Limits, urls: bool) -> Sample:
         row = formats.ours({"messages": told}, 1)
     except DataError as error:
         raise RefusedError(str(error), field=field) from error
+    if row["videos"]:
+        raise RefusedError("videos are not supported here: send some of their frames as images", field=field)
     texts = [*(text for _, text in row["turns"]), row["prompt"]]
     _check(texts, row["images"], limits)
     images = tuple(pictures.load(own, limits, urls) for own in row["images"])
