@@ -43,7 +43,7 @@ def serve(
     ] = None,
     batch: Annotated[
         int, typer.Option(metavar="N", min=1, help="Answers written together.", rich_help_panel=options.SERVER)
-    ] = 16,
+    ] = 32,
     lanes: Annotated[
         int, typer.Option(metavar="N", min=1, help="Batches that take turns.", rich_help_panel=options.SERVER)
     ] = 2,

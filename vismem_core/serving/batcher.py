@@ -26,8 +26,8 @@ from .refused import Limits, RefusedError
 from .writing import Answer, End, Piece, Text
 
 Event = Piece | End | RefusedError
-GATHER = 0.01
-"""Seconds in which those who come together come."""
+GATHER, PATIENCE = 0.01, 0.1
+"""Seconds without anybody new after which all who come together are there, and that the first waits for them at most."""
 FAILED = "the model failed on this request; the server's log says why"
 
 
@@ -79,7 +79,7 @@ class Batcher:
         memory: Memory,
         limits: Limits,
         *,
-        batch: int = 16,
+        batch: int = 32,
         lanes: int = 2,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -126,10 +126,17 @@ class Batcher:
                     self._changed.wait_for(lambda: self._waiting or self._closed)
                     if not self._waiting:
                         return []
-                time.sleep(GATHER)
+                self._gather()
                 with self._changed:
                     if taken := self._taken():
                         return taken
+
+    def _gather(self) -> None:
+        """Wait for others while they come, and there is room for them."""
+        until, seen = time.monotonic() + PATIENCE, 0
+        while seen < (now := len(self._waiting)) < self.batch and time.monotonic() < until:
+            seen = now
+            time.sleep(GATHER)
 
     def _taken(self) -> list[Job]:
         """The first that waits, and others with its trigger, in order."""

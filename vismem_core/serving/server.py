@@ -55,7 +55,7 @@ def build(
     name: str,
     limits: Limits,
     *,
-    batch: int = 16,
+    batch: int = 32,
     lanes: int = 2,
     key: str | None = None,
     urls: bool = False,
