@@ -27,7 +27,7 @@ from .writing import Answer, End, Piece, Text
 
 Event = Piece | End | RefusedError
 GATHER, PATIENCE = 0.01, 0.1
-"""Seconds without anybody new after which all who come together are there, and that the first waits for them at most."""
+"""Seconds without anybody new, after which all who came together are there; and that the first waits at most."""
 FAILED = "the model failed on this request; the server's log says why"
 
 
