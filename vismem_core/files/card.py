@@ -111,7 +111,8 @@ def _section(about: Mapping[str, Any], report: Mapping[str, Any], repo: str) -> 
         "```",
     ]
     if table := _table(report):
-        parts.append(f"## Measured on held-out questions\n\n{table}")
+        asked = f" of {report['samples']} questions" if report.get("samples") else ""
+        parts.append(f"## Measured on held-out questions\n\nBy `{report.get('metric', 'exact')}`{asked}.\n\n{table}")
     parts.append(
         f"It fits one base alone, whose weights have the fingerprint `{base['fingerprint']}`"
         + (f" (revision `{base['revision']}`)" if base.get("revision") else "")

@@ -20,6 +20,7 @@ IDS = ("id", "question_id", "uid", "sample_id")
 TYPES = ("type", "question_type", "category")
 ANSWERS = ("answer", "multiple_choice_answer", "answers", "label")
 IMAGES = ("image", "images", "img", "image_path")
+TALKS = ("messages", "conversations")
 VIDEOS = ("video", "videos", "video_path")
 CLIP = "<video>"
 """Where a video stands in a prompt."""
@@ -48,6 +49,8 @@ def ours(
         }
     kind = kind_of(row)
     if kind == "ours" and whole and not columns:
+        if talk := next((own for own in TALKS if row.get(own) is not None), None):
+            raise DataError(f"{talk!r} must be a list of turns, got {cut(repr(row[talk]))}")
         if strange := next((own for own in row if own not in KEYS), None):
             raise DataError(f"unknown key {cut(strange)!r}; {nearest(strange, KEYS)}")
         return dict(row) if row.get("answers") is None else {**row, **_answers(row)}

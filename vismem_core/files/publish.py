@@ -38,7 +38,7 @@ def push(
         CheckpointError: there is no whole memory in the folder, or the hub takes nothing.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalTokenNotFoundError
 
     folder = Path(folder)
     about = description(folder)
@@ -62,7 +62,7 @@ def push(
         raise CheckpointError(f"{repo}: not published: sign in with hf auth login, or set HF_TOKEN") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{repo}: not published: {card.CARD} is no UTF-8: {error}") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # the hub's refusals, and whatever the library's own transport raises
         refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         advice = "; sign in with hf auth login, or set HF_TOKEN, for an account that may write there" if refused else ""
         raise CheckpointError(f"{repo}: not published: {hub.reason(error)}{advice}") from error
