@@ -341,14 +341,7 @@ class Session:
             told: what each row fed besides: (L, d) and (.., L).
         """
         pieces = [[*self._history[row], *told[at : at + 1]] for at, row in enumerate(rows)]
-        embeds = [torch.cat([piece[0] for piece in own]) for own in pieces]
-        places = [torch.cat([piece[1] for piece in own], dim=-1) for own in pieces]
-        width = max(map(len, embeds))
-        history = torch.stack([torch.nn.functional.pad(own, (0, 0, width - len(own), 0)) for own in embeds])
-        positions = [torch.nn.functional.pad(own, (width - own.shape[-1], 0)) for own in places]
-        lengths = self.mask.new_tensor([len(own) for own in embeds])
-        mask = self.mask.new_ones(history.shape[:2]).cumsum(-1) > width - lengths[:, None]
-        return History(history, mask.to(self.mask), torch.stack(positions, dim=-2))
+        return History.of(pieces, self.mask)
 
     # Forgetting images
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -45,6 +47,22 @@ class History:
     embeds: Tensor
     mask: Tensor
     positions: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[tuple[Tensor, Tensor]]], like: Tensor) -> History:
+        """From the pieces (L, d) and (.., L) that each row fed one after the other.
+
+        Args:
+            like: a mask of the kind and on the device that this one's is to be.
+        """
+        embeds = [torch.cat([piece[0] for piece in own]) for own in rows]
+        places = [torch.cat([piece[1] for piece in own], dim=-1) for own in rows]
+        width = max(map(len, embeds))
+        history = torch.stack([F.pad(own, (0, 0, width - len(own), 0)) for own in embeds])
+        positions = [F.pad(own, (width - own.shape[-1], 0)) for own in places]
+        lengths = like.new_tensor([len(own) for own in embeds])
+        mask = like.new_ones(history.shape[:2]).cumsum(-1) > width - lengths[:, None]
+        return cls(history, mask.to(like), torch.stack(positions, dim=-2))
 
 
 @dataclass
