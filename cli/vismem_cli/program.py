@@ -91,7 +91,8 @@ def _shown(message: Warning | str, category: type[Warning], *rest: Any, **named:
 
 def _usage(error: Any) -> str:
     command = error.ctx.command_path if error.ctx else "vismem"
-    return f"{error.format_message().rstrip('.')}; see {command} --help"
+    told = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's, with which newer typers read
+    return f"{told}; see {command} --help"
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

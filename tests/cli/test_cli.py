@@ -166,7 +166,7 @@ def test_help_ends_in_an_example(command: str) -> None:
     ("args", "code", "message"),
     [
         (["trian"], 2, "No such command"),
-        (["train", "--stage", "third"], 2, "'third'"),
+        (["train", "--stage", "third"], 2, "error: Invalid value for '--stage': 'third' is not one of"),
         (["train", "--seed", "-1"], 2, "--seed"),
         (["train", "--model", "some/model"], 2, "--data"),
         (["infer", "--data", "x.jsonl"], 2, "go together"),

@@ -42,7 +42,7 @@ def judge(argument: str) -> Reward:
     """
     url, _, model = argument.partition("#")
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-        raise ConfigError(f"reward judge takes a URL, as in judge:http://127.0.0.1:8000/v1#my-model, not {argument!r}")
+        raise ConfigError(f"judge takes a URL, as in judge:http://127.0.0.1:8000/v1#my-model, not {argument!r}")
     return Judge(url.rstrip("/"), model)
 
 
