@@ -437,7 +437,7 @@ def test_an_endpoint_that_is_silent(endpoint: Endpoint) -> None:
 
 @pytest.mark.parametrize("argument", ["", "127.0.0.1:8000", "file:///etc/passwd", "http://", "#model"])
 def test_bad_urls(argument: str) -> None:
-    with pytest.raises(ConfigError, match="^judge takes a URL, as in judge:http"):
+    with pytest.raises(ConfigError, match=r"^judge takes a URL, as in judge:http"):
         judge(argument)
 
 
