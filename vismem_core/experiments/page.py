@@ -31,7 +31,7 @@ def write(told: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     written = []
     for own in told:
         path = folder / f"{own['experiment']}.json"
-        text = json.dumps(own) + "\n"
+        text = json.dumps(own, separators=(",", ":")) + "\n"
         atomically(path, lambda place, text=text: place.write_text(text, encoding="utf-8"))  # type: ignore[misc]
         written += [path, *figures.draw(own, folder / own["experiment"])]
     known = [read(path) for path in sorted(folder.glob("*.json"))]
