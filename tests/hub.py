@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -45,6 +47,12 @@ class Hub:
         self.asked: list[str] = []
         self.token = ""
         self.address = ""
+
+    def settings(self, home: Path) -> dict[str, str]:
+        """The environment of a process whose hub this is, with what it fetches kept in ``home``."""
+        keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        ours = {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_TOKEN": "hf_ours"}
+        return {**keep, **ours, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 def _oid(data: bytes) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import warm
 from hub import Hub, hub
 from huggingface_hub import ModelCard
 
@@ -38,29 +39,27 @@ def place() -> Iterator[Hub]:
         yield own
 
 
-def run(
-    place: Hub, home: Path, *program: str, offline: bool = False, token: str = "hf_ours"
-) -> subprocess.CompletedProcess[str]:
-    """A process of its own: huggingface_hub reads its settings when it is imported."""
-    settings = {"HF_ENDPOINT": place.address, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
-    settings |= {"HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return subprocess.run([sys.executable, *program], env=keep | settings, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub")
 
 
-def python(place: Hub, home: Path, lines: str, **options: bool) -> str:
-    done = run(place, home, "-c", PROGRAM + lines, **options)
+@pytest.fixture(scope="module")
+def run(place: Hub, home: Path) -> Iterator[warm.Run]:
+    """huggingface_hub reads its settings when it is imported: not in this process, then."""
+    with warm.commands(place.settings(home)) as own:
+        yield own
+
+
+def told(run: warm.Run, place: Path, lines: str) -> Any:
+    done = run(["python", "-c", PROGRAM + lines], place)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
-
-
-def command(place: Hub, home: Path, *args: str, **options: str) -> subprocess.CompletedProcess[str]:
-    return run(place, home, "-m", "vismem_cli", *args, **options)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.long
-def test_there_and_back(place: Hub, tmp_path: Path) -> None:
-    done = command(place, tmp_path, "push", str(SHIPPED), "me/there", "--license", "apache-2.0", "--json")
+def test_there_and_back(place: Hub, run: warm.Run, home: Path, tmp_path: Path) -> None:
+    done = run(["vismem", "push", str(SHIPPED), "me/there", "--license", "apache-2.0", "--json"], tmp_path)
     assert done.returncode == 0, done.stderr
     repo = place.repos["me/there"]
     files = repo.commits[repo.branches["main"]]
@@ -68,15 +67,18 @@ def test_there_and_back(place: Hub, tmp_path: Path) -> None:
     assert {"memory.safetensors", "vismem.json", "README.md"} <= files.keys()
     assert files["memory.safetensors"] == (SHIPPED / "memory.safetensors").read_bytes()
     lines = f"print(json.dumps([attached('me/there'), attached({str(SHIPPED)!r})]))"
-    there, here = json.loads(python(place, tmp_path, lines))
+    there, here = told(run, tmp_path, lines)
     assert there == here
     asked = len(place.asked)
-    there, here = json.loads(python(place, tmp_path, lines, offline=True))  # from the cache
+    offline = place.settings(home) | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM + lines], env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    there, here = json.loads(done.stdout.splitlines()[-1])  # from the cache
     assert there == here and len(place.asked) == asked
 
 
 @pytest.mark.long
-def test_revisions(place: Hub, tmp_path: Path) -> None:
+def test_revisions(place: Hub, run: warm.Run, tmp_path: Path) -> None:
     lines = """
 from vismem_core.config import MemoryConfig
 model, processor, _ = load_base("qwen2_5_vl")
@@ -89,16 +91,16 @@ told = {name: own.double().sum().item() for name, own in memory.trained().items(
 memory.detach()
 print(json.dumps([told, attached("me/two"), attached("me/two@second"), attached("me/two", revision="second")]))
 """
-    told, main, second, named = json.loads(python(place, tmp_path, lines))
-    assert told == second == named != main
+    trained, main, second, named = told(run, tmp_path, lines)
+    assert trained == second == named != main
     repo = place.repos["me/two"]
     assert repo.private and repo.messages == ["first", "Memory trained with vismem"] and len(repo.branches) == 2
     first = repo.branches["main"]
-    assert json.loads(python(place, tmp_path, f"print(json.dumps(attached('me/two@{first}')))")) == main
+    assert told(run, tmp_path, f"print(json.dumps(attached('me/two@{first}')))") == main
 
 
 @pytest.mark.long
-def test_a_card_keeps_what_people_wrote(place: Hub, tmp_path: Path) -> None:
+def test_a_card_keeps_what_people_wrote(place: Hub, run: warm.Run, tmp_path: Path) -> None:
     folder = tmp_path / "memory"
     folder.mkdir()
     for name in ("memory.safetensors", "vismem.json"):
@@ -108,7 +110,7 @@ def test_a_card_keeps_what_people_wrote(place: Hub, tmp_path: Path) -> None:
     (folder / "vismem.json").write_text(json.dumps(about))
     report = {"heldout": {"base": {"right": 0.25, "below": 0.75}, "memory": {"right": 0.5, "below": None}}}
     (folder / "report.json").write_text(json.dumps(report))
-    assert command(place, tmp_path, "push", str(folder), "me/card").returncode == 0
+    assert run(["vismem", "push", str(folder), "me/card"], tmp_path).returncode == 0
 
     def card() -> ModelCard:
         repo = place.repos["me/card"]
@@ -129,7 +131,7 @@ def test_a_card_keeps_what_people_wrote(place: Hub, tmp_path: Path) -> None:
     repo.commits[repo.branches["main"]]["README.md"] = f"{mine}\nAnd the end.\n".encode()
     report["heldout"]["memory"]["right"] = 0.625
     (folder / "report.json").write_text(json.dumps(report))
-    assert command(place, tmp_path, "push", str(folder), "me/card", "--license", "apache-2.0").returncode == 0
+    assert run(["vismem", "push", str(folder), "me/card", "--license", "apache-2.0"], tmp_path).returncode == 0
     second = card()
     assert second.data.license == "mit" and second.data.pipeline_tag == "image-text-to-text"
     assert second.text.index("Read this.") < second.text.index("| 0.625 |") < second.text.index("And the end.")
@@ -146,20 +148,20 @@ def test_a_card_keeps_what_people_wrote(place: Hub, tmp_path: Path) -> None:
         (("eval", "--memory", "me/there@gone"), "me/there@gone: no such folder here, and no memory on the hub"),
     ],
 )
-def test_what_is_wrong_is_one_line(place: Hub, tmp_path: Path, args: tuple[str, ...], says: str) -> None:
-    done = command(place, tmp_path, *args)
+def test_what_is_wrong_is_one_line(run: warm.Run, tmp_path: Path, args: tuple[str, ...], says: str) -> None:
+    done = run(["vismem", *args], tmp_path)
     assert done.returncode == 1
     (line,) = [own for own in done.stderr.splitlines() if own.startswith("error: ")]
     assert says in line and "Traceback" not in done.stderr
 
 
 @pytest.mark.long
-def test_strangers_are_turned_away(place: Hub, tmp_path: Path) -> None:
+def test_strangers_are_turned_away(place: Hub, run: warm.Run, tmp_path: Path) -> None:
     place.token = "hf_another"
     try:
-        done = command(place, tmp_path, "push", str(SHIPPED), "me/private")
+        done = run(["vismem", "push", str(SHIPPED), "me/private"], tmp_path)
         assert done.returncode == 1 and "me/private: not published: " in done.stderr and "me/private" not in place.repos
-        done = command(place, tmp_path, "push", str(SHIPPED), "me/private", token="")
+        done = run(["vismem", "push", str(SHIPPED), "me/private"], tmp_path, HF_TOKEN="")
         assert done.returncode == 1 and "hf auth login" in done.stderr
     finally:
         place.token = ""

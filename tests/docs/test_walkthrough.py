@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import warm
 from hub import hub
 
 ROOT = Path(__file__).parents[2]
@@ -38,24 +38,21 @@ def test_the_whole_road(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     said: dict[str, str] = {}
     with hub() as place:
-        keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        settings = {"HF_ENDPOINT": place.address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_ours"}
-        settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        settings = place.settings(tmp_path / "hf")
+        with warm.commands(settings) as start:
 
-        def run(*words: str) -> str:
-            ran = subprocess.run(
-                [sys.executable, *words], cwd=tmp_path, env=keep | settings, capture_output=True, text=True, check=False
-            )
-            assert ran.returncode == 0, f"{shlex.join(words)}\n{ran.stderr[-2000:]}"
-            return ran.stdout + ran.stderr
+            def run(*words: str) -> str:
+                ran = start(words, tmp_path)
+                assert ran.returncode == 0, f"{shlex.join(words)}\n{ran.stderr[-2000:]}"
+                return ran.stdout + ran.stderr
 
-        for words in COMMANDS:
-            if words[1] not in SERVERS:
-                said[words[1]] = run(*(["-m", "vismem_cli"] if words[0] == "vismem" else []), *words[1:])
-                continue
-            with serving(words, tmp_path, keep | settings) as port:
-                if words[1] == "serve":
-                    said["serve"] = run("-c", ASKING.replace("8000", port))
+            for words in COMMANDS:
+                if words[1] not in SERVERS:
+                    said[words[1]] = run(*words)
+                    continue
+                with serving(words, tmp_path, settings) as port:
+                    if words[1] == "serve":
+                        said["serve"] = run("python", "-c", ASKING.replace("8000", port))
         assert "user/mosaics" in place.repos
     assert list(said) == ["examples/llava_mosaics.py", "data", "train", "eval", "push", "infer", "serve"]
     assert "200" in said["data"] and "published" in said["push"]

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from vismem_core.experiments.probe import verdict
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = [
     (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
@@ -45,23 +46,6 @@ def commands() -> list[list[str]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that looks like the repository's root to a command, with the first one run."""
-    folder = tmp_path_factory.mktemp("readme")
-    for name in ("examples", "plugins"):
-        (folder / name).symlink_to(ROOT / name)
-    run(OURS[0], folder)
-    return folder
-
-
-def run(words: list[str], place: Path) -> None:
-    program = [sys.executable, "-m", "vismem_cli"] if words[0] == "vismem" else [sys.executable]
-    extra = SHORT.get(words[1], "").split()
-    ran = subprocess.run([*program, *words[1:], *extra], cwd=place, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, f"{shlex.join(words)}\n{ran.stderr[-2000:]}"
-
-
 OURS = [list(words) for words in dict.fromkeys(map(tuple, commands())) if words[0] in ("vismem", "python")]
 
 
@@ -70,9 +54,15 @@ def test_training_is_the_first_of_our_commands() -> None:
 
 
 @pytest.mark.long
-def test_the_other_commands_run(place: Path) -> None:
-    for words in OURS[1:]:  # in order and in one place: later ones need what earlier ones left
-        run(words, place)
+def test_the_commands_run(tmp_path: Path) -> None:
+    for name in ("examples", "plugins"):  # a directory that looks like the repository's root to a command
+        (tmp_path / name).symlink_to(ROOT / name)
+    first = [sys.executable, "-m", "vismem_cli", *OURS[0][1:], *SHORT["train"].split()]
+    subprocess.run(first, cwd=tmp_path, capture_output=True, check=True)  # as a user's, with nothing imported before
+    with warm.commands() as run:
+        for words in OURS[1:]:  # in order and in one place: later ones need what earlier ones left
+            ran = run([*words, *SHORT.get(words[1], "").split()], tmp_path)
+            assert ran.returncode == 0, f"{shlex.join(words)}\n{ran.stderr[-2000:]}"
 
 
 def test_the_python_runs(tmp_path: Path) -> None:
