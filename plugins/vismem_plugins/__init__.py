@@ -19,6 +19,7 @@ def register_formers(register: Register) -> None:
     register("constant", f"{formers}.constant:ConstantFormer", description="a soft prompt in its place: a control")
     register("pooled", f"{formers}.visual:PooledFormer", description="means of visual tokens in its place: a control")
     register("kept", f"{formers}.visual:KeptFormer", description="visual tokens in its place: a control")
+    register("described", f"{formers}.described:DescribedFormer", description="words in its place: a control")
 
 
 @hookimpl

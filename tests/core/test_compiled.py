@@ -36,6 +36,7 @@ def answers(base: Base, length: int, **options: Any) -> list[list[int]]:
     return base.generate(*QUESTIONS, max_new_tokens=length, min_new_tokens=length, **options).answers.tolist()  # type: ignore[no-any-return]
 
 
+@pytest.mark.long
 def test_the_cpu_backend_gives_the_same_tokens() -> None:
     base = tied()
     memory = base.attach(config())

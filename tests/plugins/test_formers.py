@@ -11,7 +11,11 @@ from reference import Sequence, long_latents, one_pass, plain_block, query, shor
 from torch import Tensor
 
 from vismem_core import Invocation, Memory
+from vismem_core.answers.inference import answers
+from vismem_core.config import FormerConfig, MemoryConfig
 from vismem_core.errors import PluginError
+from vismem_plugins.formers.described import ASKS
+from vismem_plugins.mosaic import mosaic
 
 
 def invocations(base: Base, memory: Memory, rows: list[int]) -> Iterator[tuple[int, Invocation, Sequence, int, int]]:
@@ -137,3 +141,21 @@ def test_constant_queries_are_the_same_for_all() -> None:
 def test_unknown_former_names_the_nearest() -> None:
     with pytest.raises(PluginError, match="lora"):
         tied().attach(config("lroa"))
+
+
+@torch.no_grad()
+def test_descriptions_are_what_the_base_writes_of_the_image() -> None:
+    """Of rows whose lists are of other lengths; where a list is over, its end token stands."""
+    base = mini()
+    samples = [mosaic("heldout", types=["read"], size=size, late=True)[at] for at, size in enumerate((2, 3))]
+    written = [base.generate((ASKS, sample.images), max_new_tokens=12).answers[0].tolist() for sample in samples]
+    assert written[0] != written[1]
+    memory = base.attach(MemoryConfig(long=FormerConfig("described", length=12), trigger="schedule:0=long"))
+    memory.long.places.normal_()
+    memory.long.leave.weight.normal_()
+    list(answers(memory, samples, max_new_tokens=4))
+    for own, ids in zip(memory.trace.invocations, written, strict=True):
+        ends = ids.index(memory.backbone.end_of_turn) if memory.backbone.end_of_turn in ids else len(ids)
+        words = torch.tensor((ids[:ends] + [memory.backbone.end_of_turn] * 12)[: len(own.latents)])
+        placed = memory.backbone.embed(words) + memory.long.places[: len(words)]
+        torch.testing.assert_close(own.latents, memory.long.leave(placed), atol=1e-4, rtol=1e-3)
