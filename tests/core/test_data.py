@@ -38,9 +38,11 @@ def without(key: str) -> dict[str, Any]:
 def test_reads_rows(folder: Path) -> None:
     several = {"id": 2, "images": ["red.png", "red.png"], "prompt": "<image> and <image> ?", "answer": "yes"}
     text_only = {"id": "c", "prompt": "hello", "answer": "hi"}
-    data = read(write(folder, ROW, "", several, text_only), need_answer=True)
+    numbers = [{"id": at, "prompt": "how many ?", "answer": own} for at, own in ((3, 4), (4, 0.5))]
+    data = read(write(folder, ROW, "", several, text_only, *numbers), need_answer=True)
     assert data[0] == Sample("a", (folder / "red.png",), "what colour ?", "red", "colour")
-    assert [(sample.id, len(sample.images), sample.type) for sample in data[1:]] == [("2", 2, None), ("c", 0, None)]
+    assert [(sample.id, len(sample.images), sample.type) for sample in data[1:3]] == [("2", 2, None), ("c", 0, None)]
+    assert [sample.answer for sample in data[3:]] == ["4", "0.5"]
     assert data.skipped == ()
     assert data[0].load_images()[0].getpixel((0, 0)) == (255, 0, 0)
 
@@ -54,7 +56,8 @@ BAD: list[tuple[dict[str, Any] | str | bytes, str]] = [
     (without("id"), "'id' is missing"),
     (without("answer"), "'answer' is missing"),
     (ROW | {"answer": " "}, "'answer' must be a text that is not empty"),
-    (ROW | {"answer": 3}, "'answer' must be a text that is not empty, got 3"),
+    (ROW | {"answer": True}, "'answer' must be a text that is not empty, got True"),
+    (ROW | {"answer": float("inf")}, "'answer' must be a text that is not empty, got inf"),
     (ROW | {"type": 3}, "'type' must be a text"),
     (ROW | {"images": ["red.png"]}, "both 'image' and 'images'"),
     (ROW | {"image": ["red.png"]}, "'image' must be a path"),

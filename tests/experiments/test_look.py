@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from bases import config, mini
+from bases import Base, config, internvl, llava, llava_next, mini
 from typer.testing import CliRunner
 
 from vismem_cli.app import app
@@ -67,6 +69,14 @@ def test_queries_that_look_nowhere_have_no_map() -> None:
     memory = mini().attach(config(builder="constant", trigger="schedule:0=short"))
     (own,) = look(memory, SAMPLE, max_new_tokens=4).invocations
     assert not any(own.looked)
+
+
+@pytest.mark.parametrize(("make", "mapped"), [(llava, True), (llava_next, False), (internvl, False)])
+def test_images_in_tiles_have_no_map(make: Callable[[], Base], mapped: bool) -> None:
+    """What llava reads as one grid, the others read as several tiles."""
+    memory = make().attach(config(trigger="schedule:0=short"))
+    (own,) = look(memory, replace(SAMPLE, prompt="what is it ?"), max_new_tokens=4).invocations
+    assert bool(own.looked) is mapped
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ class Seen:
 
     Attributes:
         position: of the invocation token among the answer's.
-        looked: how much each visual token moves the query, (T,), summing to 1; what the gradient says.
+        looked: how much each visual token moves the query, (T,), summing to 1; what the gradient says. Empty where
+            the tokens are no one grid.
         near: of each latent, the words whose embeddings are nearest, with the cosine.
         worth: of each latent, the nats a token that the rest of the answer loses without it.
     """
@@ -101,10 +102,15 @@ def near(memory: Memory, latents: Tensor) -> list[list[tuple[str, float]]]:
 
 
 def looked(memory: Memory, inputs: Any, ids: list[int], invocations: list[Invocation]) -> list[list[float]]:
-    """How much each visual token moves each invocation's query: of every one (T,), summing to 1."""
+    """How much each visual token moves each invocation's query: of every one (T,), summing to 1.
+
+    Nothing is told of images that the encoder took in tiles, or of several: their tokens are no one grid.
+    """
     if not invocations:
         return []
     prompts = read_prompts(memory, inputs)
+    if len(prompts.session.vision.rows[0]) > 1:
+        return [[] for _ in invocations]
     answer = Answer(0, ids, {own.position: own.latents for own in invocations})
     replay = Replay(memory, prompts, [answer])
     told = []

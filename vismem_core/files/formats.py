@@ -7,6 +7,7 @@ VQA data sets (``question``, ``answer`` or ``answers``). Each becomes a row of o
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -106,18 +107,23 @@ def _answers(row: Mapping[str, Any]) -> dict[str, Any]:
     given = [_each(own) for own in (row.get("answers"), answer) if isinstance(own, list)]
     if isinstance(answer, list):
         answer = Counter(given[-1]).most_common(1)[0][0]
-    elif isinstance(answer, (int, float)):
-        answer = str(answer)
+    answer = written(answer)
     if not given:
         return {"answer": answer}
     return {"answer": answer, "references": given[0] if answer in given[0] else [answer, *given[0]]}
 
 
 def _each(answers: Sequence[Any]) -> list[str]:
-    texts: list[Any] = [own.get("answer") if isinstance(own, Mapping) else own for own in answers]
+    texts: list[Any] = [written(own.get("answer") if isinstance(own, Mapping) else own) for own in answers]
     if not texts or not all(isinstance(own, str) for own in texts):
         raise DataError("'answers' must be a list of texts, or of objects with an 'answer'")
     return texts
+
+
+def written(value: Any) -> Any:
+    """A number as the text that it is written with; anything else as it is."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if whole or (isinstance(value, float) and math.isfinite(value)) else value
 
 
 class _Placed:

@@ -174,9 +174,7 @@ def _told(error: Exception, text: bytes) -> str:
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
-    value = row.get(key)
-    if isinstance(value, int) and not isinstance(value, bool) and key == "id":
-        return str(value)
+    value = formats.written(row.get(key)) if key in ("id", "answer") else row.get(key)
     if value is None:
         raise DataError(f"{key!r} is missing")
     if not isinstance(value, str) or not value.strip():

@@ -40,19 +40,23 @@ def maps(image: Image.Image, invocations: Sequence[Invocation], looked: Sequence
     """For each invocation the image, and over it how much each visual token moved the query.
 
     Args:
-        looked: of each invocation, of each visual token.
+        looked: of each invocation, of each visual token; of none where these are no one grid.
         why: said where memory was not invoked.
     """
     if not invocations:
         return f'<p class="vm-hint">{escape(why)}</p>'
     figures = "".join(
         f'<figure>{picture(image, list(own))}<figcaption><span class="{one.kind}">‹{one.kind}›</span> '
-        f"invocation {number}, at token {one.position}{'' if any(own) else ': its query does not look'}</figcaption>"
+        f"invocation {number}, at token {one.position}{'' if any(own) else _blank(own)}</figcaption>"
         "</figure>"
         for number, (one, own) in enumerate(zip(invocations, looked, strict=True), 1)
     )
     told = "Bluer: the visual token there moves the query more, from which that memory was formed."
     return f'<h3>Where memory looked</h3><div class="vm-maps">{figures}</div><p class="vm-hint">{told}</p>'
+
+
+def _blank(looked: Sequence[float]) -> str:
+    return ": its query does not look" if looked else ": no map of an image that is read in tiles"
 
 
 def _card(title: str, text: str, note: str) -> str:

@@ -47,13 +47,13 @@ def check(host: str, port: int) -> None:
     Raises:
         VismemError: gradio is not installed, or the address cannot be had.
     """
-    _gradio()
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
         why = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
         raise VismemError(f"{host}:{port}: {why}; choose other values for --host and --port") from error
+    _gradio()  # which takes seconds to import
 
 
 def show(memory: Memory, host: str = "127.0.0.1", port: int = 7860) -> Any:

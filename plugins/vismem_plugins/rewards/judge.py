@@ -136,7 +136,7 @@ class Judge:
             if left <= 0 or self._given_up.wait(min(pause, left)):
                 raise ServiceError(
                     f"{self.url}{path} fails for {patience:g} seconds ({tries} tries): {failure}; "
-                    "--resume goes on when it is back, and train.grpo.patience waits longer"
+                    "in training, --resume goes on when it is back, and train.grpo.patience waits longer"
                 )
             if pause >= TOLD:
                 LOG.warning("%s is away (%s); waiting for it, %d seconds at most", self.url, failure, left)
