@@ -12,8 +12,8 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-def launch(command: Sequence[str], processes: int) -> list[str]:
-    """What ``ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`` starts; all have to end well. Each one's stdout."""
+def environments(processes: int) -> list[dict[str, str]]:
+    """What ``ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`` adds for each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -23,8 +23,13 @@ def launch(command: Sequence[str], processes: int) -> list[str]:
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
         for rank in range(processes)
     ]
+    return [shared | own for own in ranks]
+
+
+def launch(command: Sequence[str], processes: int) -> list[str]:
+    """Run the command in several processes; all have to end well. Each one's stdout."""
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen(command, env=os.environ | shared | own, **pipes) for own in ranks]
+    running = [subprocess.Popen(command, env=os.environ | own, **pipes) for own in environments(processes)]
     told: list[str] = []
     try:
         for own in running:

@@ -42,7 +42,15 @@ class TrainingError(VismemError):
 
 
 class RunInterruptedError(TrainingError):
-    """Training that a signal ended; the message says what was saved."""
+    """Training that a signal ended; the message says what was saved.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int = 2) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class RewardError(VismemError):

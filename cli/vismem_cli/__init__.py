@@ -1,6 +1,6 @@
 """The ``vismem`` program: a module per command, and errors as one line on stderr.
 
-Exit codes: 0 done, 1 an error that is said in one line, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error that is said in one line, 2 wrong usage, 128 + N by signal N.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def run(args: Sequence[str]) -> NoReturn:
     except typer.Abort:
         _fail("interrupted", INTERRUPTED)
     except RunInterruptedError as error:
-        _fail(str(error), INTERRUPTED)
+        _fail(str(error), 128 + error.signal)  # as a shell tells of a process that a signal ended
     except VismemError as error:
         _fail(str(error))
     except OSError as error:

@@ -235,7 +235,7 @@ def test_patience_ends_and_the_last_step_is_saved(judge: str, tmp_path: Path, mo
         return gradients(*args)
 
     monkeypatch.setattr(loops.Loop, "_gradients", down)
-    with pytest.raises(RewardError, match=r"fails for 0\.2 seconds .*HTTP 503: restarting; --resume"):
+    with pytest.raises(RewardError, match=r"fails for 0\.2 seconds .*HTTP 503: restarting; .*--resume"):
         run(tmp_path / "run", settings)
     monkeypatch.setattr(loops.Loop, "_gradients", gradients)
     Judge.down = False

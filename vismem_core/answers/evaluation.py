@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from vismem_core.memory.memory import Memory
 
 from . import metric as metrics
 from .checking import prepare
-from .inference import Answer, answers
+from .dealt import Alone, Processes, dealt
+from .inference import Answer
 
 
 class Condition(NamedTuple):
@@ -53,6 +55,7 @@ def evaluate(
     metric: str = "exact",
     left_out: list[Skipped] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Measure every question type under every condition.
 
@@ -62,6 +65,7 @@ def evaluate(
         metric: what answers are judged by, as a spec ``NAME[:ARGUMENT]``.
         left_out: gets the samples that cannot be used; without it the first one raises.
         progress: called with the condition, the samples done and their number.
+        processes: those that answer together, if there are several; all have to call. The first alone judges.
 
     Returns:
         ``{"heldout": {condition: {type: accuracy}}, "seen": {...}, "invocations_per_answer": x, "invocations":
@@ -69,12 +73,13 @@ def evaluate(
         metric's value stands in the accuracies' places. Conditions are
         ``base``, ``memory``, ``noise``, ``blind_base``, ``blind``, and ``short`` and ``long``, one memory of that kind
         forced at the start of each answer. ``not_blind`` counts the questions that the blind conditions leave out.
+        Processes beside the first get nothing.
 
     Raises:
         DataError: there is nothing to measure, or a bad sample.
         PluginError, ConfigError, MetricError: an unknown metric, or one that fails.
     """
-    judged = metrics.parse(metric)
+    judged, processes = metrics.parse(metric), processes or Alone()
     chosen = pick(samples, per_type)
     if left_out is not None:
         chosen = {kind: list(_usable(memory, own, batch, left_out)) for kind, own in chosen.items()}
@@ -89,12 +94,12 @@ def evaluate(
     for condition, (_, blind, _) in CONDITIONS.items():
         asked = other if blind else chosen
         flat = [sample for own in asked.values() for sample in own]
-        told: list[Answer] = []
+        show = partial(progress, condition) if progress else None
         with under(memory, condition) as spec:
-            for answer in answers(memory, flat, max_new_tokens=max_new_tokens, batch=batch, trigger=spec):
-                told.append(answer)
-                if progress:
-                    progress(condition, len(told), len(flat))
+            ask: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch": batch, "trigger": spec}
+            told = dealt(memory, flat, processes, show, **ask)
+        if not processes.first:
+            continue
         by_type = dict(zip(asked, _split(told, [len(own) for own in asked.values()]), strict=True))
         for group, kinds in names.items():
             tables[group][condition] = {
@@ -102,6 +107,8 @@ def evaluate(
             }
         if condition == "memory":
             used = {kind: _invocations(own) for kind, own in by_type.items()}
+    if not processes.first:
+        return {}
     count = sum(len(own) for own in chosen.values())
     total = sum(len(chosen[kind]) * sum(own.values()) for kind, own in used.items())
     return {

@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -22,6 +24,9 @@ from transformers.distributed import mixin, utils
 
 from vismem_core.errors import AttachError, TrainingError
 
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for each other. Rollouts of long answers end at very different times, and whoever is gone is
+found out otherwise (:mod:`vismem_core.training.peers`)."""
 KEYS = ("k_proj", "qkv_proj", "query_key_value")
 """Layers whose split splits attention, by the last part of their names."""
 NO_PLAN = "transformers has no plan that splits this model's attention"
@@ -30,7 +35,8 @@ INSTEAD = "use --device map, or cuda where a GPU holds all of it"
 
 def everyone() -> Accelerator:
     """The processes that ``accelerate launch`` or ``torchrun`` started; TrainingError if they cannot be reached."""
-    found = Accelerator()  # reads what ``accelerate launch`` set
+    # Accelerator reads what ``accelerate launch`` set.
+    found = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     started = os.environ.get("WORLD_SIZE", "1")
     if started != str(found.num_processes):
         told = f"started as one of {started} processes, which do not see each other"

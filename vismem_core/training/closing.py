@@ -18,6 +18,7 @@ from vismem_core.memory.memory import Memory
 from . import state
 from .folder import BEST, METRICS
 from .metrics import evaluated, rows
+from .processes import Processes
 
 REHEARSED = 2
 """Held-out samples on which the closing report is tried before the first step, and tokens of their answers."""
@@ -48,12 +49,16 @@ class Closing:
         """Try it on a few samples: what it cannot do is known before the first step."""
         self._evaluate(self._few(), min(REHEARSED_TOKENS, self.config.max_new_tokens), None)
 
-    def measure(self, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
-        """Held-out accuracy under all conditions."""
-        return self._evaluate(self.heldout, self.config.max_new_tokens, progress)
+    def measure(self, progress: Callable[[str, int, int], None], processes: Processes) -> dict[str, Any]:
+        """Held-out accuracy under all conditions; the processes answer together, and the first gets it."""
+        return self._evaluate(self.heldout, self.config.max_new_tokens, progress, processes)
 
     def _evaluate(
-        self, data: Sequence[Sample], max_new_tokens: int, progress: Callable[[str, int, int], None] | None
+        self,
+        data: Sequence[Sample],
+        max_new_tokens: int,
+        progress: Callable[[str, int, int], None] | None,
+        processes: Processes | None = None,
     ) -> dict[str, Any]:
         return evaluate(
             self.memory,
@@ -65,6 +70,7 @@ class Closing:
             metric=self.config.metric,
             left_out=self.left_out,
             progress=progress,
+            processes=processes,
         )
 
     def _few(self) -> list[Sample]:

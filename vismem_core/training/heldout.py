@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import fmean
 from typing import Any
 
 from vismem_core.answers.checking import prepare
+from vismem_core.answers.dealt import dealt
 from vismem_core.answers.evaluation import pick, under
-from vismem_core.answers.inference import Answer, answers
+from vismem_core.answers.inference import Answer
 from vismem_core.answers.metric import parse
 from vismem_core.config import TrainConfig
 from vismem_core.errors import DataError
@@ -80,21 +81,10 @@ class Heldout:
         return Evaluation(figures, self._shown(told))
 
     def _answers(self, way: str, progress: Progress | None) -> list[Answer]:
-        numbered = self.processes.part(list(enumerate(self.samples)))
-        told: list[tuple[int, Answer]] = []
+        show = partial(progress, way) if progress else None
+        ask: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens, "batch": self.config.eval_batch}
         with under(self.memory, way) as trigger:
-            own = answers(
-                self.memory,
-                [sample for _, sample in numbered],
-                max_new_tokens=self.config.max_new_tokens,
-                batch=self.config.eval_batch,
-                trigger=trigger,
-            )
-            for (number, _), answer in zip(numbered, own, strict=True):
-                told.append((number, answer))
-                if progress:
-                    progress(way, len(told), len(numbered))
-        return [answer for _, answer in sorted(self.processes.everyones(told), key=lambda pair: pair[0])]
+            return dealt(self.memory, self.samples, self.processes, show, trigger=trigger, **ask)
 
     def _figures(self, told: dict[str, list[Answer]]) -> dict[str, float]:
         name, places = f"eval_{self.metric.name}", self._places()

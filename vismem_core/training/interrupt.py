@@ -16,14 +16,17 @@ GRACE = 5.0
 
 
 class Interrupt:
-    """Inside the context a signal is noted, so that the step can end; true once it came, in all processes alike.
+    """Inside the context a signal is noted, so that the step can end.
+
+    Attributes:
+        came: the number of the first that came, 0 before.
 
     A second signal does not wait, and neither does a step that takes longer than :data:`GRACE`: they raise
     KeyboardInterrupt, outside of :meth:`held`. Where the main thread is not this one, signals are left alone.
     """
 
     def __init__(self, processes: Processes) -> None:
-        self.processes, self.came, self._held, self._late = processes, False, False, False
+        self.processes, self.came, self._held, self._late = processes, 0, False, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -41,9 +44,10 @@ class Interrupt:
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Whether it came to any process; all have to ask."""
-        self.came = self.processes.anyone(self.came)
-        return self.came
+        """Whether one came to any process; all have to ask."""
+        if agreed := self.processes.anyone(bool(self.came)):
+            self.came = self.came or signal.SIGTERM  # as whoever ends all processes sends
+        return agreed
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -56,8 +60,8 @@ class Interrupt:
         if self._late:
             raise KeyboardInterrupt
 
-    def _note(self, *_: object) -> None:
-        first, self.came = not self.came, True
+    def _note(self, number: int, _: object) -> None:
+        first, self.came = not self.came, self.came or number
         if first and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, GRACE)
         if not first:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
+from signal import SIGINT
 
 import torch
 from torch import nn
@@ -98,7 +99,7 @@ class Loop:
         interrupt = Interrupt(self.processes)
         with (
             record,
-            self._saved_whatever_happens(record),
+            self._saved_whatever_happens(record, interrupt),
             only(self.memory, self.parameters),
             interrupt,
         ):
@@ -144,7 +145,7 @@ class Loop:
                 self._evaluate(record, interrupt)
             if self.done % self.config.save_every == 0 or self.callbacks.control.should_save:
                 with interrupt.held():
-                    self._save(record)
+                    self.save(record)
                 self.callbacks.tell("on_save")
 
     def _finish(self, record: Record, interrupt: Interrupt) -> None:
@@ -155,7 +156,7 @@ class Loop:
             self.finished, self.rank = True, 0
         with interrupt.held():
             self._whole()
-            self._save(record)
+            self.save(record)
         if interrupt.agreed():
             raise KeyboardInterrupt
         if self.config.evaluation.every and self.rank < 2:
@@ -166,7 +167,7 @@ class Loop:
             self.say(f"{self.name} ends with what was best, of step {best[0]}")
             self._whole()
         with interrupt.held():
-            self._save(record)
+            self.save(record)
         self.callbacks.tell("on_save")
 
     def _due(self) -> bool:
@@ -189,7 +190,7 @@ class Loop:
             self.rank = 1 + self.finished
             self._whole()
             if best:
-                self._save(record)
+                self.save(record)
         record.evaluated(row, found.shown, best)
         self.processes.wait()
 
@@ -221,24 +222,25 @@ class Loop:
         self.stage.stepped()
 
     @contextmanager
-    def _saved_whatever_happens(self, record: Record) -> Iterator[None]:
+    def _saved_whatever_happens(self, record: Record, interrupt: Interrupt) -> Iterator[None]:
         """Before anything ends the run, its last whole step is on disk."""
         try:
             yield
         except BaseException as error:
             where = None
             try:
-                where = self._save(record)
+                where = self.save(record)
             except OSError as full:
                 self.say(f"{self.output}: the last step could not be saved ({full.strerror or full})")
             if isinstance(error, KeyboardInterrupt):
                 told = f"{where}, which is saved" if where else "what was saved before"
-                raise RunInterruptedError(f"interrupted after {told}; the same command with --resume goes on") from None
+                advice = "the same command with --resume goes on"
+                raise RunInterruptedError(f"interrupted after {told}; {advice}", interrupt.came or SIGINT) from None
             if where:
                 self.say(f"{self.output}: saved after {where}; --resume goes on from there")
             raise
 
-    def _save(self, record: Record) -> str | None:
+    def save(self, record: Record) -> str | None:
         """Write the last whole step if it is not on disk yet; say which it is."""
         if not self.processes.first:
             return self.saver.where  # the first one writes it

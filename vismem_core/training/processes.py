@@ -8,8 +8,8 @@ A step on two counts is the step of one on both parts.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather, gather_object, reduce
@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vismem_core.base import tensor
-from vismem_core.errors import TrainingError
+from vismem_core.errors import TrainingError, cut
 
 ENGINES = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "FSDP": "FSDP"}
 """Engines of accelerate that expect the model to be handed to them, by the name in the variable that asks for them."""
@@ -64,6 +64,11 @@ class Processes:
     def leads(self) -> bool:
         """Whether this one does what is done once: it is the first, or holds the base together with it."""
         return int(self._state.process_index) < self._holders
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """This one's number among all, and how many there are, each counted."""
+        return int(self._state.process_index), int(self._state.num_processes)
 
     def part(self, items: Sequence[Item]) -> list[Item]:
         """This process's part of a batch; neighbours go to different processes.
@@ -117,6 +122,20 @@ class Processes:
     def anyone(self, says: bool) -> bool:
         """Whether it is true of any process; all have to ask."""
         return bool(self._sum(torch.tensor(float(says))).item())
+
+    def same(self, told: Mapping[str, Any], advice: str) -> None:
+        """See that all processes have the same; all have to ask.
+
+        Raises:
+            TrainingError: in all of them, naming the first that has something else, and what that is.
+        """
+        everyones = gather_object([dict(told)]) if self._state.num_processes > 1 else [told]
+        first = everyones[0]
+        for number, own in enumerate(everyones):
+            for key in first | own:
+                if (here := first.get(key)) != (there := own.get(key)):
+                    found = f"process {number} has {key} {cut(repr(there))}, and process 0 {cut(repr(here))}"
+                    raise TrainingError(f"{found}; {advice}")
 
     def wait(self) -> None:
         """Until all are here."""

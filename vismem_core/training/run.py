@@ -6,6 +6,8 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +38,16 @@ from .invocation import InvocationStage
 from .invocation_grpo import InvocationGrpo
 from .loop import Loop
 from .metrics import finite_json
+from .peers import Peers
 from .processes import Processes
 from .record import Record
 from .stage import Stage
 from .trackers import Trackers
 
 Check = Literal["all", "lazy"]
+SHARED = "put --output on a disk that all machines share"
+SLOW = 10
+"""Seconds that new files may take to be seen by other machines."""
 
 
 def train(
@@ -82,12 +88,13 @@ def train(
     began, output = time.monotonic(), Path(output)
     console = console or Console(stderr=True)
     run = Run(memory, config, output, console, on_bad, callbacks)
-    if run.finished(resume):
-        run.say(f"{output}: this run is finished; nothing was left to do")
-        return read_json(output / card.REPORT)
-    run.say(f"training in {run.processes.told(memory.backbone.device)}")
-    usable, asked = run.usable(train_data, check), run.usable(heldout, check)
     with ExitStack() as stack:
+        stack.enter_context(Peers(*run.processes.rank, run.save))
+        if run.finished(resume):
+            run.say(f"{output}: this run is finished; nothing was left to do")
+            return read_json(output / card.REPORT)
+        run.say(f"training in {run.processes.told(memory.backbone.device)}")
+        usable, asked = run.usable(train_data, check), run.usable(heldout, check)
         run.open(usable, asked, resume, {"on_bad": on_bad, "check": check}, stack)
         stack.enter_context(run.display)
         stack.enter_context(run.trackers)
@@ -102,8 +109,8 @@ def train(
         if run.processes.leads:
             closing.refuse_nonsense(output)
             memory.save(output, training=to_dict(config.train))
-            report = closing.measure(run.display.measuring)
         run.processes.wait()
+        report = closing.measure(run.display.measuring, run.processes)
         if not run.processes.first:
             return {}
         report |= course(output, questions.metric.name)
@@ -138,6 +145,7 @@ class Run:
         self.processes = Processes(memory.model)
         self.parts = self.processes.count
         self.done: state.State | None = None
+        self.save: Callable[[], str | None] = lambda: None
         self.left_out: list[Skipped] = []
         self.waited, self.stepped = 0.0, 0.0
         self.display = Display(console, shown=self.processes.first)
@@ -164,16 +172,19 @@ class Run:
         Raises:
             TrainingError: it holds another one, or this one and ``resume`` is not set.
         """
+        path, now = self.output / SETTINGS, _flat(json.loads(json.dumps(to_dict(self.config))))
+        self.processes.same(now | {"--resume": resume}, "give all processes the same settings")
+        holds = {"a run in --output": path.exists(), "a finished run there": (self.output / card.REPORT).exists()}
+        self.processes.same(holds, SHARED)
         refuse(self.output, resume)
-        path = self.output / SETTINGS
         if not path.exists():
             return False
-        before, now = _flat(read_json(path)), _flat(json.loads(json.dumps(to_dict(self.config))))
+        before = _flat(read_json(path))
         for key in before | now:
             if (was := before.get(key)) != (wanted := now.get(key)):
                 told = f"{key} is {was!r} there and {wanted!r} here"
                 raise TrainingError(f"{path}: {told}; give the same settings to --resume, or choose another --output")
-        return (self.output / card.REPORT).exists()
+        return holds["a finished run there"]
 
     def usable(self, data: Sequence[Sample], check: Check) -> Sequence[Sample]:
         """The samples that this model can use; those of a file are looked at now, unless ``check`` is lazy."""
@@ -221,6 +232,8 @@ class Run:
                 now.write(self.output)
                 text = json.dumps(to_dict(self.config), indent=2) + "\n"
                 checkpoint.atomically(self.output / SETTINGS, lambda place: place.write_text(text))
+        self.processes.wait()
+        self._agree(now)
         if fresh:
             return
         before = basis(self.output)
@@ -234,8 +247,27 @@ class Run:
                 )
         if (self.output / state.FILE).exists():
             self.done = state.load(self.output, self.memory)
+        done = (self.done.stage, self.done.step, self.done.rank, self.done.finished) if self.done else None
+        self.processes.same({"a state to go on from": done}, SHARED)
+        if self.done:
             self.say(f"{self.output}: goes on after {self.done.stage}, step {self.done.step}")
             self.left_out = list(self.done.left_out)
+
+    def _agree(self, now: Basis) -> None:
+        """See that all processes train the same memory on the same rows, and write and read in one place."""
+        if self.processes.rank[1] == 1:
+            return
+        for _ in range(SLOW):  # a disk that machines share may show new files late
+            if (self.output / BASIS).exists():
+                break
+            time.sleep(1)
+        data = {f"{name} {key}": own for name in ("data", "heldout") for key, own in getattr(now, name).items()}
+        base = {f"base {key}": own for key, own in now.base.items()}
+        told = {**data, **base, "processes": now.processes, **{f"rows {key}": own for key, own in now.rows.items()}}
+        told |= {f"version of {name}": version(name) for name in ("vismem", "torch", "transformers")}
+        self.processes.same(told, "give all processes the same model, data and installation")
+        there = (self.output / BASIS).exists() and json.dumps(read_json(self.output / BASIS), sort_keys=True)
+        self.processes.same({"the run's files in --output": there}, SHARED)
 
     def stages(self) -> list[str]:
         """The stages that are still to be run."""
@@ -267,8 +299,10 @@ class Run:
             loop.restore(self.done)
         self.display.begin(name, stage.settings.steps, loop.done)
         files = (self.output, list(STAGES), name, loop.mark, processes.first)
+        record = Record(*files, self.trackers, self.display)
+        self.save = partial(loop.save, record)
         try:
-            loop.run(Record(*files, self.trackers, self.display))
+            loop.run(record)
         finally:
             draws.close()
         self.waited, self.stepped = self.waited + draws.waited, self.stepped + loop.seconds
