@@ -2,9 +2,9 @@
 
 Counted are the passes of the language model and the vectors that they take in, padding included, on the embedded model:
 while prompts are read, while answers are rolled out, and while these are replayed; and the tokens that are replayed. A
-ratio is the most that one rank has of each step over the mean of all ranks, steps added up: what is over 1 is waited for.
-A rank decodes its rows in one batch, so its passes are those of its longest answer, and no deal makes the most of them
-less than one trajectory takes alone (``longest``). Prompts are met for the first time: tau_base is rolled out too.
+ratio is the most that one rank has of each step over the mean of all ranks, steps added up; what is over 1 is waited
+for. A rank decodes its rows in one batch, so its passes are those of its longest answer, and no deal makes the most of
+them less than one trajectory takes alone (``longest``). Prompts are met for the first time: tau_base is rolled out too.
 Ranks are simulated one after another, unless several processes were started:
 
     python examples/measure_balance.py --ranks 8

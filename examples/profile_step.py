@@ -1,9 +1,9 @@
 """What a GPU would wait for: the share of a Stage II step that is kernels, and what the host takes to launch them.
 
-A step is taken on the CPU, some times plainly, of which the quickest counts, and once under torch.profiler. Kernels are
+A step is taken on the CPU, some times plainly and twice under torch.profiler, and the quickest counts. Kernels are
 the profiler's own time of ATen's operations, without those that only look at tensors anew or ask for room; a launch is
-such an operation that is not made of others. Waiting for other processes is counted apart. All else of the plain step
-is the host's, at least: Python, transformers' layers, autograd; an operation's own dispatch is counted as its kernel.
+such an operation that is not made of others. What goes to other processes and comes is counted apart. All else of the
+plain step is the host's, at least: Python, transformers' layers; an operation's own dispatch is counted as its kernel.
 A GPU's kernels are faster and the host is not, so a GPU whose kernels take less than the host's part of a pass waits.
 
     python examples/profile_step.py
@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.distributed as dist
 import typer
 from measuring import attached, build
 from rich.console import Console
@@ -56,7 +57,8 @@ COLUMNS = {
     "host_ms_a_pass": "host ms a pass",
     "host_us_a_launch": "host us a launch",
 }
-WAITS = ("c10d", "gloo", "nccl", "wait_tensor")
+WAITS = ("_c10d_functional::wait_tensor", "_c10d_functional::all_reduce", "_c10d_functional::all_gather_into_tensor")
+"""Where layers that several processes hold wait for each other; what else is told is timed where it is called."""
 Step = Callable[[], Any]
 
 
@@ -66,7 +68,10 @@ class Watched:
     def __init__(self, stage: InvocationGrpo) -> None:
         self.seconds = dict.fromkeys([*PHASES, "rest"], 0.0)
         self.passes = dict.fromkeys(self.seconds, 0)
+        self.waited = dict.fromkeys(self.seconds, 0.0)
         self.phase = "rest"
+        for owner, name in ((dist, "broadcast"), (stage.processes, "_sum"), (stage.processes, "everyones")):
+            setattr(owner, name, self._waiting(getattr(owner, name)))
         for phase, name in PHASES.items():
             setattr(stage, name, self._within(phase, getattr(stage, name)))
         stage.memory.backbone.decoder.register_forward_hook(self._count)
@@ -82,16 +87,26 @@ class Watched:
 
         return call
 
+    def _waiting(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **rest: Any) -> Any:
+            began = time.perf_counter()
+            result = plain(*args, **rest)
+            self.waited[self.phase] += time.perf_counter() - began
+            return result
+
+        return call
+
     def _count(self, *_: Any) -> None:
         self.passes[self.phase] += 1
 
-    def of(self, step: Step) -> dict[str, float]:
-        """Seconds of one step by phase; passes are counted along."""
-        self.seconds, self.passes = dict.fromkeys(self.seconds, 0.0), dict.fromkeys(self.passes, 0)
+    def of(self, step: Step) -> dict[str, dict[str, float]]:
+        """Of one step by phase: seconds, those that other processes took, and passes."""
+        for own in (self.seconds, self.waited, self.passes):
+            own.update(dict.fromkeys(own, 0))
         began = time.perf_counter()
         step()
         self.seconds["rest"] = time.perf_counter() - began - sum(self.seconds.values())
-        return dict(self.seconds)
+        return {"seconds": dict(self.seconds), "waiting": dict(self.waited), "passes": dict(self.passes)}
 
 
 def operations(step: Step) -> dict[str, dict[str, float]]:
@@ -130,9 +145,12 @@ def measured(memory: Memory, batch: Batch, config: TrainConfig, processes: Proce
         optimizer.step()
 
     step()
-    taken = min((watched.of(step) for _ in range(repeats)), key=lambda own: sum(own.values()))
-    passes, found = dict(watched.passes), operations(step)
-    rows = [{"phase": phase, "seconds": taken[phase], "passes": passes[phase], **found[phase]} for phase in taken]
+    taken = min((watched.of(step) for _ in range(repeats)), key=lambda own: sum(own["seconds"].values()))
+    found = min((operations(step) for _ in range(2)), key=lambda own: sum(part["kernels"] for part in own.values()))
+    rows = []
+    for phase, own in found.items():
+        plain = {name: parts[phase] for name, parts in taken.items()}
+        rows.append({"phase": phase, **own, **plain, "waiting": own["waiting"] + plain["waiting"]})
     whole = {name: sum(own[name] for own in rows) for name in rows[0] if name != "phase"}
     return [figures(own) for own in (*rows, {"phase": "step", **whole})]
 

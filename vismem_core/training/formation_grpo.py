@@ -78,8 +78,9 @@ class FormationGrpo(GroupStage):
         copies, seeds, own = self.copies(batch), self.seeds(batch, key), self.own(batch)
         with self.memory.triggered(curriculum(self.grpo.density, between)):
             told = self.rollouts(prompts, [copies[row] for row in own], [seeds[row] for row in own])
+        base = self.base(prompts, batch)  # before processes wait for each other's trajectories
         told, (scores,) = self.everyones(batch, told, self.score(told, batch))
-        gains = scores - self.base(prompts, batch)[:, None]
+        gains = scores - base[:, None]
         return Group(told, gains, {"reward": scores.mean().item(), "gain": gains.mean().item()})
 
     def counted(self, trajectory: Trajectory) -> list[bool]:

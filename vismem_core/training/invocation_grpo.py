@@ -80,12 +80,13 @@ class InvocationGrpo(GroupStage):
             other = [told[at] for at in asked]
             if self.grpo.alpha:
                 other = rolled([rows[at] for at in asked], swapped=True)
+        base = self.base(prompts, batch)  # before processes wait for each other's trajectories
         plain = self.score(told, batch)
         reversed_ = {**dict(enumerate(plain)), **dict(zip(asked, self.score(other, batch), strict=True))}
         told, (scores, turned) = self.everyones(batch, told, plain, list(reversed_.values()))
         invoked = torch.tensor([bool(own.latents) for own in told]).view_as(scores)
         p_type, p_neg = grpo.penalties(scores, turned, invoked)
-        gains = scores - self.base(prompts, batch)[:, None]
+        gains = scores - base[:, None]
         spent = self.grpo.cost * torch.tensor([float(len(own.latents)) for own in told]).view_as(scores)
         figures = {"reward": scores, "gain": gains, "p_type": p_type, "p_neg": p_neg}
         own = slice(CHOICES * self.threes, None)  # what was dealt nothing shows what the policy has learnt
