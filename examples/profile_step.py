@@ -1,10 +1,11 @@
 """What a GPU would wait for: the share of a Stage II step that is kernels, and what the host takes to launch them.
 
-A step is taken on the CPU, some times plainly and twice under torch.profiler, and the quickest counts. Kernels are
-the profiler's own time of ATen's operations, without those that only look at tensors anew or ask for room; a launch is
-such an operation that is not made of others. What goes to other processes and comes is counted apart. All else of the
-plain step is the host's, at least: Python, transformers' layers; an operation's own dispatch is counted as its kernel.
-A GPU's kernels are faster and the host is not, so a GPU whose kernels take less than the host's part of a pass waits.
+A step is taken on one CPU thread, some times plainly and twice under torch.profiler, and the quickest counts. Seconds
+are the thread's own. Kernels are the profiler's own time of ATen's operations, by the share of it that the thread ran,
+without those that only look at tensors anew or ask for room; a launch is such an operation that is not made of others.
+All else is the host's, at least: Python, transformers' layers; an operation's own dispatch is counted as its kernel. A
+GPU's kernels are faster and the host is not, so a GPU whose kernels take less than the host's part of a pass waits.
+What a process waits for others is time on the clock, and no part of the shares.
 
     python examples/profile_step.py
     python examples/profile_step.py --shape 80m --tokens 32
@@ -51,11 +52,11 @@ COLUMNS = {
     "seconds": "s",
     "passes": "passes",
     "kernel_share": "kernels",
-    "waiting_share": "waiting",
     "host_share": "host",
     "launches_a_pass": "launches a pass",
     "host_ms_a_pass": "host ms a pass",
     "host_us_a_launch": "host us a launch",
+    "waiting": "waits, s",
 }
 WAITS = ("_c10d_functional::wait_tensor", "_c10d_functional::all_reduce", "_c10d_functional::all_gather_into_tensor")
 """Where layers that several processes hold wait for each other; what else is told is timed where it is called."""
@@ -78,20 +79,20 @@ class Watched:
 
     def _within(self, phase: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **rest: Any) -> Any:
-            before, self.phase, began = self.phase, phase, time.perf_counter()
+            before, self.phase, began = self.phase, phase, time.thread_time()
             with record_function(phase):
                 result = plain(*args, **rest)
             self.phase = before
-            self.seconds[phase] += time.perf_counter() - began
+            self.seconds[phase] += time.thread_time() - began
             return result
 
         return call
 
     def _waiting(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **rest: Any) -> Any:
-            began = time.perf_counter()
+            began = time.perf_counter() - time.thread_time()
             result = plain(*args, **rest)
-            self.waited[self.phase] += time.perf_counter() - began
+            self.waited[self.phase] += time.perf_counter() - time.thread_time() - began
             return result
 
         return call
@@ -103,16 +104,18 @@ class Watched:
         """Of one step by phase: seconds, those that other processes took, and passes."""
         for own in (self.seconds, self.waited, self.passes):
             own.update(dict.fromkeys(own, 0))
-        began = time.perf_counter()
+        began = time.thread_time()
         step()
-        self.seconds["rest"] = time.perf_counter() - began - sum(self.seconds.values())
+        self.seconds["rest"] = time.thread_time() - began - sum(self.seconds.values())
         return {"seconds": dict(self.seconds), "waiting": dict(self.waited), "passes": dict(self.passes)}
 
 
 def operations(step: Step) -> dict[str, dict[str, float]]:
     """By phase of one profiled step: seconds in kernels and in waiting, and launches."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        began, ran = time.perf_counter(), time.thread_time()
         step()
+        share = (time.thread_time() - ran) / (time.perf_counter() - began)
     events = list(profiled.events())
     spans = [(own.time_range.start, own.time_range.end, own.name) for own in events if own.name in PHASES]
     found = {phase: {"kernels": 0.0, "waiting": 0.0, "launches": 0.0} for phase in (*PHASES, "rest")}
@@ -122,7 +125,7 @@ def operations(step: Step) -> dict[str, dict[str, float]]:
         if any(name in own.name for name in WAITS):
             found[phase]["waiting"] += own.self_cpu_time_total / 1e6
         elif launches(own):
-            found[phase]["kernels"] += own.self_cpu_time_total / 1e6
+            found[phase]["kernels"] += share * own.self_cpu_time_total / 1e6
             found[phase]["launches"] += not any(map(launches, own.cpu_children))
     return found
 
@@ -157,9 +160,8 @@ def measured(memory: Memory, batch: Batch, config: TrainConfig, processes: Proce
 
 def figures(row: dict[str, Any]) -> dict[str, Any]:
     """With the host's part, and what it is to a pass and a launch."""
-    host = max(row["seconds"] - row["kernels"] - row["waiting"], 0.0)
+    host = max(row["seconds"] - row["kernels"], 0.0)
     row |= {"host": host, "kernel_share": row["kernels"] / row["seconds"], "host_share": host / row["seconds"]}
-    row["waiting_share"] = row["waiting"] / row["seconds"]
     row |= {"launches_a_pass": row["launches"] / row["passes"] if row["passes"] else None}
     row |= {"host_ms_a_pass": 1e3 * host / row["passes"] if row["passes"] else None}
     return row | {"host_us_a_launch": 1e6 * host / row["launches"] if row["launches"] else None}
