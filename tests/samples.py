@@ -24,6 +24,11 @@ def even(answers: Sequence[Written], samples: Sequence[Sample]) -> list[float]:
     return [sum(token % 2 == 0 for token in own.ids) / len(own.ids) for own in answers]
 
 
+def unlike(answers: Sequence[Written], samples: Sequence[Sample]) -> list[float]:
+    """A reward that hardly any two answers share, so that no two choices are worth the same."""
+    return [sum(own.ids) % 97 / 97 for own in answers]
+
+
 def fickle(answers: Sequence[Written], samples: Sequence[Sample]) -> list[float]:
     """As :func:`even` for samples with an odd number for an id; all others' groups are silent."""
     scores = zip(even(answers, samples), samples, strict=True)

@@ -32,7 +32,7 @@ SETTINGS = {
     "dealt": [
         "train.objective=grpo",
         "train.stage=invocation",
-        "train.grpo={explore: 0.75, group: 4, max_new_tokens: 8, rewards: ['call:samples:fickle']}",
+        "train.grpo={explore: 0.75, group: 4, max_new_tokens: 8, rewards: ['call:samples:unlike']}",
         "train.grpo.invocation={steps: 3, lr: 1e-2}",
     ],
 }

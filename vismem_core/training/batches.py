@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,8 @@ from vismem_core.base.backbone import Backbone
 from vismem_core.errors import DataError
 from vismem_core.files.samples import Sample, Skipped
 
+from .balance import Work
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -26,12 +28,14 @@ class Batch:
         inputs: left-padded prompts, as ``generate`` takes them.
         answers: token ids of each answer, the end of the turn included.
         given: how many of them are given, and not to be learnt.
+        work: the step's work in all processes, where these questions are a part of it.
     """
 
     samples: Sequence[Sample]
     inputs: BatchFeature
     answers: list[list[int]]
     given: list[int]
+    work: Work | None = None
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -46,6 +50,12 @@ def make_batch(backbone: Backbone, samples: Sequence[Sample]) -> Batch:
     batch = usable_batch(backbone, samples, None)
     assert batch is not None, "no samples"
     return batch
+
+
+def part_of(backbone: Backbone, work: Work, process: int) -> Batch:
+    """A process's part of a step's work, which may be none."""
+    own = [work.samples[number] for number in work.of(process)]
+    return replace(make_batch(backbone, own), work=work) if own else Batch([], BatchFeature(), [], [], work)
 
 
 def usable_batch(backbone: Backbone, samples: Sequence[Sample], left_out: list[Skipped] | None) -> Batch | None:

@@ -53,7 +53,7 @@ class Choices:
         self.worth = torch.empty(0, CHOICES, device=device)
 
     def add(self, hidden: Tensor, worth: Tensor) -> None:
-        """Remember what this process tried; all processes add equally many states.
+        """Remember what was tried, by all processes together.
 
         Args:
             hidden: (B, d)
@@ -62,7 +62,7 @@ class Choices:
         for name, value in (("hidden", hidden), ("plain", self._plain(hidden)), ("worth", worth)):
             before: Tensor = getattr(self, name)
             own = value.detach().to(before)
-            setattr(self, name, torch.cat([before, self.processes.joined(own)])[-REMEMBERED:])
+            setattr(self, name, torch.cat([before, own])[-REMEMBERED:])
 
     def better(self) -> tuple[Tensor, Tensor]:
         """The states that say something, (m, d), and the better policy in each, (m, 3)."""

@@ -10,12 +10,13 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from threading import Lock
 
-import torch
+from transformers import BatchFeature
 
 from vismem_core.base.backbone import Backbone
 from vismem_core.errors import DataError
 from vismem_core.files.samples import Sample, Skipped, seen
 
+from .balance import Pieces, Work
 from .batches import Batch, Sampler, usable_batch
 from .processes import Processes
 
@@ -31,17 +32,25 @@ class _Round:
 
     Attributes:
         samples: with their images decoded; :attr:`batch` holds some of them.
-        drawn: the same samples as the data has them.
+        work: all that was drawn, as the data has it.
+        own: numbers of this process's samples in it.
     """
 
-    drawn: list[Sample]
+    work: Work
+    own: list[int]
     samples: list[Sample]
     batch: Batch | None
     faults: list[Skipped]
 
+    @property
+    def bad(self) -> list[int]:
+        """Numbers of the samples that cannot be used."""
+        good = {id(sample) for sample in self.batch.samples} if self.batch else set()
+        return [number for number, sample in zip(self.own, self.samples, strict=True) if id(sample) not in good]
+
 
 class Draws:
-    """Gives so many samples of the data as a batch, this process's part of them; None if that is none.
+    """Gives so many samples of the data as a batch, this process's part of them, which may be none.
 
     Batches are made in a thread while a step is taken, and their images decoded in several. What comes out is the same
     as if they were made when they are asked for.
@@ -50,6 +59,7 @@ class Draws:
         batch: samples of a step, in all processes.
         left_out: bad samples are left out and added here, and further ones take their places; without it the first one
             raises.
+        pieces: the pieces of work on a sample, where processes may share it.
 
     Attributes:
         position: where the samples stand that are yet to be given.
@@ -64,8 +74,10 @@ class Draws:
         seed: int,
         processes: Processes,
         left_out: list[Skipped] | None,
+        pieces: Pieces | None = None,
     ) -> None:
         self.backbone, self.data, self.processes, self.left_out = backbone, data, processes, left_out
+        self.pieces = pieces
         self.sampler, self.position = Sampler(len(data), batch, seed), 0
         self.beside, self.waited, self.began = backbone.device.type != "cpu", 0.0, time.perf_counter()
         self._maker = ThreadPoolExecutor(1, "vismem-batches")
@@ -73,7 +85,7 @@ class Draws:
         self._processor = Lock()  # tokenizers are one thread's at a time
         self._coming: dict[tuple[int, int], Future[_Round]] = {}
 
-    def __call__(self, count: int) -> Batch | None:
+    def __call__(self, count: int) -> Batch:
         """All processes ask for the same number.
 
         Raises:
@@ -110,11 +122,10 @@ class Draws:
         for own in (self._maker, self._decoders):
             own.shutdown(wait=True, cancel_futures=True)
 
-    def _agreed(self, count: int) -> Batch | None:
+    def _agreed(self, count: int) -> Batch:
         """A batch in which further samples have taken the places of bad ones, in all processes."""
         left_out = None if self.left_out is None else list(self.left_out)
-        good: list[Sample] = []
-        whole: dict[int, Sample] = {}
+        work, good = Work([], []), list[Sample]()
         batch, wanted, looked, position = None, count, 0, self.position
         while wanted:
             if looked > len(self.data) + count:
@@ -123,29 +134,30 @@ class Draws:
             coming = self._coming.pop((wanted, position), None)
             own = coming.result() if coming else self._round(wanted, position)
             position, looked, batch = position + wanted, looked + wanted, own.batch
-            whole |= {id(seen): plain for seen, plain in zip(own.samples, own.drawn, strict=True)}
-            lost = len(own.samples) - (len(batch) if batch else 0)
-            wanted = int(self.processes.total(torch.tensor(float(lost))).item())
+            bad = set(self.processes.everyones(own.bad))
+            work += own.work.only(set(range(wanted)) - bad)
+            good += [sample for number, sample in zip(own.own, own.samples, strict=True) if number not in bad]
+            wanted = len(bad)
             if wanted and left_out is not None:  # an epoch later they are met again
                 left_out = list(dict.fromkeys(self.processes.everyones([*left_out, *own.faults])))
-            if wanted or good:
-                good += batch.samples if batch else []
-                batch = None
-        if good:
-            batch = self._usable(good, left_out)
+        if looked > count:
+            batch = self._usable(good, left_out) if good else None
         self.position = position
         if self.left_out is not None:
             self.left_out[:] = left_out or []
-        return batch and replace(batch, samples=[whole[id(seen)] for seen in batch.samples])
+        plain = [work.samples[number] for number in work.of(self.processes.number)]
+        return replace(batch, samples=plain, work=work) if batch else Batch([], BatchFeature(), [], [], work)
 
     def _round(self, count: int, position: int) -> _Round:
         """Some samples' part of this process; no other process is asked."""
         drawn = [self.data[at] for at in self.sampler.at(position, count)]
-        own = list(self.processes.part(sorted(drawn, key=lambda one: -len(one.answer or ""))))
-        samples = list(self._decoders.map(seen, own))
+        longest = sorted(drawn, key=lambda one: -len(one.answer or ""))
+        work = Work.dealt(longest, self.processes.count, self.pieces)
+        own = work.of(self.processes.number)
+        samples = list(self._decoders.map(seen, (work.samples[number] for number in own)))
         faults: list[Skipped] = []
         batch = self._usable(samples, None if self.left_out is None else faults) if samples else None
-        return _Round(own, samples, batch, faults)
+        return _Round(work, own, samples, batch, faults)
 
     def _usable(self, samples: Sequence[Sample], left_out: list[Skipped] | None) -> Batch | None:
         with self._processor:

@@ -13,19 +13,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-import torch
 from torch import nn
 
 from vismem_core.config import KINDS, TrainConfig
 from vismem_core.decoding.replay import Prompts, read_prompts
-from vismem_core.files.samples import Sample
 from vismem_core.memory.memory import FORMATION, Memory
 from vismem_core.memory.trigger import Decision, Row, Trigger
 
-from .batches import Batch, make_batch
+from .balance import Work
+from .batches import Batch, part_of
 from .group import GroupStage, together
 from .processes import Processes
-from .rollout import Group, Trajectory, rollouts
+from .rollout import Group, Trajectory
 
 DRAWS = 4
 """How often a step draws, its first batch included, before it makes do with fewer prompts."""
@@ -55,29 +54,33 @@ class FormationGrpo(GroupStage):
         """The batch with further prompts in place of settled ones; as many as all processes lack together are drawn."""
         if self.grpo.settled == 1 or self.draw is None:
             return batch
-        total, kept, further = self.processes.total, list[Sample](), batch if len(batch) else None
-        size = int(total(torch.tensor(float(len(batch)))).item())
+        kept, further, size = Work([], []), batch, len(self.work(batch).samples)
         for number in range(DRAWS):
-            kept += self._kept(further, f"{key}/{number}") if further else []
-            lacking = size - int(total(torch.tensor(float(len(kept)))).item())
+            kept += self._kept(further, f"{key}/{number}")
+            lacking = size - len(kept.samples)
             if not lacking or number == DRAWS - 1:
                 break
             further = self.draw(lacking)
-        return make_batch(self.memory.backbone, kept) if kept else batch
+        return part_of(self.memory.backbone, kept, self.processes.number) if kept.samples else batch
 
-    def _kept(self, batch: Batch, key: str) -> list[Sample]:
+    def _kept(self, batch: Batch, key: str) -> Work:
+        work = self.work(batch)
         with self.memory.triggered("never"):
-            scores = self.base(read_prompts(self.memory, batch.inputs), batch)
+            scores = self.base(read_prompts(self.memory, batch.inputs) if len(batch) else None, batch)
         chances = 1 - (1 - self.grpo.settled) * scores
-        drawn = [Random(f"{key}/{sample.id}/kept").random() for sample in batch.samples]
-        return [own for own, chance, at in zip(batch.samples, chances.tolist(), drawn, strict=True) if at < chance]
+        drawn = [Random(f"{key}/{sample.id}/kept").random() for sample in work.samples]
+        return work.only(
+            [at for at, (own, chance) in enumerate(zip(drawn, chances.tolist(), strict=True)) if own < chance]
+        )
 
-    def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
+    def sample(self, prompts: Prompts | None, batch: Batch, key: str, progress: float) -> Group:
         between = self.grpo.between if progress >= self.grpo.between_from else 0.0
+        copies, seeds, own = self.copies(batch), self.seeds(batch, key), self.own(batch)
         with self.memory.triggered(curriculum(self.grpo.density, between)):
-            told = rollouts(self.memory, prompts, self.copies(batch), self.seeds(batch, key), self.sampling)
-        scores = self.scores(told, batch)
-        gains = scores - self.base(prompts, batch)[:, None]
+            told = self.rollouts(prompts, [copies[row] for row in own], [seeds[row] for row in own])
+        base = self.base(prompts, batch)  # before processes wait for each other's trajectories
+        told, (scores,) = self.everyones(batch, told, self.score(told, batch))
+        gains = scores - base[:, None]
         return Group(told, gains, {"reward": scores.mean().item(), "gain": gains.mean().item()})
 
     def counted(self, trajectory: Trajectory) -> list[bool]:

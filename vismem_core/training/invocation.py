@@ -65,7 +65,7 @@ class InvocationStage(LikelihoodStage):
         scores = torch.stack([likely.exp() for likely, _ in told], dim=1)
         scores[:, 1:] -= self.config.cost
         hidden = told[0][1]
-        self.choices.add(hidden, scores)
+        self.choices.add(processes.joined(hidden), processes.joined(scores))
         loss = self.choices.loss()
         chosen = self.choices.logprobs(hidden).detach().exp()
         worth = (scores / self.config.temperature).softmax(-1)

@@ -17,6 +17,7 @@ does that asks later where it should not, and a policy that always asks would st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from vismem_core.config import KINDS, TrainConfig
 from vismem_core.decoding.replay import Prompts
+from vismem_core.files.samples import Sample
 from vismem_core.memory.memory import FORMATION, Memory
 
 from . import grpo
@@ -31,7 +33,7 @@ from .batches import Batch
 from .choices import CHOICES, Choices
 from .group import GroupStage
 from .processes import Processes
-from .rollout import Deal, Group, Trajectory, rollouts
+from .rollout import Deal, Group, Trajectory
 
 DEALS: tuple[Deal, ...] = ("none", *KINDS)
 FIRST = 0.5
@@ -55,7 +57,7 @@ class InvocationGrpo(GroupStage):
         rates = {"tokens.close": self.config.end_rate}
         return [(name, own, rates.get(name, 1.0)) for name, own in self.trained().items()]
 
-    def learn(self, prompts: Prompts, group: Group) -> dict[str, float]:
+    def learn(self, prompts: Prompts | None, group: Group) -> dict[str, float]:
         figures = super().learn(prompts, group)
         if group.tried is not None:
             self.choices.add(*group.tried)
@@ -64,40 +66,44 @@ class InvocationGrpo(GroupStage):
             figures["choices"] = loss.item() * self.processes.count
         return figures
 
-    def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
+    def sample(self, prompts: Prompts | None, batch: Batch, key: str, progress: float) -> Group:
         copies, seeds, deals = self.copies(batch), self.seeds(batch, key), self.deals(batch, key)
+
+        def rolled(rows: Sequence[int], *, swapped: bool) -> list[Trajectory]:
+            own = [copies[row] for row in rows], [seeds[row] for row in rows]
+            return self.rollouts(prompts, *own, deals=[deals[row] for row in rows], swapped=swapped)
+
+        rows = self.own(batch)
         with self.memory.triggered("policy"):
-            told = rollouts(self.memory, prompts, copies, seeds, self.sampling, deals=deals)
-            asked = [row for row, own in enumerate(told) if own.latents]
-            other = [told[row] for row in asked]
-            if asked and self.grpo.alpha:
-                other = rollouts(
-                    self.memory,
-                    prompts,
-                    [copies[row] for row in asked],
-                    [seeds[row] for row in asked],
-                    self.sampling,
-                    deals=[deals[row] for row in asked],
-                    swapped=True,
-                )
-        scores = self.scores(told, batch)
-        turned = scores.clone().flatten()
-        turned[asked] = torch.tensor(self.score(other, batch)) if asked else turned[asked]
+            told = rolled(rows, swapped=False)
+            asked = [at for at, own in enumerate(told) if own.latents]
+            other = [told[at] for at in asked]
+            if self.grpo.alpha:
+                other = rolled([rows[at] for at in asked], swapped=True)
+        base = self.base(prompts, batch)  # before processes wait for each other's trajectories
+        plain = self.score(told, batch)
+        reversed_ = {**dict(enumerate(plain)), **dict(zip(asked, self.score(other, batch), strict=True))}
+        told, (scores, turned) = self.everyones(batch, told, plain, list(reversed_.values()))
         invoked = torch.tensor([bool(own.latents) for own in told]).view_as(scores)
-        p_type, p_neg = grpo.penalties(scores, turned.view_as(scores), invoked)
-        gains = scores - self.base(prompts, batch)[:, None]
+        p_type, p_neg = grpo.penalties(scores, turned, invoked)
+        gains = scores - base[:, None]
         spent = self.grpo.cost * torch.tensor([float(len(own.latents)) for own in told]).view_as(scores)
         figures = {"reward": scores, "gain": gains, "p_type": p_type, "p_neg": p_neg}
         own = slice(CHOICES * self.threes, None)  # what was dealt nothing shows what the policy has learnt
-        if len(told) > len(batch) * CHOICES * self.threes:
+        if self.grpo.group > CHOICES * self.threes:
             figures |= {"own_gain": gains[:, own], "own_asks": invoked[:, own].float()}
         rewards = gains - self.grpo.alpha * (p_type + p_neg) - spent
-        tried = self._tried(prompts, told, rewards) if self.threes else None
+        tried = self._tried(told, rewards) if self.threes else None
         means = {name: own.mean().item() for name, own in figures.items()}
         return Group(told, rewards, means, tried)
 
     def counted(self, trajectory: Trajectory) -> list[bool]:
         return [free and at != trajectory.dealt for at, free in enumerate(trajectory.chosen)]
+
+    def pieces(self, sample: Sample) -> Sequence[float]:
+        """Twice what it takes to write the answer, since tau_rev writes it again, but once where none is dealt."""
+        none = [at < CHOICES * self.threes and at % CHOICES == 0 for at in range(self.grpo.group)]
+        return [cost * (1 if own else 2) for cost, own in zip(super().pieces(sample), none, strict=True)]
 
     @property
     def threes(self) -> int:
@@ -122,10 +128,10 @@ class InvocationGrpo(GroupStage):
             dealt += [None] * (self.grpo.group - CHOICES * self.threes)
         return dealt
 
-    def _tried(self, prompts: Prompts, told: list[Trajectory], rewards: Tensor) -> tuple[Tensor, Tensor]:
+    def _tried(self, told: list[Trajectory], rewards: Tensor) -> tuple[Tensor, Tensor]:
         """States (P * threes, d) in which all choices were tried, and their rewards (P * threes, 3)."""
-        dealt, group = CHOICES * self.threes, self.grpo.group
-        states = prompts.session.hidden[:, -1].repeat_interleave(self.threes, 0)
+        dealt, group, backbone = CHOICES * self.threes, self.grpo.group, self.memory.backbone
+        states = torch.zeros(len(rewards) * self.threes, backbone.width, device=backbone.device)
         worth = rewards[:, :dealt].reshape(-1, CHOICES).clone()
         firsts = [first + own for first in range(0, len(told), group) for own in range(0, dealt, CHOICES)]
         for at, first in enumerate(firsts):

@@ -248,8 +248,8 @@ class Loop:
         return self.saver.write()
 
 
-def _some(batch: Batch | None, name: str) -> Batch:
-    if batch is None:
+def _some(batch: Batch, name: str) -> Batch:
+    if not len(batch):
         raise DataError(f"{name}: a process has no usable sample in this step; raise the batch")
     return batch
 

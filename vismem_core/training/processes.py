@@ -56,6 +56,11 @@ class Processes:
         return int(self._state.num_processes) // self._holders
 
     @property
+    def number(self) -> int:
+        """Which of them this one is, from 0."""
+        return int(self._state.process_index) // self._holders
+
+    @property
     def first(self) -> bool:
         """Whether this one writes files and shows progress."""
         return bool(self._state.is_main_process)
@@ -63,7 +68,7 @@ class Processes:
     @property
     def leads(self) -> bool:
         """Whether this one does what is done once: it is the first, or holds the base together with it."""
-        return int(self._state.process_index) < self._holders
+        return self.number == 0
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -76,7 +81,7 @@ class Processes:
         So if items come sorted by length, no part is longer than another by more than the longest item is than the
         shortest, and each has one of the longest.
         """
-        return list(items[self._state.process_index // self._holders :: self.count])
+        return list(items[self.number :: self.count])
 
     def total(self, value: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -16,11 +16,12 @@ from typing import Protocol
 import torch
 
 from vismem_core.config import GrpoConfig
-from vismem_core.decoding.replay import Prompts, read_prompts
+from vismem_core.decoding.replay import Prompts
 from vismem_core.memory.memory import Memory
 
 from . import grpo
-from .batches import Batch, make_batch
+from .balance import Work
+from .batches import Batch, part_of
 from .processes import Processes
 from .rollout import Group
 
@@ -31,40 +32,39 @@ class Sampler(Protocol):
     memory: Memory
     grpo: GrpoConfig
     processes: Processes
-    draw: Callable[[int], Batch | None] | None
+    draw: Callable[[int], Batch] | None
 
-    def sample(self, prompts: Prompts, batch: Batch, key: str, progress: float) -> Group:
+    def read(self, batch: Batch) -> Prompts | None:
+        """This process's prompts."""
+
+    def work(self, batch: Batch) -> Work:
+        """Who has read which prompts."""
+
+    def sample(self, prompts: Prompts | None, batch: Batch, key: str, progress: float) -> Group:
         """Roll out and score one group per prompt."""
 
 
 def resampled(
-    stage: Sampler, prompts: Prompts, batch: Batch, group: Group, key: str, progress: float
-) -> tuple[Prompts, Group]:
+    stage: Sampler, prompts: Prompts | None, batch: Batch, group: Group, key: str, progress: float
+) -> tuple[Prompts | None, Group]:
     """The prompts and groups of a step with further ones added, and its silent ones marked as not to be heard."""
-    rounds, total = stage.grpo.resample, stage.processes.total
+    rounds = stage.grpo.resample
     if not rounds or stage.draw is None:
         return prompts, group
-    batches, groups, extra = [batch], [group], 0
-    size = int(total(torch.tensor(float(len(batch)))).item())
+    work, groups, extra = stage.work(batch), [group], 0
+    size = len(work.samples)
     for number in range(rounds):
-        loud = sum(int((~grpo.silent(own.rewards)).sum()) for own in groups)
-        lacking = size - int(total(torch.tensor(float(loud))).item())
+        lacking = size - sum(int((~grpo.silent(own.rewards)).sum()) for own in groups)
         if lacking <= 0:
             break
         further, extra = stage.draw(lacking), extra + lacking
-        if further is not None:
-            with stage.memory.triggered("policy"):
-                read = read_prompts(stage.memory, further.inputs)
-            groups.append(stage.sample(read, further, f"{key}/again/{number}", progress))
-            batches.append(further)
-    if len(batches) > 1:
-        samples = [sample for own in batches for sample in own.samples]
-        with stage.memory.triggered("policy"):
-            prompts = read_prompts(stage.memory, make_batch(stage.memory.backbone, samples).inputs)
+        groups.append(stage.sample(stage.read(further), further, f"{key}/again/{number}", progress))
+        work += stage.work(further)
+    if len(groups) > 1:
+        prompts = stage.read(part_of(stage.memory.backbone, work, stage.processes.number))
     whole = _joined(groups)
     heard = ~grpo.silent(whole.rewards)
-    anything = total(heard.sum().float()).item() > 0
-    return prompts, replace(whole, heard=heard if anything else None, resampled=extra)
+    return prompts, replace(whole, heard=heard if heard.any() else None, resampled=extra, work=work)
 
 
 def _joined(groups: Sequence[Group]) -> Group:

@@ -8,7 +8,7 @@ own seed, so it can be sampled again alone, and with the other memory at its inv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from vismem_core.memory.memory import Memory
 from vismem_core.memory.trace import Trace
 from vismem_core.memory.trigger import Row
 
+from .balance import Work
 from .dropout import drops_images
 
 Deal = Kind | Literal["none"]
@@ -55,17 +56,24 @@ class Trajectory(Answer):
     dealt: int | None = None
     state: Tensor | None = None
 
+    def sent(self, prompt: int) -> Trajectory:
+        """A copy that can go to other processes, where its prompt has another number."""
+        latents = {place: own.to("cpu", copy=True) for place, own in self.latents.items()}
+        state = None if self.state is None else self.state.to("cpu", copy=True)
+        return replace(self, prompt=prompt, latents=latents, state=state)
+
 
 @dataclass
 class Group:
-    """P prompts with G trajectories each, and what they earned.
+    """P prompts with G trajectories each, those of all processes, and what they earned.
 
     Attributes:
         rewards: what the advantages are made of, (P, G).
         figures: means over all trajectories, for the log.
         tried: states (n, d) in which all choices were tried, and their rewards (n, 3), where Stage II dealt some.
         heard: which prompts (P,) the loss is about; by default all.
-        resampled: how many of the prompts were drawn in place of silent ones, in all processes.
+        resampled: how many of the prompts were drawn in place of silent ones.
+        work: which process has read which prompts; by default this one has read all.
     """
 
     trajectories: list[Trajectory]
@@ -74,6 +82,7 @@ class Group:
     tried: tuple[Tensor, Tensor] | None = None
     heard: Tensor | None = None
     resampled: int = 0
+    work: Work | None = None
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,7 @@ class Run:
         settings, processes = self.config.train, self.processes
         stage = STAGES[name][1](self.memory, settings, processes)
         batch = stage.settings.batch * self.parts
-        draws = Draws(self.memory.backbone, data, batch, settings.seed, processes, self.lost)
+        draws = Draws(self.memory.backbone, data, batch, settings.seed, processes, self.lost, stage.pieces)
         stage.draw = draws
         loop = Loop(
             name,

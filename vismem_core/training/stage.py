@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vismem_core.config import StageConfig
 from vismem_core.memory.memory import Memory
 
+from .balance import Pieces
 from .batches import Batch
 from .processes import Processes
 
@@ -23,13 +24,16 @@ class Stage(ABC):
         processes: that train together.
 
     Attributes:
-        draw: gives so many further samples of the data, this process's part of them, None if that is none; all
-            processes must ask for the same number.
+        draw: gives so many further samples of the data, this process's part of them, which may be none; all processes
+            must ask for the same number.
     """
+
+    pieces: Pieces | None = None
+    """The pieces of work on a sample, where several processes may share it."""
 
     def __init__(self, memory: Memory, settings: StageConfig, processes: Processes | None = None) -> None:
         self.memory, self.settings, self.processes = memory, settings, processes or Processes(memory.model)
-        self.draw: Callable[[int], Batch | None] | None = None
+        self.draw: Callable[[int], Batch] | None = None
 
     @property
     def ways(self) -> Sequence[str]:
