@@ -286,7 +286,7 @@ def test_time_is_limited(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("vismem_core.serving.batcher.decode", slow)
     question = {"model": "mini", "messages": [{"role": "user", "content": "what is a bag ?"}]}
-    with served(memory, Limits(tokens=64, seconds=0.3), lanes=1) as own, ThreadPoolExecutor(2) as pool:
+    with served(memory, Limits(tokens=64, seconds=0.3)) as own, ThreadPoolExecutor(2) as pool:
         first = pool.submit(own.post, question)
         begun.wait()
         late = own.post(question)
@@ -326,10 +326,9 @@ def said(answer: dict[str, Any]) -> Any:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_many_clients_at_once(memory: Memory, lanes: int) -> None:
+def test_many_clients_at_once(memory: Memory) -> None:
     wanted, chance = asks(32, 0), Random(1)
-    with served(memory, Limits(tokens=64), batch=8, lanes=lanes) as own:
+    with served(memory, Limits(tokens=64), batch=8) as own:
         alone = [said(own.post(one).json()) for one in wanted]
         assert len({str(one) for one in alone}) > 15
 

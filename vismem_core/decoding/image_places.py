@@ -18,6 +18,11 @@ class ImagePlaces:
         """Those of the given rows."""
         return ImagePlaces([self._own[row] for row in rows] if self._own else ())
 
+    def seat(self, places: Sequence[int], other: ImagePlaces) -> ImagePlaces:
+        """With others' rows in these places."""
+        told = dict(zip(places, other._own, strict=False))  # nobody has any where they are not asked for
+        return ImagePlaces([told.get(row, own) for row, own in enumerate(self._own)])
+
     def standing(self, rows: Sequence[int], count: int, following: Tensor) -> Tensor | None:
         """Position ids (.., R, N) of latents that stand where their rows' images stood; None where none do.
 

@@ -258,11 +258,33 @@ class RoomCache(DynamicCache):
     def put(self, cache: DynamicCache, rows: Sequence[int], count: int) -> None:
         """Write the last ``count`` tokens of ``rows``, which were continued elsewhere; :meth:`aim` says where."""
         index = torch.as_tensor(rows, device=self.ends.device)
-        columns = self._starts[index][:, None] + torch.arange(count, device=index.device)
+        self._put(cache, index, self._starts[index][:, None] + torch.arange(count, device=index.device))
+
+    def _put(self, cache: DynamicCache, rows: Tensor, columns: Tensor) -> None:
+        """Write the last T tokens of another cache's rows at rows (R,) and columns (R, T)."""
+        count = columns.shape[1]
         for layer, other in zip(self.grown, kv.layers(cache), strict=True):
-            layer.put(index[:, None], columns, {name: own[:, :, -count:] for name, own in kv.held(other).items()})
+            layer.put(rows[:, None], columns, {name: own[:, :, -count:] for name, own in kv.held(other).items()})
         for layer, other in zip(kv.states(self), kv.states(cache), strict=True):
             layer.take_over(other, rows)
+
+    def seat(self, rows: Sequence[int], cache: DynamicCache, mask: Tensor) -> None:
+        """Rows begin anew with what another cache holds, and forget what they held.
+
+        Args:
+            mask: (R, W) over ``cache``.
+        """
+        index, width = torch.as_tensor(rows, device=self.ends.device), mask.shape[1]
+        for row in rows:
+            self._lengths[row] = width
+        self.ends = self.ends.index_fill(0, index, width)
+        self.used = self._reach = max(self._lengths)
+        self.ragged = min(self._lengths) != self.used
+        self._reserve()
+        self._seen[index] = roomy(mask.bool(), self._seen.shape[1], dim=1)
+        for layer, other in zip(self.grown, kv.layers(cache), strict=True):
+            layer.begin(width - next(iter(kv.held(other).values())).shape[2])
+        self._put(cache, index, torch.arange(width, device=index.device).expand(len(rows), -1))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns in front of the coming pass."""
