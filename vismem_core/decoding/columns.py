@@ -176,7 +176,7 @@ class RoomLayer(DynamicLayer):
         """The given rows alone, for another cache."""
         other = copy.copy(self)
         other.cache = cache
-        other._hold({name: rows_of(own, rows).clone() for name, own in self._held().items()})
+        other._hold({name: own[list(rows)] for name, own in self._held().items()})
         return other
 
     def _whole(self, rows: Sequence[int]) -> Iterator[tuple[str, Tensor]]:

@@ -18,9 +18,9 @@ class ImagePlaces:
         """Those of the given rows."""
         return ImagePlaces([self._own[row] for row in rows] if self._own else ())
 
-    def seat(self, places: Sequence[int], other: ImagePlaces) -> ImagePlaces:
-        """With others' rows in these places."""
-        told = dict(zip(places, other._own, strict=False))  # nobody has any where they are not asked for
+    def seat(self, rows: Sequence[int], other: ImagePlaces) -> ImagePlaces:
+        """With another's in the places of these rows."""
+        told = dict(zip(rows, other._own, strict=False))  # there are none where latents stand behind the text
         return ImagePlaces([told.get(row, own) for row, own in enumerate(self._own)])
 
     def standing(self, rows: Sequence[int], count: int, following: Tensor) -> Tensor | None:

@@ -34,22 +34,18 @@ class Line:
         running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         return cls(ids, running, ~running, [-1] * len(ids), [True] * len(ids))
 
-    def standing(self) -> list[int]:
-        """The rows that are not done."""
-        return [row for row, own in enumerate(self.alive) if own]
-
     def take(self, rows: Sequence[int]) -> None:
         """Go on with the given rows alone."""
         index = torch.as_tensor(rows, device=self.ids.device)
         self.ids, self.running, self.ended = self.ids[index], self.running[index], self.ended[index]
         self.fed, self.alive = [self.fed[row] for row in rows], [self.alive[row] for row in rows]
 
-    def seat(self, places: Sequence[int], other: Line, rows: Sequence[int], pad: int) -> None:
-        """Rows of another line go on in these places; columns in front that are padding everywhere are gone."""
-        width = max(self.ids.shape[1], other.ids.shape[1])
-        ids, told = (F.pad(own.ids, (width - own.ids.shape[1], 0), value=pad) for own in (self, other))
-        ids[places] = told[rows]
-        self.ids = ids[:, int((ids != pad).any(0).int().argmax()) :]
-        self.running[places], self.ended[places] = other.running[rows], other.ended[rows]
-        for place, row in zip(places, rows, strict=True):
-            self.fed[place], self.alive[place] = other.fed[row], other.alive[row]
+    def seat(self, places: Sequence[int], prompts: Tensor, pad: Tensor | None) -> None:
+        """Prompts (R, L) begin in these places; columns in front that are padding everywhere are gone."""
+        width, none = max(self.ids.shape[1], prompts.shape[1]), 0 if pad is None else int(pad)
+        ids, told = (F.pad(own, (width - own.shape[1], 0), value=none) for own in (self.ids, prompts))
+        ids[places] = told
+        self.ids = ids[:, int((ids != none).any(0).int().argmax()) :]
+        self.running[places], self.ended[places] = True, False
+        for place in places:
+            self.alive[place] = True

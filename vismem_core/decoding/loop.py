@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +55,16 @@ class Decoder:
         memory: what is attached.
         session: already listening, since the images are encoded before the loop starts.
         streamer: ``generate`` keeps the user's streamer from custom loops, so it is handed over here.
+
+    Attributes:
+        line: the rows between two passes.
+        guest: the prompts are read and no more; another call goes on with them (:meth:`_guests`).
+        output: what a guest's first tokens are chosen from.
     """
 
     line: Line
+    guest = False
+    output: Any
 
     def __init__(self, memory: Memory, session: Session, trigger: Trigger, trace: Trace, streamer: Any = None) -> None:
         self.memory, self.session, self.trigger, self.trace = memory, session, trigger, trace
@@ -100,10 +107,16 @@ class Decoder:
                 self.left, compiler.room = compiler.room, []
         output = self._begin(model, input_ids, generation_config, model_kwargs)
         process = Processors(logits_processor, self.tokens, len(input_ids))
-        self.order, self.line = list(range(len(input_ids))), Line.of(input_ids)
-        line = self.line
+        self.order, line = list(range(len(input_ids))), Line.of(input_ids)
+        self.line = line
+        if self.guest:
+            self.output = output
+            return input_ids
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
+            for guest in self._guests() if passes.fed is None else ():
+                self._seat(guest, output, model_kwargs, pad)
+                padded = True
             latents = self._form(line.fed)
             padded = self._forget(latents) or padded
             logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=line.ids.device)
@@ -126,11 +139,7 @@ class Decoder:
             del output
             if not any(line.alive):
                 break
-            for guest in self._guests() if passes.fed is None else ():
-                latents, padded = self._seat(guest, latents, model_kwargs, int(pad)), True
             if (kept := self._kept(line.alive)) is not None:
-                if not kept:
-                    break
                 latents = self._retire(kept, latents, model_kwargs)
             if not any(map(self._drops_images, range(len(line.fed)))):  # images leave before latents enter
                 passes.form_early(line.fed, model_kwargs)
@@ -174,14 +183,11 @@ class Decoder:
         return agreed(self.memory.model, tokens)
 
     def _kept(self, alive: list[bool]) -> list[int] | None:
-        """Before the next pass: the rows that go on, or None where all do, as in ``generate``.
-
-        Where none do the loop ends here, and another call may take them over (:meth:`_guests`).
-        """
+        """Before the next pass: the rows that go on, or None where all do, as in ``generate``."""
         return None
 
     def _guests(self) -> Iterable[Decoder]:
-        """Calls that have ended before their second pass, and whose rows go on here."""
+        """After a pass: others whose prompts have been read, and whose rows go on here."""
         return ()
 
     def _retire(self, kept: list[int], latents: Latents, model_kwargs: dict[str, Any]) -> Latents:
@@ -194,22 +200,28 @@ class Decoder:
             if isinstance(value, Tensor) and len(value) == rows:
                 model_kwargs[name] = value[kept]
         model_kwargs[kv.NAME] = self.session.cache
-        return _moved(latents, kept)
+        place = {row: at for at, row in enumerate(kept)}
+        left: Latents = {}
+        for kind, (owners, vectors) in latents.items():
+            if own := [at for at, row in enumerate(owners) if row in place]:
+                left[kind] = ([place[owners[at]] for at in own], vectors[own])
+        return left
 
-    def _seat(self, guest: Decoder, latents: Latents, model_kwargs: dict[str, Any], pad: int) -> Latents:
-        """Let the rows of a call that has begun go on here, in places of rows that are done; the others' latents."""
-        coming = guest.line.standing()
-        if (missing := len(coming) - self.line.alive.count(False)) > 0:
-            latents = self._retire([*range(len(self.rows)), *[0] * missing], latents, model_kwargs)
-            self.line.alive[-missing:] = [False] * missing
+    def _seat(self, guest: Decoder, output: Any, model_kwargs: dict[str, Any], pad: Tensor | None) -> None:
+        """Let a guest's rows go on here: in places of rows that are done, and in new ones where these are too few."""
+        rows, missing = len(self.rows), len(guest.rows) - self.line.alive.count(False)
+        if missing > 0:
+            more = [*range(rows), *[0] * missing]
+            self._retire(more, {}, model_kwargs)
+            self.line.alive[rows:], self.line.fed[rows:] = [False] * missing, [-1] * missing
+            output.logits = output.logits[more]
         free = [row for row, own in enumerate(self.line.alive) if not own]
-        latents = _moved(latents, [-1 if row in free else row for row in range(len(self.rows))])
-        places = free[: len(coming)]
-        self.session.seat(places, guest.session, coming)
-        self.line.seat(places, guest.line, coming, pad)
-        for place, row in zip(places, coming, strict=True):
-            self.rows[place], self.order[place] = guest.rows[row], guest.order[row]
-        return latents
+        places = free[: len(guest.rows)]
+        self.session.seat(places, guest.session)
+        self.line.seat(places, guest.line.ids, pad)
+        output.logits[places, -1] = guest.output.logits[:, -1]
+        for place, row, number in zip(places, guest.rows, guest.order, strict=True):
+            self.rows[place], self.order[place] = row, number
 
     # One step
 
@@ -290,15 +302,6 @@ class Decoder:
     def _note(self, tokens: list[int]) -> None:
         for row, token in zip(self.rows, tokens, strict=True):
             self.memory.note(row, token)
-
-
-def _moved(latents: Latents, kept: Sequence[int]) -> Latents:
-    """Latents of the kept rows, which stand elsewhere now; of one that stands there twice, its first place's."""
-    place, left = {row: at for at, row in reversed(list(enumerate(kept)))}, dict[Kind, tuple[list[int], Tensor]]()
-    for kind, (owners, vectors) in latents.items():
-        if own := [at for at, row in enumerate(owners) if row in place]:
-            left[kind] = ([place[owners[at]] for at in own], vectors[own])
-    return left
 
 
 def _check(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
@@ -55,7 +54,7 @@ class Session:
         self._images: list[Tensor] = []  # each row's visual tokens that it may see, counted from its first token
         self.image_places = ImagePlaces()
         self._source: list[int]  # each row's row of the visual tokens, which copies of a prompt share
-        self._ahead: dict[int, Ahead] = {}  # of each row of the visual tokens, once asked for
+        self._ahead: dict[int, Ahead]  # of each row of the visual tokens, once asked for
         self._recording = ExitStack()
         self._started = self._forming = False
         self._written: list[list[Tensor]] = []  # each row's states (d,) since its last end token
@@ -187,13 +186,17 @@ class Session:
         seen = torch.stack(media).any(0)
         entered = self.embeds if self._entered is None else self._entered.to(self.embeds.device)
         tokens = [own[here.to(own.device)] for own, here in zip(entered, seen, strict=True)]
-        counts = torch.tensor([len(own) for own in tokens], device=entered.device)
+        self._look([own.float() for own in tokens])
         self._images = [own.nonzero().flatten() - start for own, start in zip(seen, self._padding, strict=True)]
-        self._visual = pad_sequence(tokens, batch_first=True).float()
-        self._source = list(range(len(input_ids)))
-        self._visual_mask = torch.arange(self._visual.shape[1], device=counts.device) < counts[:, None]
         self.vision.assign([medium.sum(-1).tolist() for medium in media])
         self._sights = [(self.vision, row) for row in self._source]
+
+    def _look(self, tokens: list[Tensor]) -> None:
+        """Visual tokens (y, d), those of each row."""
+        self._visual = pad_sequence(tokens, batch_first=True)
+        counts = torch.tensor([len(own) for own in tokens], device=self._visual.device)
+        self._visual_mask = torch.arange(self._visual.shape[1], device=counts.device) < counts[:, None]
+        self._source, self._ahead = list(range(len(tokens))), {}
 
     def observe(self, ended: Sequence[int]) -> None:
         """Note the states of the token just fed; rows in ``ended`` were fed their end token and begin a segment."""
@@ -250,29 +253,21 @@ class Session:
             own = getattr(self, name)
             setattr(self, name, [copy.copy(own[row]) for row in rows])
 
-    def seat(self, places: Sequence[int], other: Session, rows: Sequence[int]) -> None:
-        """Rows of a session that has just begun go on here, in the places of rows that are done."""
-        self.room.seat(places, *other.room.together(rows))
-        index = torch.as_tensor(places, device=self.positions.device)
-        ranks = torch.broadcast_shapes(self.positions.shape[:-2], other.positions.shape[:-2])  # texts may have fewer
-        told = other.positions[..., rows, :].expand(*ranks, -1, -1)
-        self.positions = self.positions.expand(*ranks, -1, -1).index_copy(-2, index, told)
-        self.image_places = self.image_places.seat(places, other.image_places.take(rows))
+    def seat(self, rows: Sequence[int], other: Session) -> None:
+        """In the places of these rows go on those of another session, which has read its prompts."""
+        self.room.seat(rows, *other._together(range(other.rows)))
+        index = torch.as_tensor(rows, device=self.positions.device)
+        self.positions = self.positions.index_copy(-2, index, other.positions.expand_as(self.positions[..., rows, :]))
+        self.hidden = self.hidden[:, -1:].index_copy(0, index.to(self.hidden.device), other.hidden[:, -1:])
+        self.image_places = self.image_places.seat(rows, other.image_places)
         for name in OWN:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            for place, row in zip(places, rows, strict=True):
-                mine[place] = theirs[row]
-        self._show(places, *other.visual(rows))
-
-    def _show(self, places: Sequence[int], visual: Tensor, mask: Tensor) -> None:
-        """Rows see other visual tokens (R, y, d) from now on; what no row sees is gone."""
-        every = range(self.rows)
-        before, behind = self.visual(every), max(visual.shape[1] - self._visual.shape[1], 0)
-        self._visual, self._visual_mask = F.pad(before[0], (0, 0, 0, behind)), F.pad(before[1], (0, behind))
-        count = visual.shape[1]
-        self._visual[places, :count], self._visual_mask[places, :count] = visual, mask
-        self._visual_mask[places, count:] = False
-        self._source, self._ahead = list(every), {}
+            for row, own in zip(rows, getattr(other, name), strict=True):
+                getattr(self, name)[row] = own
+        mine, theirs = (own.visual(range(own.rows)) for own in (self, other))
+        tokens = [own[:count] for own, count in zip(mine[0], mine[1].sum(1).tolist(), strict=True)]
+        for row, own, count in zip(rows, theirs[0], theirs[1].sum(1).tolist(), strict=True):
+            tokens[row] = own[:count]
+        self._look(tokens)
 
     # Forming
 

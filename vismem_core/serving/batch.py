@@ -65,7 +65,7 @@ class Batch(Decoder):
 
     Args:
         join: called between passes, may decode others with this as their ``host``.
-        host: the batch that these answers join when each has its first token.
+        host: the batch that these answers join.
     """
 
     rows: list[Row]  # type: ignore[assignment]
@@ -79,18 +79,13 @@ class Batch(Decoder):
         host: Batch | None,
     ) -> None:
         super().__init__(memory, session, rows[0].trigger, Trace())
-        self.told, self.join, self.host = rows, join, host
+        self.told, self.join, self.guest = rows, join, host is not None
         self.coming: list[Batch] = []
 
     @property
     def busy(self) -> int:
         """Answers that are not over."""
         return self.line.alive.count(True)
-
-    @property
-    def joined(self) -> bool:
-        """Whether others may join; compiled passes are for so many rows."""
-        return self.host is None and self.passes.inner.compile is None
 
     def _start(self, input_ids: Tensor, model_kwargs: dict[str, Any], output: Any, copies: int) -> None:
         super()._start(input_ids, model_kwargs, output, copies)
@@ -116,7 +111,7 @@ class Batch(Decoder):
 
     def _guests(self) -> Iterator[Batch]:
         self.trace.invocations.clear()  # answers know theirs
-        if self.joined:
+        if self.passes.inner.compile is None:  # compiled passes are for so many rows
             with self.session.apart():
                 self.join(self)
         while self.coming:
@@ -124,8 +119,6 @@ class Batch(Decoder):
 
     def _kept(self, alive: list[bool]) -> list[int] | None:
         """Rows that are done leave as soon as they are half of the batch, unless steps are compiled for so many."""
-        if self.host is not None:
-            return []
         if 2 * sum(alive) > len(alive) or self.passes.inner.compile is not None:
             return None
         return [row for row, own in enumerate(alive) if own]
@@ -156,5 +149,5 @@ def decode(
         most = max(row.answer.most for row in rows) if memory.config.compile else ENDLESS
         steps = [_Steps(batch)]
         memory.hook.decode(batch, **inputs, max_new_tokens=most, do_sample=False, stopping_criteria=steps)
-    if host is not None and any(batch.line.alive):
+    if host is not None:
         host.coming.append(batch)

@@ -1,0 +1,128 @@
+"""Rows that join a running batch, or whose place another takes, are what they are alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from bases import FAMILIES, QUESTIONS, Base, mini, tied, untied
+from model_types import build
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from vismem_core.decoding.loop import Decoder
+from vismem_core.decoding.session import Session
+from vismem_core.memory.memory import Memory
+from vismem_core.memory.trace import Trace
+from vismem_core.testing.base import NO_END
+
+FULL = 4
+"""Rows in a batch at most."""
+
+
+class Joined(Decoder):
+    """Questions of which some are asked at first, and each other one as soon as chance and room allow it.
+
+    Attributes:
+        ids, logits: what each question's row wrote, and what it wrote that from, by number.
+    """
+
+    def __init__(self, base: Base, memory: Memory, asked: list[tuple[int, int]], seed: int = 0, first: int = 2) -> None:
+        super().__init__(memory, Session(memory.backbone, memory.needs()), memory.active_trigger, Trace())
+        self.base, self.waiting, self.chance = base, asked[first:], Random(seed)
+        self.asked, self.most = asked[:first], dict(asked)
+        self.ids, self.logits = defaultdict[int, list[int]](list), defaultdict[int, list[Tensor]](list)
+        self.widths: list[int] = []
+
+    def read(self) -> Joined:
+        questions = [QUESTIONS[number % len(QUESTIONS)] for number, _ in self.asked]
+        self.memory.hook.decode(
+            self, **self.base.inputs(*questions), **NO_END, max_new_tokens=2**20, stopping_criteria=[_Own(self)]
+        )
+        return self
+
+    def _guests(self) -> Iterator[Decoder]:
+        free = FULL - self.line.alive.count(True)
+        while self.waiting and free > 0 and self.chance.random() < 0.4:
+            count = min(free, self.chance.choice((1, 2)), len(self.waiting))
+            guest = Joined(self.base, self.memory, self.waiting[:count], first=count)
+            guest.guest, self.waiting, free = True, self.waiting[count:], free - count
+            with self.session.apart():
+                guest.read()
+            guest.order = [number for number, _ in guest.asked]
+            yield guest
+
+    def _kept(self, alive: list[bool]) -> list[int] | None:
+        self.widths.append(self.line.ids.shape[1])
+        return [row for row, own in enumerate(alive) if own] if self.chance.random() < 0.1 else None
+
+    def _room(self, row: int, room: int | None) -> int | None:
+        return self.most[self.order[row]] - self.rows[row].step
+
+    def _choices(self, logits: Tensor, room: int | None, running: list[bool]) -> Any:
+        told = super()._choices(logits, room, running)
+        for row, own in enumerate(running):
+            if own:
+                self.logits[self.order[row]].append(told[0][row])
+        return told
+
+    def _note(self, tokens: list[int]) -> None:
+        super()._note(tokens)
+        for row, own in enumerate(self.line.alive):
+            if own:
+                self.ids[self.order[row]].append(tokens[row])
+
+
+class _Own(StoppingCriteria):  # type: ignore[misc]
+    """Each row ends at its own length."""
+
+    def __init__(self, decoder: Joined) -> None:
+        self.decoder = decoder
+
+    def __call__(self, input_ids: Tensor, scores: Any, **rest: Any) -> Tensor:
+        own = self.decoder
+        pairs = zip(own.order, own.rows, strict=True)
+        return torch.tensor([row.step + 1 >= own.most[number] for number, row in pairs])
+
+
+def compare(base: Base, memory: Any, seed: int, count: int = 9) -> Joined:
+    """Some questions in one batch, and each of them alone."""
+    chance = Random(seed)
+    asked = [(number, chance.choice((1, 5, 9, 14, 25))) for number in range(count)]
+    host = Joined(base, memory, asked, seed).read()
+    assert not host.waiting
+    places = {number: [(own.kind, own.position) for own in host.trace.row(number)] for number, _ in asked}
+    for number, most in asked:
+        alone = base.generate(QUESTIONS[number % len(QUESTIONS)], **NO_END, max_new_tokens=most)
+        assert host.ids[number] == alone.answers[0].tolist()
+        assert places[number] == [(own.kind, own.position) for own in memory.trace.invocations]
+        got = torch.stack(host.logits[number])
+        torch.testing.assert_close(got, torch.cat(alone.logits), atol=1e-4, rtol=1e-4)
+    return host
+
+
+def windowed() -> Base:
+    return Base(*build("gemma3"))
+
+
+def stateful() -> Base:
+    return Base(*build("qwen3_5"))
+
+
+def counted() -> Base:
+    return Base(*build("qwen4_exp"))
+
+
+LONG = [pytest.param(own, marks=pytest.mark.long) for own in (untied, counted, mini, *FAMILIES)]
+
+
+@pytest.mark.parametrize("make", [tied, windowed, stateful, *LONG])
+def test_rows_that_join_are_what_they_are_alone(make: Any) -> None:
+    base = make()
+    memory = base.attach()
+    host = compare(base, memory, seed=1)
+    assert len(host.trace) > 5
