@@ -92,8 +92,8 @@ class _Own(StoppingCriteria):  # type: ignore[misc]
 def compare(base: Base, memory: Any, seed: int, count: int = 9) -> Joined:
     """Some questions in one batch, and each of them alone."""
     chance = Random(seed)
-    asked = [(number, chance.choice((1, 5, 9, 14)) if number else 40) for number in range(count)]
-    host = Joined(base, memory, asked, seed).read()
+    asked = [(seed + at, chance.choice((1, 5, 9, 14)) if at else 40) for at in range(count)]
+    host = Joined(base, memory, asked, seed, first=1 + seed % 2).read()
     assert not host.waiting
     places = {number: [(own.kind, own.position) for own in host.trace.row(number)] for number, _ in asked}
     for number, most in asked:

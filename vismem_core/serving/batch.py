@@ -75,7 +75,7 @@ class Batch(Decoder):
         memory: Memory,
         session: Session,
         rows: list[Row],
-        join: Callable[[Batch], None],
+        join: Callable[[Batch], None] | None,
         host: Batch | None,
     ) -> None:
         super().__init__(memory, session, rows[0].trigger, Trace())
@@ -111,7 +111,7 @@ class Batch(Decoder):
 
     def _guests(self) -> Iterator[Batch]:
         self.trace.invocations.clear()  # answers know theirs
-        if self.passes.inner.compile is None:  # compiled passes are for so many rows
+        if self.join is not None and self.passes.inner.compile is None:  # compiled passes are for so many rows
             with self.session.apart():
                 self.join(self)
         while self.coming:
@@ -136,7 +136,11 @@ class _Steps(StoppingCriteria):
 
 
 def decode(
-    memory: Memory, inputs: BatchFeature, rows: list[Row], join: Callable[[Batch], None], host: Batch | None = None
+    memory: Memory,
+    inputs: BatchFeature,
+    rows: list[Row],
+    join: Callable[[Batch], None] | None = None,
+    host: Batch | None = None,
 ) -> None:
     """Write the answers of ``rows``, one to each prompt; each is what it is alone.
 

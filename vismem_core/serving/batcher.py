@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from transformers import BatchFeature
+
 from vismem_core.answers.checking import prepare
 from vismem_core.errors import cut
 from vismem_core.files.samples import Sample, Skipped
@@ -108,43 +110,51 @@ class Batcher:
                 if not self._waiting:
                     return
             self._begun = self._taken(self.batch)
-            self._decode(self._begun)
+            self._decode(self._begun, self._join)
 
     def _join(self, batch: Batch) -> None:
         """Between two passes of a batch: who waits joins it."""
-        if jobs := self._taken(self.batch - batch.busy, batch):
+        if jobs := self._taken(self.batch - batch.busy, self._acts(batch.trigger)):
             self._begun[:] = [job for job in self._begun if not job.over] + jobs
-            self._decode(jobs, batch)
+            self._decode(jobs, host=batch)
 
-    def _taken(self, room: int, batch: Batch | None = None) -> list[Job]:
-        """Who waits, in order, as far as there is room. Nobody overtakes one whom the batch cannot take."""
-        taken = list[Job]()
-        acts = batch.trigger.active if batch else None
+    def _taken(self, room: int, acts: bool | None = None) -> list[Job]:
+        """Who waits, in order, as far as there is room. Nobody overtakes one whom the batch cannot take.
+
+        Args:
+            acts: whether the policy's own weights act in the batch. They act on all of its rows, or on none.
+        """
+        taken: list[Job] = []
         with self._changed:
-            while self._waiting and self._waiting[0].ask.copies <= room:
-                job = self._waiting[0]
-                own = triggers.parse(job.ask.trigger or self.trigger).active
-                if acts not in (None, own) and self.memory.policy is not None and not job.gone:
-                    break  # in one pass the policy's weights act on all rows or on none
+            while self._waiting:
+                job, own = self._waiting[0], self._acts(triggers.parse(self._waiting[0].ask.trigger or self.trigger))
+                if not job.gone and (job.ask.copies > room or acts not in (None, own)):
+                    break
                 self._waiting.popleft()
                 if not job.gone:
                     taken.append(job)
                     room, acts = room - job.ask.copies, own
         return taken
 
-    def _decode(self, jobs: list[Job], host: Batch | None = None, alone: bool = False) -> None:
-        """Decode a batch; if it fails, each request alone, so that one that cannot be answered harms no other."""
-        failed = None
+    def _acts(self, trigger: triggers.Trigger) -> bool:
+        return self.memory.policy is not None and trigger.active
+
+    def _decode(self, jobs: list[Job], join: Callable[[Batch], None] | None = None, host: Batch | None = None) -> None:
+        """Decode a batch; if it fails, each request alone, so that one that cannot be answered harms no other.
+
+        Args:
+            join, host: see :class:`~vismem_core.serving.batch.Batch`.
+        """
         try:
-            self._together([job for job in jobs if not self._late(job)], host, alone)
+            if told := self._prepared([job for job in jobs if not self._late(job)]):
+                decode(self.memory, *told, join, host)
+            return
         except Exception as error:  # a model's own code, or a device's
             failed = cut(reason(error), 300)
-        if failed is None:
-            return
-        many = len(jobs) > 1
+        several = len(jobs) > 1  # with those who joined
         for job in [job for job in jobs if not job.over]:
-            if many and not job.begun:
-                self._decode([job], host, alone=True)
+            if several and not job.begun:
+                self._decode([job], host=host)
             else:
                 self.report(f"a request failed: {failed}")
                 job.refuse(RefusedError(FAILED, 500))
@@ -155,15 +165,25 @@ class Batcher:
             job.refuse(RefusedError("the request has waited too long for its turn", 503, code="timeout"))
         return job.over
 
-    def _together(self, jobs: Sequence[Job], host: Batch | None, alone: bool) -> None:
-        left_out: list[Skipped] = []
-        samples = [job.ask.sample for job in jobs for _ in range(job.ask.copies)]
-        if not samples:
-            return None
-        usable, inputs = prepare(self.memory.backbone, samples, left_out)
-        if inputs is None or len(usable) < len(samples):
-            return self._without(jobs, _faults(samples, usable, left_out), host, alone)
-        lengths = inputs["attention_mask"].sum(1).tolist()
+    def _prepared(self, jobs: list[Job]) -> tuple[BatchFeature, list[Row]] | None:
+        """What the model takes, and a row for each prompt; requests that it cannot take are refused."""
+        while jobs:
+            left_out: list[Skipped] = []
+            samples = [job.ask.sample for job in jobs for _ in range(job.ask.copies)]
+            usable, inputs = prepare(self.memory.backbone, samples, left_out)
+            faults = _faults(samples, usable, left_out)
+            if inputs is not None and not faults:
+                faults = self._begin(jobs, inputs["attention_mask"].sum(1).tolist())
+                if not faults:
+                    return inputs, [row for job in jobs for row in self._rows(job)]
+            for job in jobs:
+                if (error := faults.get(id(job.ask.sample))) is not None:
+                    job.refuse(error)
+            jobs = [job for job in jobs if not job.over]
+        return None
+
+    def _begin(self, jobs: Sequence[Job], lengths: Sequence[int]) -> dict[int, RefusedError]:
+        """Say what is to be written, where prompts are so long; the faults of those that are too long."""
         at, faults = 0, dict[int, RefusedError]()
         for job in jobs:
             job.prompt = lengths[at]
@@ -173,23 +193,12 @@ class Batcher:
                 told = f"the prompt has {job.prompt} tokens, and the model's context is {self._context} with the answer"
                 code = "context_length_exceeded"
                 faults[id(job.ask.sample)] = RefusedError(told, field="messages", code=code)
-        if faults:
-            return self._without(jobs, faults, host, alone)
-        rows = [row for job in jobs for row in self._rows(job)]
-        decode(self.memory, inputs, rows, (lambda batch: None) if alone else self._join, host)
-        return None
+        return faults
 
     def _rows(self, job: Job) -> list[Row]:
         ask = job.ask
         told = ask.trigger or self.trigger, ask.temperature, ask.top_p, ask.seed, lambda: job.gone
         return [Row(own, *told) for own in job.answers]
-
-    def _without(self, jobs: Sequence[Job], faults: dict[int, RefusedError], host: Batch | None, alone: bool) -> None:
-        """Refuse some, and go on with the others."""
-        for job in jobs:
-            if (error := faults.get(id(job.ask.sample))) is not None:
-                job.refuse(error)
-        self._together([job for job in jobs if id(job.ask.sample) not in faults], host, alone)
 
     def _answers(self, job: Job) -> list[Answer]:
         """What is to be written, as far as the model's context goes; nothing where it does not go so far."""
