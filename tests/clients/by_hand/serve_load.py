@@ -86,9 +86,7 @@ def waits(web: httpx.Client, road: str, clients: int, asked: list[dict[str, Any]
             going.acquire()
         busy = median()
         enough.set()
-    print(
-        f"the first text of a short answer comes after {idle:.0f} ms, and {busy:.0f} ms while {clients - 1} long ones run"
-    )
+    print(f"the first text of a short answer takes {idle:.0f} ms, and {busy:.0f} ms beside {clients - 1} long ones")
 
 
 def main() -> None:
