@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from random import Random
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from bases import FAMILIES, QUESTIONS, Base, config, mini, tied, untied
+from bases import FAMILIES, QUESTIONS, Base, Question, config, mini, tied, untied
 from model_types import build
 from torch import Tensor
 from transformers import StoppingCriteria
@@ -35,12 +36,15 @@ class Joined(Decoder):
 
     def __init__(self, base: Base, memory: Memory, asked: list[tuple[int, int]], seed: int = 0, first: int = 2) -> None:
         super().__init__(memory, Session(memory.backbone, memory.needs()), memory.active_trigger, Trace())
-        self.base, self.waiting, self.chance = base, asked[first:], Random(seed)
+        self.base, self.seed, self.waiting, self.chance = base, seed, asked[first:], Random(seed)
         self.asked, self.most = asked[:first], dict(asked)
         self.ids, self.logits = defaultdict[int, list[int]](list), defaultdict[int, list[Tensor]](list)
 
+    def question(self, number: int) -> Question:
+        return QUESTIONS[(number + self.seed) % len(QUESTIONS)]
+
     def read(self) -> Joined:
-        questions = [QUESTIONS[number % len(QUESTIONS)] for number, _ in self.asked]
+        questions = [self.question(number) for number, _ in self.asked]
         self.memory.hook.decode(
             self, **self.base.inputs(*questions), **HOW, max_new_tokens=2**20, stopping_criteria=[_Own(self)]
         )
@@ -50,7 +54,7 @@ class Joined(Decoder):
         free = FULL - self.line.alive.count(True)
         while self.waiting and free > 0 and self.chance.random() < 0.4:
             count = min(free, self.chance.choice((1, 2)), len(self.waiting))
-            guest = Joined(self.base, self.memory, self.waiting[:count], first=count)
+            guest = Joined(self.base, self.memory, self.waiting[:count], self.seed, first=count)
             guest.guest, self.waiting, free = True, self.waiting[count:], free - count
             with self.session.apart():
                 guest.read()
@@ -89,21 +93,25 @@ class _Own(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor([row.step + 1 >= own.most[number] for number, row in pairs])
 
 
-def compare(base: Base, memory: Any, seed: int, count: int = 9) -> Joined:
-    """Some questions in one batch, and each of them alone."""
+def compare(base: Base, memory: Any, seed: int) -> Joined:
+    """Nine questions in one batch, and each of them alone."""
     chance = Random(seed)
-    asked = [(seed + at, chance.choice((1, 5, 9, 14)) if at else 40) for at in range(count)]
+    asked = [(at, chance.choice((1, 5, 9, 14)) if at else 40) for at in range(9)]
     host = Joined(base, memory, asked, seed, first=1 + seed % 2).read()
+    alone(base, memory, host)
+    return host
+
+
+def alone(base: Base, memory: Any, host: Joined) -> None:
     assert not host.waiting
-    places = {number: [(own.kind, own.position) for own in host.trace.row(number)] for number, _ in asked}
-    for number, most in asked:
-        alone = base.generate(QUESTIONS[number % len(QUESTIONS)], **HOW, max_new_tokens=most)
-        assert host.ids[number] == alone.answers[0].tolist()
-        assert places[number] == [(own.kind, own.position) for own in memory.trace.invocations]
-        expected = torch.cat(alone.logits)
+    for number, most in host.most.items():
+        output = base.generate(host.question(number), **HOW, max_new_tokens=most)
+        assert host.ids[number] == output.answers[0].tolist()
+        places = [(own.kind, own.position) for own in host.trace.row(number)]
+        assert places == [(own.kind, own.position) for own in memory.trace.invocations]
+        expected = torch.cat(output.logits)
         got = torch.stack(host.logits[number])[:, : expected.shape[1]]  # the base's are as wide as its vocabulary
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-    return host
 
 
 def windowed() -> Base:
@@ -160,3 +168,12 @@ def test_rows_that_invoke_nothing_are_the_bases(make: Any) -> None:
     compare(base, memory, seed=4)
     memory.trigger = "anywhere:0.05"
     assert 0 < len({own.row for own in compare(base, memory, seed=5).trace.invocations}) < 9
+
+
+def test_nobody_joins_while_an_end_token_has_been_fed_ahead() -> None:
+    base = tied()
+    memory = base.attach(config(trigger="schedule:1=short"))
+    host = Joined(base, memory, [(0, 12), (1, 9), (3, 5)], first=1)
+    host.chance = Mock(random=lambda: float(host.rows[0].step < 2), choice=max)
+    alone(base, memory, host.read())
+    assert len(host.trace) == 3
