@@ -16,11 +16,12 @@ import httpx
 import openai
 import pytest
 import tiny
-from bases import mini
+from bases import config, mini
 from fuzz import mutated
 from served import Served, messages, part, served, streamed
 
 import vismem_core as vismem
+from vismem_core.config import PolicyConfig
 from vismem_core.files.samples import Sample
 from vismem_core.memory.memory import Memory
 from vismem_core.serving import batch as batches
@@ -232,6 +233,16 @@ def test_a_bad_request_does_not_harm_its_neighbours(server: Served) -> None:
         right = [pool.submit(server.ask, own, max_tokens=64) for own in good]
         assert [own.result().status_code for own in wrong] == [400] * 3
         assert [own.result().choices[0].message.content for own in right] == alone
+
+
+@pytest.mark.long
+def test_the_policys_weights_act_on_its_own_answers() -> None:
+    memory = mini().attach(config(policy=PolicyConfig(trains="lora")))
+    asked = [(own, spec) for own in samples(3) for spec in ("never", "anywhere:0.4")]
+    with served(memory) as own, ThreadPoolExecutor(6) as pool:
+        alone = [own.alone(sample, spec, most=12).text for sample, spec in asked]
+        told = [pool.submit(own.ask, sample, max_tokens=12, **trigger(spec)) for sample, spec in asked]
+        assert [one.result().choices[0].message.content for one in told] == alone
 
 
 @pytest.mark.long

@@ -64,13 +64,13 @@ class RoomCache(DynamicCache):
     ) -> None:
         super().__init__()
         rows = list(range(len(mask))) if rows is None else rows
-        self.used, self.ragged, self.whole = mask.shape[1], False, kv.whole(cache)
+        self._end([mask.shape[1]] * len(rows))
+        self.whole = kv.whole(cache)
         self.still, self.sources = False, list(rows) if shared else None
         self.counted, self.passes = kv.counted(cache), 0
         room = _blocks(self.used + ahead, STEP) if ahead else _blocks(self.used + BLOCK)
         self._seen = roomy(mask.bool()[torch.as_tensor(rows, device=mask.device)], room, dim=1)
         self.ends = torch.full((len(rows),), self.used, device=mask.device)
-        self._lengths = [self.used] * len(rows)
         self._coming, self._reach = 0, self.used
         self._columns: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.left = list(left)
@@ -152,9 +152,8 @@ class RoomCache(DynamicCache):
         starts = self.ends
         self._starts, self._same, self._columns = starts, same, {}
         self._coming, self.passes = width or max(counts), self.passes + 1
-        self._lengths = [own + count for own, count in zip(self._lengths, counts, strict=True)]
-        before, self.used = self.used, max(self._lengths)
-        self.ragged = min(self._lengths) != self.used
+        before = self.used
+        self._end([own + count for own, count in zip(self._lengths, counts, strict=True)])
         self._reach = max([own + more for own, more in zip(self._lengths, beyond or [0] * rows, strict=True)])
         self._reserve()
         if same:
@@ -217,9 +216,8 @@ class RoomCache(DynamicCache):
         room = _blocks(most + BLOCK)
         for layer in self.grown:
             layer.reorder(order, room)
-        self.used, self.ends = most, lengths
-        self._lengths = lengths.tolist()
-        self.ragged = min(self._lengths) != most
+        self.ends = lengths
+        self._end(lengths.tolist())
         self._seen = roomy(torch.arange(most, device=lengths.device) < lengths[:, None], room, dim=1)
         return True
 
@@ -228,9 +226,7 @@ class RoomCache(DynamicCache):
         other: RoomCache = RoomCache.__new__(RoomCache)
         vars(other).update(vars(self))
         index = torch.as_tensor(rows, device=self.ends.device)
-        other._lengths = [self._lengths[row] for row in rows]
-        other.used = max(other._lengths)
-        other.ragged = min(other._lengths) != other.used
+        other._end([self._lengths[row] for row in rows])
         other.ends, other._seen = self.ends[index], self._seen[index]
         other._columns = {}
         other.sources = None if self.sources is None else [self.sources[row] for row in rows]
@@ -275,11 +271,9 @@ class RoomCache(DynamicCache):
             mask: (R, W) over ``cache``.
         """
         index, width = torch.as_tensor(rows, device=self.ends.device), mask.shape[1]
-        for row in rows:
-            self._lengths[row] = width
         self.ends = self.ends.index_fill(0, index, width)
-        self.used = self._reach = max(self._lengths)
-        self.ragged = min(self._lengths) != self.used
+        self._end(self.ends.tolist())
+        self.landed()
         self._reserve()
         self._seen[index] = roomy(mask.bool(), self._seen.shape[1], dim=1)
         for layer, other in zip(self.grown, kv.layers(cache), strict=True):
@@ -289,6 +283,11 @@ class RoomCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns in front of the coming pass."""
         return self.used - self._coming
+
+    def _end(self, lengths: list[int]) -> None:
+        """Rows end in these columns."""
+        self._lengths, self.used = lengths, max(lengths)
+        self.ragged = min(lengths) != self.used
 
     def _reserve(self) -> None:
         if self._reach > self._seen.shape[1]:
