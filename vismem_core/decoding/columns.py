@@ -176,7 +176,8 @@ class RoomLayer(DynamicLayer):
         """The given rows alone, for another cache."""
         other = copy.copy(self)
         other.cache = cache
-        other._hold({name: own[list(rows)] for name, own in self._held().items()})
+        index = torch.as_tensor(rows, device=self.device)
+        other._hold({name: own.index_select(0, index) for name, own in self._held().items()})
         return other
 
     def _whole(self, rows: Sequence[int]) -> Iterator[tuple[str, Tensor]]:

@@ -118,8 +118,8 @@ class Batch(Decoder):
             yield self.coming.pop()
 
     def _kept(self, alive: list[bool]) -> list[int] | None:
-        """Rows that are done leave as soon as they are half of the batch, unless steps are compiled for so many."""
-        if 2 * sum(alive) > len(alive) or self.passes.inner.compile is not None:
+        """Rows that are done leave once they are a quarter of the batch, unless passes are compiled for so many."""
+        if 4 * sum(alive) > 3 * len(alive) or self.passes.inner.compile is not None:
             return None
         return [row for row, own in enumerate(alive) if own]
 
