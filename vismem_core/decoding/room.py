@@ -52,6 +52,9 @@ class RoomCache(DynamicCache):
     """
 
     layers: list[Any]
+    used: int
+    ragged: bool
+    _lengths: list[int]
 
     def __init__(
         self,
