@@ -9,6 +9,9 @@ language model is there before. If all rows take in latents of the same kind tog
 the end token enter in one pass, and in the invocation token's own where they are there before. In a ragged batch the
 latents enter in the pass of the neighbours' next tokens (:mod:`vismem_core.decoding.packing`), or alone where that
 cannot be.
+
+A call need not end with the rows that it began with: those that are done may leave, and those of another call, which has
+read its prompts, may go on in their places.
 """
 
 from __future__ import annotations

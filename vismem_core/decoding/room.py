@@ -3,6 +3,7 @@
 Room is reserved ahead, in blocks, and every row writes at its own place: one that takes in N latents goes on by N
 columns, its neighbours by one. Nothing is shifted, concatenated or copied while tokens are written; what a row may look
 at is a mask over the columns (B, W), since those behind a row's end hold nothing and those in front may be padding.
+So another prompt may begin at the front of a row that is done.
 
 Until rows have grown apart the cache looks to the model like transformers' own, and attention gives the same bits.
 Afterwards models that go by where columns stand (:data:`vismem_core.base.cache.COUNTED`) are shown copies of the rows,
