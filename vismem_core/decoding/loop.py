@@ -10,8 +10,8 @@ the end token enter in one pass, and in the invocation token's own where they ar
 latents enter in the pass of the neighbours' next tokens (:mod:`vismem_core.decoding.packing`), or alone where that
 cannot be.
 
-A call need not end with the rows that it began with: those that are done may leave, and those of another call, which has
-read its prompts, may go on in their places.
+A call need not end with the rows that it began with: those that are done may leave, and those of another call, which
+has read its prompts, may go on in their places.
 """
 
 from __future__ import annotations
