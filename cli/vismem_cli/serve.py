@@ -44,9 +44,6 @@ def serve(
     batch: Annotated[
         int, typer.Option(metavar="N", min=1, help="Answers written together.", rich_help_panel=options.SERVER)
     ] = 32,
-    lanes: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Batches that take turns.", rich_help_panel=options.SERVER)
-    ] = 2,
     max_requests: Annotated[
         int, typer.Option(metavar="N", min=1, help="At once; more get a 429.", rich_help_panel=options.SERVER)
     ] = USUAL.requests,
@@ -104,9 +101,7 @@ def serve(
         called = name or _name(memory, opened.backbone.name)
         if host not in LOCAL and not api_key:
             warn("whoever reaches this address may ask: give --api-key, or listen at 127.0.0.1")
-        built = server.build(
-            opened, called, limits, batch=batch, lanes=lanes, key=api_key or None, urls=allow_urls, report=warn
-        )
+        built = server.build(opened, called, limits, batch=batch, key=api_key or None, urls=allow_urls, report=warn)
         told = f"[{host}]" if ":" in host else host
         say(f"serving {called} at http://{told}:{listening.getsockname()[1]}/v1")
         server.run(built, listening)

@@ -16,11 +16,12 @@ import httpx
 import openai
 import pytest
 import tiny
-from bases import mini
+from bases import config, mini
 from fuzz import mutated
 from served import Served, messages, part, served, streamed
 
 import vismem_core as vismem
+from vismem_core.config import PolicyConfig
 from vismem_core.files.samples import Sample
 from vismem_core.memory.memory import Memory
 from vismem_core.serving import batch as batches
@@ -235,6 +236,16 @@ def test_a_bad_request_does_not_harm_its_neighbours(server: Served) -> None:
 
 
 @pytest.mark.long
+def test_the_policys_weights_act_on_its_own_answers() -> None:
+    memory = mini().attach(config(policy=PolicyConfig(trains="lora")))
+    asked = [(own, spec) for own in samples(3) for spec in ("never", "anywhere:0.4")]
+    with served(memory) as own, ThreadPoolExecutor(6) as pool:
+        alone = [own.alone(sample, spec, most=12).text for sample, spec in asked]
+        told = [pool.submit(own.ask, sample, max_tokens=12, **trigger(spec)) for sample, spec in asked]
+        assert [one.result().choices[0].message.content for one in told] == alone
+
+
+@pytest.mark.long
 def test_a_model_that_fails_harms_one_request(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     usual, good = batches.decode, samples(2)
 
@@ -286,7 +297,7 @@ def test_time_is_limited(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("vismem_core.serving.batcher.decode", slow)
     question = {"model": "mini", "messages": [{"role": "user", "content": "what is a bag ?"}]}
-    with served(memory, Limits(tokens=64, seconds=0.3), lanes=1) as own, ThreadPoolExecutor(2) as pool:
+    with served(memory, Limits(tokens=64, seconds=0.3)) as own, ThreadPoolExecutor(2) as pool:
         first = pool.submit(own.post, question)
         begun.wait()
         late = own.post(question)
@@ -326,10 +337,9 @@ def said(answer: dict[str, Any]) -> Any:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_many_clients_at_once(memory: Memory, lanes: int) -> None:
+def test_many_clients_at_once(memory: Memory) -> None:
     wanted, chance = asks(32, 0), Random(1)
-    with served(memory, Limits(tokens=64), batch=8, lanes=lanes) as own:
+    with served(memory, Limits(tokens=64), batch=8) as own:
         alone = [said(own.post(one).json()) for one in wanted]
         assert len({str(one) for one in alone}) > 15
 

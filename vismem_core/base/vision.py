@@ -76,6 +76,27 @@ class VisionStates:
                 for row in range(first, first + copies):
                     self.rows[row] += mine
 
+    @classmethod
+    def together(cls, rows: Sequence[tuple[VisionStates, int]]) -> tuple[VisionStates, list[int]]:
+        """Rows of several batches in one: its states, and the rows' numbers there.
+
+        Args:
+            rows: each with its number in its own batch.
+        """
+        batches = list({id(own): own for own, _ in rows}.values())
+        if len(batches) == 1:
+            return batches[0], [row for _, row in rows]
+        found, first = cls(), dict[int, int]()
+        for own in batches:
+            first[id(own)] = len(found.patches)
+            for name in ("patches", "tokens", "inputs"):
+                getattr(found, name).extend(getattr(own, name))
+        for name in ("keys", "values"):  # those without an image have none
+            blocks = zip(*filter(None, (getattr(own, name) for own in batches)), strict=True)
+            setattr(found, name, [torch.cat(own) for own in blocks])
+        found.rows = [[image + first[id(own)] for image in own.rows[row]] for own, row in rows]
+        return found, list(range(len(rows)))
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gather(self, rows: Sequence[int]) -> PatchIndex:
         """Index of the patches of each of ``rows``, padded to the longest, on the device of the first block."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from weakref import ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -134,6 +135,12 @@ class RoomLayer(DynamicLayer):
         for name, new in tokens.items():
             self._write(held[name], rows, columns[:, -new.shape[2] :], new)
 
+    def begin(self, first: int) -> None:
+        """Hold columns from ``first`` on, if they began later."""
+        if (more := self.first - first) > 0:
+            self._hold({name: F.pad(own, (0, 0, more, 0)) for name, own in self._held().items()})
+            self.first = first
+
     def _write(self, own: Tensor, rows: Tensor, columns: Tensor, new: Tensor) -> None:
         own.transpose(1, 2)[rows.to(own.device), columns.to(own.device) - self.first] = new.transpose(1, 2)
 
@@ -169,7 +176,8 @@ class RoomLayer(DynamicLayer):
         """The given rows alone, for another cache."""
         other = copy.copy(self)
         other.cache = cache
-        other._hold({name: rows_of(own, rows).clone() for name, own in self._held().items()})
+        index = torch.as_tensor(rows, device=self.device)
+        other._hold({name: own.index_select(0, index) for name, own in self._held().items()})
         return other
 
     def _whole(self, rows: Sequence[int]) -> Iterator[tuple[str, Tensor]]:

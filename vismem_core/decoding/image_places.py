@@ -18,6 +18,11 @@ class ImagePlaces:
         """Those of the given rows."""
         return ImagePlaces([self._own[row] for row in rows] if self._own else ())
 
+    def seat(self, rows: Sequence[int], other: ImagePlaces) -> ImagePlaces:
+        """With another's in the places of these rows."""
+        told = dict(zip(rows, other._own, strict=False))  # there are none where latents stand behind the text
+        return ImagePlaces([told.get(row, own) for row, own in enumerate(self._own)])
+
     def standing(self, rows: Sequence[int], count: int, following: Tensor) -> Tensor | None:
         """Position ids (.., R, N) of latents that stand where their rows' images stood; None where none do.
 

@@ -9,12 +9,16 @@ language model is there before. If all rows take in latents of the same kind tog
 the end token enter in one pass, and in the invocation token's own where they are there before. In a ragged batch the
 latents enter in the pass of the neighbours' next tokens (:mod:`vismem_core.decoding.packing`), or alone where that
 cannot be.
+
+A call need not end with the rows that it began with: those that are done may leave, and those of another call, which
+has read its prompts, may go on in their places.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +36,7 @@ from vismem_core.memory.trace import Invocation, Trace
 from vismem_core.memory.trigger import Row, Trigger
 
 from .inner import Latents
+from .line import Line
 from .passes import Passes
 from .processors import Processors
 from .record import Record
@@ -53,14 +58,23 @@ class Decoder:
         memory: what is attached.
         session: already listening, since the images are encoded before the loop starts.
         streamer: ``generate`` keeps the user's streamer from custom loops, so it is handed over here.
+
+    Attributes:
+        line: the rows between two passes.
+        guest: the prompts are read and no more; another call goes on with them (:meth:`_guests`).
+        output: what a guest's first tokens are chosen from.
     """
+
+    line: Line
+    guest = False
+    output: Any
 
     def __init__(self, memory: Memory, session: Session, trigger: Trigger, trace: Trace, streamer: Any = None) -> None:
         self.memory, self.session, self.trigger, self.trace = memory, session, trigger, trace
         self.tokens, self.streamer, self.passes = memory.tokens, streamer, Passes(memory, session)
         self.rows: list[Row] = []
         self.due: dict[int, Kind] = {}
-        self.order: list[int] = []  # number in the result of each row that is being decoded
+        self.order: list[int] = []  # number of each row that is being decoded, in the result of its call
         self.ahead, self.left = 0, list[Tensor]()  # columns to reserve where that is known, and room for them
         self.reserved = list[Tensor]()
 
@@ -96,43 +110,45 @@ class Decoder:
                 self.left, compiler.room = compiler.room, []
         output = self._begin(model, input_ids, generation_config, model_kwargs)
         process = Processors(logits_processor, self.tokens, len(input_ids))
-        self.order, fed = list(range(len(input_ids))), [-1] * len(input_ids)
-        running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        ended = ~running  # what stops a row in the midst of an invocation does so after its end token
-        alive = [True] * len(input_ids)
+        self.order, line = list(range(len(input_ids))), Line.of(input_ids)
+        self.line = line
+        if self.guest:
+            self.output = output
+            return input_ids
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
-            latents = self._form(fed, input_ids.shape[1] - prompt - 1)
+            for guest in self._guests() if passes.fed is None else ():
+                self._seat(guest, output, model_kwargs, pad)
+                padded = True
+            latents = self._form(line.fed)
             padded = self._forget(latents) or padded
-            logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-            room = None if limit is None else limit - input_ids.shape[1]
-            logits, forced = self._choices(logits, room, alive)
-            scores = self._force(process(input_ids, logits, output.logits.shape[-1]), forced)
+            logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=line.ids.device)
+            room = None if limit is None else limit - line.ids.shape[1]
+            logits, forced = self._choices(logits, room, line.alive)
+            scores = self._force(process(line.ids, logits, output.logits.shape[-1]), forced)
             record.add(output, scores, logits)
             tokens = self._select(scores, generation_config.do_sample)
             if ends:  # without an end token ``generate`` pads nothing either
-                tokens = torch.where(running, tokens, pad.to(tokens.device))
-            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+                tokens = torch.where(line.running, tokens, pad.to(tokens.device))
+            line.ids = torch.cat([line.ids, tokens[:, None]], dim=-1)
             owes = (tokens >= self.tokens.first) & (tokens < self.tokens.first + len(KINDS))
-            ended = ended | stopping_criteria(input_ids, record.scores)
-            running = agreed(self.memory.model, running & (~ended | owes))  # clocks, say, differ
-            fed, going = torch.stack([tokens, running.long()]).tolist()  # the one wait for the device in a step
-            self._note(fed)
-            alive = list(map(bool, going))
+            line.ended = line.ended | stopping_criteria(line.ids, record.scores)
+            line.running = agreed(self.memory.model, line.running & (~line.ended | owes))  # clocks, say, differ
+            line.fed, going = torch.stack([tokens, line.running.long()]).tolist()  # a step's one wait for the device
+            self._note(line.fed)
+            line.alive = list(map(bool, going))
             if self.streamer is not None:
-                self.streamer.put(torch.tensor(fed))
+                self.streamer.put(torch.tensor(line.fed))
             del output
-            if not any(alive):
+            if not any(line.alive):
                 break
-            if (kept := self._kept(alive)) is not None:
-                input_ids, running, ended = input_ids[kept], running[kept], ended[kept]
-                fed, alive = [fed[row] for row in kept], [alive[row] for row in kept]
+            if (kept := self._kept(line.alive)) is not None:
                 latents = self._retire(kept, latents, model_kwargs)
-            if not any(map(self._drops_images, range(len(fed)))):  # images leave before latents enter
-                passes.form_early(fed, model_kwargs)
+            if not any(map(self._drops_images, range(len(line.fed)))):  # images leave before latents enter
+                passes.form_early(line.fed, model_kwargs)
             with self.memory.acting() if self.trigger.active else nullcontext():
-                output, padded = passes.feed(model, input_ids, fed, latents, model_kwargs, padded)
-            self.session.observe([row for row, token in enumerate(fed) if token >= self.tokens.first + len(KINDS)])
+                output, padded = passes.feed(model, line.ids, line.fed, latents, model_kwargs, padded)
+            self.session.observe([row for row, token in enumerate(line.fed) if token >= self.tokens.first + len(KINDS)])
             self.session.advance()
         if passes.fed is not None:  # nobody asked for it
             self.session.room.back(passes.fed.columns)
@@ -142,7 +158,7 @@ class Decoder:
             self.streamer.end()
         if inner.compile is not None and not record.wanted:  # else its cache stays the caller's
             compiler.room = self.reserved
-        return record.result(input_ids, self.session.room)
+        return record.result(line.ids, self.session.room)
 
     # What rollouts and servers do otherwise
 
@@ -153,6 +169,10 @@ class Decoder:
     def _room(self, row: int, room: int | None) -> int | None:
         """Ids that ``row`` may still write, where the call has room for so many."""
         return room
+
+    def _trigger(self, row: int) -> Trigger:
+        """Who decides about memory of ``row``."""
+        return self.trigger
 
     def _begin(self, model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
         """Read the prompts; what the first tokens are chosen from."""
@@ -169,10 +189,15 @@ class Decoder:
         """Before the next pass: the rows that go on, or None where all do, as in ``generate``."""
         return None
 
+    def _guests(self) -> Iterable[Decoder]:
+        """After a pass: others whose prompts have been read, and whose rows go on here."""
+        return ()
+
     def _retire(self, kept: list[int], latents: Latents, model_kwargs: dict[str, Any]) -> Latents:
         """Go on with the kept rows alone; their part of the latents."""
         rows = len(self.rows)
         self.session.take(kept)
+        self.line.take(kept)
         self.rows, self.order = [self.rows[row] for row in kept], [self.order[row] for row in kept]
         for name, value in model_kwargs.items():
             if isinstance(value, Tensor) and len(value) == rows:
@@ -184,6 +209,22 @@ class Decoder:
             if own := [at for at, row in enumerate(owners) if row in place]:
                 left[kind] = ([place[owners[at]] for at in own], vectors[own])
         return left
+
+    def _seat(self, guest: Decoder, output: Any, model_kwargs: dict[str, Any], pad: Tensor | None) -> None:
+        """Let a guest's rows go on here: in places of rows that are done, and in new ones where these are too few."""
+        rows, missing = len(self.rows), len(guest.rows) - self.line.alive.count(False)
+        if missing > 0:
+            more = [*range(rows), *[0] * missing]
+            self._retire(more, {}, model_kwargs)
+            self.line.alive[rows:], self.line.fed[rows:] = [False] * missing, [-1] * missing
+            output.logits = output.logits[more]
+        free = [row for row, own in enumerate(self.line.alive) if not own]
+        places = free[: len(guest.rows)]
+        self.session.seat(places, guest.session)
+        self.line.seat(places, guest.line.ids, pad)
+        output.logits[places, -1] = guest.output.logits[:, -1]
+        for place, row, number in zip(places, guest.rows, guest.order, strict=True):
+            self.rows[place], self.order[place] = row, number
 
     # One step
 
@@ -200,7 +241,7 @@ class Decoder:
         setattr(output, kv.NAME, self.session.cache)
         self.rows = [Row(seed=seed) for seed in seeds(input_ids, mask, copies)]
 
-    def _form(self, fed: list[int], position: int) -> Latents:
+    def _form(self, fed: list[int]) -> Latents:
         """Form memory for the rows that were just fed an invocation token."""
         rows: dict[Kind, list[int]] = defaultdict(list)
         for row, token in enumerate(fed):
@@ -215,7 +256,7 @@ class Decoder:
                 vectors = self.passes.form(own, kind)
             latents[kind] = (own, vectors)
             self.trace.invocations += [
-                Invocation(self.order[row], kind, position, vectors[at]) for at, row in enumerate(own)
+                Invocation(self.order[row], kind, self.rows[row].step - 1, vectors[at]) for at, row in enumerate(own)
             ]
         return latents
 
@@ -232,14 +273,14 @@ class Decoder:
         for at, row in enumerate(self.rows):
             if at in self.due:
                 forced[at] = self.tokens.end(self.due.pop(at))
-            elif running[at] and (decision := self.trigger(row)) != "none":
+            elif running[at] and (decision := self._trigger(at)(row)) != "none":
                 if (why := self.memory.refuses(row)) is not None:
                     if decision != "policy":  # which is just not asked there
                         self.trace.blocked[why] += 1
                 elif (left := self._room(at, room)) is not None and left < ROOM:
                     self.trace.blocked["room"] += 1
                 elif decision == "policy":
-                    offered[at] = self.trigger.kinds
+                    offered[at] = self._trigger(at).kinds
                 else:
                     forced[at] = self.tokens.invocation(decision)
         extended = F.pad(logits, (0, self.tokens.width - logits.shape[-1]), value=NEVER)

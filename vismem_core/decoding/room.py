@@ -3,6 +3,7 @@
 Room is reserved ahead, in blocks, and every row writes at its own place: one that takes in N latents goes on by N
 columns, its neighbours by one. Nothing is shifted, concatenated or copied while tokens are written; what a row may look
 at is a mask over the columns (B, W), since those behind a row's end hold nothing and those in front may be padding.
+So another prompt may begin at the front of a row that is done.
 
 Until rows have grown apart the cache looks to the model like transformers' own, and attention gives the same bits.
 Afterwards models that go by where columns stand (:data:`vismem_core.base.cache.COUNTED`) are shown copies of the rows,
@@ -52,6 +53,9 @@ class RoomCache(DynamicCache):
     """
 
     layers: list[Any]
+    used: int
+    ragged: bool
+    _lengths: list[int]
 
     def __init__(
         self,
@@ -64,13 +68,13 @@ class RoomCache(DynamicCache):
     ) -> None:
         super().__init__()
         rows = list(range(len(mask))) if rows is None else rows
-        self.used, self.ragged, self.whole = mask.shape[1], False, kv.whole(cache)
+        self._end([mask.shape[1]] * len(rows))
+        self.whole = kv.whole(cache)
         self.still, self.sources = False, list(rows) if shared else None
         self.counted, self.passes = kv.counted(cache), 0
         room = _blocks(self.used + ahead, STEP) if ahead else _blocks(self.used + BLOCK)
         self._seen = roomy(mask.bool()[torch.as_tensor(rows, device=mask.device)], room, dim=1)
         self.ends = torch.full((len(rows),), self.used, device=mask.device)
-        self._lengths = [self.used] * len(rows)
         self._coming, self._reach = 0, self.used
         self._columns: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.left = list(left)
@@ -152,9 +156,8 @@ class RoomCache(DynamicCache):
         starts = self.ends
         self._starts, self._same, self._columns = starts, same, {}
         self._coming, self.passes = width or max(counts), self.passes + 1
-        self._lengths = [own + count for own, count in zip(self._lengths, counts, strict=True)]
-        before, self.used = self.used, max(self._lengths)
-        self.ragged = min(self._lengths) != self.used
+        before = self.used
+        self._end([own + count for own, count in zip(self._lengths, counts, strict=True)])
         self._reach = max([own + more for own, more in zip(self._lengths, beyond or [0] * rows, strict=True)])
         self._reserve()
         if same:
@@ -217,9 +220,8 @@ class RoomCache(DynamicCache):
         room = _blocks(most + BLOCK)
         for layer in self.grown:
             layer.reorder(order, room)
-        self.used, self.ends = most, lengths
-        self._lengths = lengths.tolist()
-        self.ragged = min(self._lengths) != most
+        self.ends = lengths
+        self._end(lengths.tolist())
         self._seen = roomy(torch.arange(most, device=lengths.device) < lengths[:, None], room, dim=1)
         return True
 
@@ -228,9 +230,7 @@ class RoomCache(DynamicCache):
         other: RoomCache = RoomCache.__new__(RoomCache)
         vars(other).update(vars(self))
         index = torch.as_tensor(rows, device=self.ends.device)
-        other._lengths = [self._lengths[row] for row in rows]
-        other.used = max(other._lengths)
-        other.ragged = min(other._lengths) != other.used
+        other._end([self._lengths[row] for row in rows])
         other.ends, other._seen = self.ends[index], self._seen[index]
         other._columns = {}
         other.sources = None if self.sources is None else [self.sources[row] for row in rows]
@@ -258,15 +258,40 @@ class RoomCache(DynamicCache):
     def put(self, cache: DynamicCache, rows: Sequence[int], count: int) -> None:
         """Write the last ``count`` tokens of ``rows``, which were continued elsewhere; :meth:`aim` says where."""
         index = torch.as_tensor(rows, device=self.ends.device)
-        columns = self._starts[index][:, None] + torch.arange(count, device=index.device)
+        self._put(cache, index, self._starts[index][:, None] + torch.arange(count, device=index.device))
+
+    def _put(self, cache: DynamicCache, rows: Tensor, columns: Tensor) -> None:
+        """Write the last T tokens of another cache's rows at rows (R,) and columns (R, T)."""
+        count = columns.shape[1]
         for layer, other in zip(self.grown, kv.layers(cache), strict=True):
-            layer.put(index[:, None], columns, {name: own[:, :, -count:] for name, own in kv.held(other).items()})
+            layer.put(rows[:, None], columns, {name: own[:, :, -count:] for name, own in kv.held(other).items()})
         for layer, other in zip(kv.states(self), kv.states(cache), strict=True):
             layer.take_over(other, rows)
+
+    def seat(self, rows: Sequence[int], cache: DynamicCache, mask: Tensor) -> None:
+        """Rows begin anew with what another cache holds, and forget what they held.
+
+        Args:
+            mask: (R, W) over ``cache``.
+        """
+        index, width = torch.as_tensor(rows, device=self.ends.device), mask.shape[1]
+        self.ends = self.ends.index_fill(0, index, width)
+        self._end(self.ends.tolist())
+        self.landed()
+        self._reserve()
+        self._seen[index] = roomy(mask.bool(), self._seen.shape[1], dim=1)
+        for layer, other in zip(self.grown, kv.layers(cache), strict=True):
+            layer.begin(width - next(iter(kv.held(other).values())).shape[2])
+        self._put(cache, index, torch.arange(width, device=index.device).expand(len(rows), -1))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns in front of the coming pass."""
         return self.used - self._coming
+
+    def _end(self, lengths: list[int]) -> None:
+        """Rows end in these columns."""
+        self._lengths, self.used = lengths, max(lengths)
+        self.ragged = min(lengths) != self.used
 
     def _reserve(self) -> None:
         if self._reach > self._seen.shape[1]:

@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +23,9 @@ from vismem_core.memory.query import Ahead, QueryBuilder
 from .image_places import ImagePlaces
 from .room import RoomCache
 
+OWN = ("_written", "_images", "_padding", "_history", "_sights")
+"""Lists of what there is of each row."""
+
 
 class Session:
     """Follows one batch from its prefill on.
@@ -33,7 +35,7 @@ class Session:
             :meth:`make_room` on one in which rows grow apart (:mod:`vismem_core.decoding.room`).
         positions: (.., B, 1), the position id of each row's next token.
         hidden, embeds: (B, L, d), what left and entered the language model in the latest pass through :meth:`listen`.
-        vision: the vision encoder's states.
+        vision: the vision encoder's states of the prefill.
         image_places: where the images stand, if latents are to stand there.
     """
 
@@ -52,11 +54,11 @@ class Session:
         self._images: list[Tensor] = []  # each row's visual tokens that it may see, counted from its first token
         self.image_places = ImagePlaces()
         self._source: list[int]  # each row's row of the visual tokens, which copies of a prompt share
-        self._ahead: dict[int, Ahead] = {}  # of each row of the visual tokens, once asked for
+        self._ahead: dict[int, Ahead]  # of each row of the visual tokens, once asked for
         self._recording = ExitStack()
         self._started = self._forming = False
-        self._written: list[Tensor] = []
-        self._segment: list[int] = []
+        self._written: list[list[Tensor]] = []  # each row's states (d,) since its last end token
+        self._sights: list[tuple[VisionStates, int]] = []  # where each row's images are, and its number there
         self._padding: list[int] = []
         self._history: list[list[tuple[Tensor, Tensor]]] = []
 
@@ -79,7 +81,7 @@ class Session:
     @property
     def rows(self) -> int:
         """B"""
-        return len(self._segment)
+        return len(self._written)
 
     def make_room(self, ahead: int = 0, left: Sequence[Tensor] = ()) -> None:
         """From now on rows may grow apart, and come to write so many columns, where that is known.
@@ -168,14 +170,13 @@ class Session:
             self.image_places = ImagePlaces(
                 [own[..., row, here.to(own.device) + start] for row, (here, start) in enumerate(seen)]
             )
-        longest = max(written or [0])
-        self._written = list(self.hidden[:, -1 - longest :].unbind(1))
-        self._segment = [longest - count for count in written or [0] * batch]
-        if self.needs.history:
-            own = positions.expand(*positions.shape[:-2], batch, length)
-            self._history = [
-                [(self.embeds[b, self._padding[b] :], own[..., b, self._padding[b] :])] for b in range(batch)
-            ]
+        counts = written or [0] * batch
+        self._written = [list(own[-1 - count :]) for own, count in zip(self.hidden, counts, strict=True)]
+        own = positions.expand(*positions.shape[:-2], batch, length)
+        starts = enumerate(self._padding)
+        self._history = [
+            [(self.embeds[row, start:], own[..., row, start:])] if self.needs.history else [] for row, start in starts
+        ]
 
     def _see(self, input_ids: Tensor) -> None:
         media = [input_ids == token for token in self.backbone.placeholders.values()]
@@ -185,18 +186,24 @@ class Session:
         seen = torch.stack(media).any(0)
         entered = self.embeds if self._entered is None else self._entered.to(self.embeds.device)
         tokens = [own[here.to(own.device)] for own, here in zip(entered, seen, strict=True)]
-        counts = torch.tensor([len(own) for own in tokens], device=entered.device)
+        self._look([own.float() for own in tokens])
         self._images = [own.nonzero().flatten() - start for own, start in zip(seen, self._padding, strict=True)]
-        self._visual = pad_sequence(tokens, batch_first=True).float()
-        self._source = list(range(len(input_ids)))
-        self._visual_mask = torch.arange(self._visual.shape[1], device=counts.device) < counts[:, None]
         self.vision.assign([medium.sum(-1).tolist() for medium in media])
+        self._sights = [(self.vision, row) for row in self._source]
+
+    def _look(self, tokens: list[Tensor]) -> None:
+        """Visual tokens (y, d), those of each row."""
+        self._visual = pad_sequence(tokens, batch_first=True)
+        counts = torch.tensor([len(own) for own in tokens], device=self._visual.device)
+        self._visual_mask = torch.arange(self._visual.shape[1], device=counts.device) < counts[:, None]
+        self._source, self._ahead = list(range(len(tokens))), {}
 
     def observe(self, ended: Sequence[int]) -> None:
         """Note the states of the token just fed; rows in ``ended`` were fed their end token and begin a segment."""
         for row in ended:
-            self._segment[row] = len(self._written)
-        self._written.append(self.hidden[:, -1])
+            self._written[row] = []
+        for own, state in zip(self._written, self.hidden[:, -1], strict=True):
+            own.append(state)
         if self.needs.history:
             for row, pieces in enumerate(self._history):
                 pieces.append((self.embeds[row, -1:], self.positions[..., row, :]))
@@ -240,14 +247,27 @@ class Session:
             self.cache, self._mask = kv.select(self.cache, rows), self._mask[index]
         self.positions = self.positions[..., index, :]
         self.hidden = self.hidden[index.to(self.hidden.device), -1:]
-        self._written = [states[index.to(states.device)] for states in self._written]
         self._source = [self._source[row] for row in rows]
-        self._images = [self._images[row] for row in rows]
         self.image_places = self.image_places.take(rows)
-        self._segment = [self._segment[row] for row in rows]
-        self._padding = [self._padding[row] for row in rows]
-        self._history = [list(self._history[row]) for row in rows] if self._history else []
-        self.vision = replace(self.vision, rows=[self.vision.rows[row] for row in rows])
+        for name in OWN:
+            own = getattr(self, name)
+            setattr(self, name, [copy.copy(own[row]) for row in rows])
+
+    def seat(self, rows: Sequence[int], other: Session) -> None:
+        """In the places of these rows go on those of another session, which has read its prompts."""
+        self.room.seat(rows, *other._together(range(other.rows)))
+        index = torch.as_tensor(rows, device=self.positions.device)
+        self.positions = self.positions.index_copy(-2, index, other.positions.expand_as(self.positions[..., rows, :]))
+        self.hidden = self.hidden[:, -1:].index_copy(0, index.to(self.hidden.device), other.hidden[:, -1:])
+        self.image_places = self.image_places.seat(rows, other.image_places)
+        for name in OWN:
+            for row, own in zip(rows, getattr(other, name), strict=True):
+                getattr(self, name)[row] = own
+        mine, theirs = (own.visual(range(own.rows)) for own in (self, other))
+        tokens = [own[:count] for own, count in zip(mine[0], mine[1].sum(1).tolist(), strict=True)]
+        for row, own, count in zip(rows, theirs[0], theirs[1].sum(1).tolist(), strict=True):
+            tokens[row] = own[:count]
+        self._look(tokens)
 
     # Forming
 
@@ -267,7 +287,7 @@ class Session:
 
     def rider(self, rows: Sequence[int], builder: QueryBuilder, former: RidingFormer) -> Tensor:
         """For ``rows`` that are yet to be fed their invocation tokens: what rides behind these, (R, E, d)."""
-        states, mask = self._states(rows, len(self._written))
+        states, mask = self._states(rows)
         return former.rider(self._query(rows, builder, states, mask))
 
     def _query(self, rows: Sequence[int], builder: QueryBuilder, states: Tensor, mask: Tensor) -> Tensor:
@@ -299,7 +319,8 @@ class Session:
             cached: with the language model's cache.
         """
         index = torch.as_tensor(rows, device=self.positions.device)
-        states, mask = self._states(rows, len(self._written) - fed)
+        states, mask = self._states(rows, fed)
+        vision, numbers = VisionStates.together([self._sights[row] for row in rows])
         cache, seen = self._together(rows) if cached else (DynamicCache(), self.mask[index, :0])
         return MemoryContext(
             states=states,
@@ -309,8 +330,8 @@ class Session:
             cache=cache,
             attention_mask=seen,
             next_position=self.positions[..., index, :],
-            vision=self.vision,
-            rows=rows,
+            vision=vision,
+            rows=numbers,
             history=self.history(rows) if self.needs.history else None,
         )
 
@@ -320,12 +341,11 @@ class Session:
             return self.cache.together(rows)
         return kv.select(self.cache, rows), self._mask[torch.as_tensor(rows, device=self._mask.device)]
 
-    def _states(self, rows: Sequence[int], stop: int) -> tuple[Tensor, Tensor]:
-        index = torch.as_tensor(rows)
+    def _states(self, rows: Sequence[int], fed: bool = False) -> tuple[Tensor, Tensor]:
         visual, seen = self.visual(rows)
-        first = min(self._segment[row] for row in rows)
-        written = torch.stack([states[index.to(states.device)] for states in self._written[first:stop]], dim=1)
-        begin = torch.tensor([self._segment[row] - first for row in rows], device=written.device)
+        told = [torch.stack(own[: len(own) - fed]) for own in map(self._written.__getitem__, rows)]
+        written = pad_sequence(told, batch_first=True, padding_side="left")
+        begin = torch.tensor([written.shape[1] - len(own) for own in told], device=written.device)
         fresh = torch.arange(written.shape[1], device=written.device) >= begin[:, None]
         return torch.cat([visual, written.to(visual)], dim=1), torch.cat([seen, fresh.to(seen.device)], dim=1)
 

@@ -1,9 +1,4 @@
-"""Requests that wait, and the lanes that decode them: whoever comes together is decoded together.
-
-A lane takes what waits (up to a batch, all with one trigger), decodes it, and takes again; rows that are done leave its
-batch, and rows do not join one. Several lanes take turns, a step each, so that what comes while one is busy does not
-wait for the end of its longest answer.
-"""
+"""Requests that wait, and the batch that they join, each as soon as there is room for it, in the order they came."""
 
 from __future__ import annotations
 
@@ -13,21 +8,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from transformers import BatchFeature
+
 from vismem_core.answers.checking import prepare
 from vismem_core.errors import cut
 from vismem_core.files.samples import Sample, Skipped
+from vismem_core.memory import trigger as triggers
 from vismem_core.memory.memory import Memory
 from vismem_core.plugins import reason
 
 from .asking import Ask
-from .batch import Row, decode
-from .lanes import Baton
+from .batch import Batch, Row, decode
 from .refused import Limits, RefusedError
 from .writing import Answer, End, Piece, Text
 
 Event = Piece | End | RefusedError
-GATHER, PATIENCE = 0.01, 0.1
-"""Seconds without anybody new, after which all who came together are there; and that the first waits at most."""
 FAILED = "the model failed on this request; the server's log says why"
 
 
@@ -66,11 +61,10 @@ class Job:
 
 
 class Batcher:
-    """Lanes around one memory.
+    """One batch after the other around one memory.
 
     Args:
-        batch: answers that a lane writes together.
-        lanes: that take turns.
+        batch: answers that are written together.
         report: gets a line about what failed.
     """
 
@@ -80,22 +74,19 @@ class Batcher:
         limits: Limits,
         *,
         batch: int = 32,
-        lanes: int = 2,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.memory, self.limits, self.batch, self.report = memory, limits, batch, report
         self.trigger = memory.trigger
-        self._baton, self._taking = Baton(), threading.Lock()
-        self._waiting: deque[Job] = deque()
+        self._waiting, self._begun = deque[Job](), list[Job]()
         self._changed, self._closed = threading.Condition(), False
         text = memory.model.config.get_text_config(decoder=True)
         self._context = int(getattr(text, "max_position_embeddings", None) or 0)
         told = memory.model.generation_config.eos_token_id
         ends = [told] if isinstance(told, int) else told or [memory.backbone.end_of_turn]
         self._ends = frozenset(map(int, ends))
-        self._lanes = [threading.Thread(target=self._work, name=f"lane {at}", daemon=True) for at in range(lanes)]
-        for lane in self._lanes:
-            lane.start()
+        self._working = threading.Thread(target=self._work, name="batch", daemon=True)
+        self._working.start()
 
     def submit(self, job: Job) -> None:
         """Let it wait for its turn."""
@@ -110,61 +101,60 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for lane in self._lanes:
-            lane.join()
+        self._working.join()
 
     def _work(self) -> None:
-        while jobs := self._next():
-            with self._baton:
-                self._decode(jobs)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return
+            self._begun = self._taken(self.batch)
+            self._decode(self._begun, self._join)
 
-    def _next(self) -> list[Job]:
-        """The next batch; empty when the server closes and nothing waits."""
-        with self._taking:
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._waiting or self._closed)
-                    if not self._waiting:
-                        return []
-                self._gather()
-                with self._changed:
-                    if taken := self._taken():
-                        return taken
+    def _join(self, batch: Batch) -> None:
+        """Between two passes of a batch: who waits joins it."""
+        if jobs := self._taken(self.batch - batch.busy, self._acts(batch.trigger)):
+            self._begun[:] = [job for job in self._begun if not job.over] + jobs
+            self._decode(jobs, host=batch)
 
-    def _gather(self) -> None:
-        """Wait for others while they come, and there is room for them."""
-        until, seen = time.monotonic() + PATIENCE, 0
-        while seen < (now := len(self._waiting)) < self.batch and time.monotonic() < until:
-            seen = now
-            time.sleep(GATHER)
+    def _taken(self, room: int, acts: bool | None = None) -> list[Job]:
+        """Who waits, in order, as far as there is room. Nobody overtakes one whom the batch cannot take.
 
-    def _taken(self) -> list[Job]:
-        """The first that waits, and others with its trigger, in order."""
-        taken, left, room = list[Job](), deque[Job](), self.batch
-        for job in self._waiting:
-            alike = not taken or job.ask.trigger == taken[0].ask.trigger
-            if job.gone:
-                continue
-            if alike and job.ask.copies <= room:
-                taken.append(job)
-                room -= job.ask.copies
-            else:
-                left.append(job)
-        self._waiting = left
+        Args:
+            acts: whether the policy's own weights act in the batch. They act on all of its rows, or on none.
+        """
+        taken: list[Job] = []
+        with self._changed:
+            while self._waiting:
+                job, own = self._waiting[0], self._acts(triggers.parse(self._waiting[0].ask.trigger or self.trigger))
+                if not job.gone and (job.ask.copies > room or acts not in (None, own)):
+                    break
+                self._waiting.popleft()
+                if not job.gone:
+                    taken.append(job)
+                    room, acts = room - job.ask.copies, own
         return taken
 
-    def _decode(self, jobs: Sequence[Job]) -> None:
-        """Decode a batch; if it fails, each request alone, so that one that cannot be answered harms no other."""
-        failed = None
+    def _acts(self, trigger: triggers.Trigger) -> bool:
+        return self.memory.policy is not None and trigger.active
+
+    def _decode(self, jobs: list[Job], join: Callable[[Batch], None] | None = None, host: Batch | None = None) -> None:
+        """Decode a batch; if it fails, each request alone, so that one that cannot be answered harms no other.
+
+        Args:
+            join, host: see :class:`~vismem_core.serving.batch.Batch`.
+        """
         try:
-            self._together([job for job in jobs if not self._late(job)])
+            if told := self._prepared([job for job in jobs if not self._late(job)]):
+                decode(self.memory, *told, join, host)
+            return
         except Exception as error:  # a model's own code, or a device's
             failed = cut(reason(error), 300)
-        if failed is None:
-            return
+        several = len(jobs) > 1  # with those who joined
         for job in [job for job in jobs if not job.over]:
-            if len(jobs) > 1 and not job.begun:
-                self._decode([job])
+            if several and not job.begun:
+                self._decode([job], host=host)
             else:
                 self.report(f"a request failed: {failed}")
                 job.refuse(RefusedError(FAILED, 500))
@@ -175,15 +165,25 @@ class Batcher:
             job.refuse(RefusedError("the request has waited too long for its turn", 503, code="timeout"))
         return job.over
 
-    def _together(self, jobs: Sequence[Job]) -> None:
-        left_out: list[Skipped] = []
-        samples = [job.ask.sample for job in jobs for _ in range(job.ask.copies)]
-        if not samples:
-            return None
-        usable, inputs = prepare(self.memory.backbone, samples, left_out)
-        if inputs is None or len(usable) < len(samples):
-            return self._without(jobs, _faults(samples, usable, left_out))
-        lengths = inputs["attention_mask"].sum(1).tolist()
+    def _prepared(self, jobs: list[Job]) -> tuple[BatchFeature, list[Row]] | None:
+        """What the model takes, and a row for each prompt; requests that it cannot take are refused."""
+        while jobs:
+            left_out: list[Skipped] = []
+            samples = [job.ask.sample for job in jobs for _ in range(job.ask.copies)]
+            usable, inputs = prepare(self.memory.backbone, samples, left_out)
+            faults = _faults(samples, usable, left_out)
+            if inputs is not None and not faults:
+                faults = self._begin(jobs, inputs["attention_mask"].sum(1).tolist())
+                if not faults:
+                    return inputs, [row for job in jobs for row in self._rows(job)]
+            for job in jobs:
+                if (error := faults.get(id(job.ask.sample))) is not None:
+                    job.refuse(error)
+            jobs = [job for job in jobs if not job.over]
+        return None
+
+    def _begin(self, jobs: Sequence[Job], lengths: Sequence[int]) -> dict[int, RefusedError]:
+        """Say what is to be written, where prompts are so long; the faults of those that are too long."""
         at, faults = 0, dict[int, RefusedError]()
         for job in jobs:
             job.prompt = lengths[at]
@@ -193,22 +193,12 @@ class Batcher:
                 told = f"the prompt has {job.prompt} tokens, and the model's context is {self._context} with the answer"
                 code = "context_length_exceeded"
                 faults[id(job.ask.sample)] = RefusedError(told, field="messages", code=code)
-        if faults:
-            return self._without(jobs, faults)
-        rows = [
-            Row(own, job.ask.temperature, job.ask.top_p, job.ask.seed, lambda job=job: job.gone)  # type: ignore[misc]
-            for job in jobs
-            for own in job.answers
-        ]
-        decode(self.memory, inputs, rows, jobs[0].ask.trigger or self.trigger, self._baton)
-        return None
+        return faults
 
-    def _without(self, jobs: Sequence[Job], faults: dict[int, RefusedError]) -> None:
-        """Refuse some, and go on with the others."""
-        for job in jobs:
-            if (error := faults.get(id(job.ask.sample))) is not None:
-                job.refuse(error)
-        self._together([job for job in jobs if id(job.ask.sample) not in faults])
+    def _rows(self, job: Job) -> list[Row]:
+        ask = job.ask
+        told = ask.trigger or self.trigger, ask.temperature, ask.top_p, ask.seed, lambda: job.gone
+        return [Row(own, *told) for own in job.answers]
 
     def _answers(self, job: Job) -> list[Answer]:
         """What is to be written, as far as the model's context goes; nothing where it does not go so far."""

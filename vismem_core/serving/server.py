@@ -56,7 +56,6 @@ def build(
     limits: Limits,
     *,
     batch: int = 32,
-    lanes: int = 2,
     key: str | None = None,
     urls: bool = False,
     report: Callable[[str], None] = lambda line: None,
@@ -65,7 +64,7 @@ def build(
 
     Args:
         name: of the model, for clients.
-        batch, lanes: answers written together, and how many such batches take turns.
+        batch: answers written together.
         key: that clients must send.
         urls: whether images may be fetched.
         report: gets a line about what failed.
@@ -77,7 +76,7 @@ def build(
     from .batcher import Batcher
     from .exchange import Service
 
-    batcher = Batcher(memory, limits, batch=batch, lanes=lanes, report=report)
+    batcher = Batcher(memory, limits, batch=batch, report=report)
     app = application(Service(name, batcher, limits, key, urls, report))
     config = uvicorn.Config(
         app,

@@ -1,4 +1,5 @@
-"""Many clients at once against one at a time: the same answers, and how many times as many of them in a second.
+"""Many clients at once against one at a time: the same answers, how many times as many of them in a second, and how
+long a short request waits for its first text while long ones run.
 
     python tests/clients/by_hand/serve_load.py [--clients 32] [--requests 64] [-- options of vismem serve]
 
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,6 +51,42 @@ def wanted(name: str, count: int) -> list[dict[str, Any]]:
         own = {"model": name, "messages": messages(some[at]), "max_tokens": chance.choice((16, 32, 64, 128))}
         told.append(own if at % 4 else own | {"temperature": 1.0, "seed": at})
     return told
+
+
+def first_text(web: httpx.Client, road: str, asked: dict[str, Any]) -> float:
+    """Milliseconds until an answer's first text comes."""
+    begun = time.perf_counter()
+    with web.stream("POST", road, json=asked | {"stream": True}) as told:
+        for line in told.iter_lines():
+            if '"content"' in line and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+                break
+        return 1000 * (time.perf_counter() - begun)
+
+
+def waits(web: httpx.Client, road: str, clients: int, asked: list[dict[str, Any]]) -> None:
+    """Tell how long a short request waits when nobody else asks, and while all other clients have long ones."""
+    short, going, enough = asked[1] | {"max_tokens": 16}, threading.Semaphore(0), threading.Event()
+
+    def long(own: dict[str, Any]) -> None:
+        with web.stream("POST", road, json=own | {"stream": True, "max_tokens": 1024}) as told:
+            for line in told.iter_lines():
+                if '"content"' in line:
+                    going.release()
+                    break
+            enough.wait()
+
+    def median() -> float:
+        return statistics.median(first_text(web, road, short) for _ in range(15))
+
+    idle = median()
+    with ThreadPoolExecutor(clients) as pool:
+        for own in asked[: clients - 1]:
+            pool.submit(long, own)
+        for _ in range(clients - 1):
+            going.acquire()
+        busy = median()
+        enough.set()
+    print(f"the first text of a short answer takes {idle:.0f} ms, and {busy:.0f} ms beside {clients - 1} long ones")
 
 
 def main() -> None:
@@ -89,6 +128,8 @@ def main() -> None:
             f"{same} of {len(asked)} answers are the same; {seconds[0] / seconds[1]:.1f} times as fast, "
             f"for {busy[0] / busy[1]:.1f} times less of the processor's time"
         )
+        with httpx.Client(timeout=600, limits=httpx.Limits(max_connections=told.clients)) as web:
+            waits(web, f"{address}/chat/completions", told.clients, asked)
     finally:
         process.terminate()
         process.wait()
