@@ -322,6 +322,7 @@ class Replay:
         ends = [width + stop for stop in stops]
         cache, mask = kv.upto(grown, columns, rows, ends, self._then if self._then.keys() >= set(ends) else None)
         history = None
+        vision, numbers = self.prompts.sights(rows)
         if self.prompts.needs.history:
             told = [
                 (embeds[row, :stop], self.positions[..., row, :stop]) for row, stop in zip(rows, stops, strict=True)
@@ -335,8 +336,8 @@ class Replay:
             cache=cache,
             attention_mask=mask,
             next_position=self.prompts.positions[..., index, :] + passed,
-            vision=self.prompts.vision,
-            rows=rows,
+            vision=vision,
+            rows=numbers,
             history=history,
         )
 

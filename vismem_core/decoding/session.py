@@ -320,7 +320,7 @@ class Session:
         """
         index = torch.as_tensor(rows, device=self.positions.device)
         states, mask = self._states(rows, fed)
-        vision, numbers = VisionStates.together([self._sights[row] for row in rows])
+        vision, numbers = self.sights(rows)
         cache, seen = self._together(rows) if cached else (DynamicCache(), self.mask[index, :0])
         return MemoryContext(
             states=states,
@@ -348,6 +348,10 @@ class Session:
         begin = torch.tensor([written.shape[1] - len(own) for own in told], device=written.device)
         fresh = torch.arange(written.shape[1], device=written.device) >= begin[:, None]
         return torch.cat([visual, written.to(visual)], dim=1), torch.cat([seen, fresh.to(seen.device)], dim=1)
+
+    def sights(self, rows: Sequence[int]) -> tuple[VisionStates, list[int]]:
+        """What the vision encoder computed of the prompts that ``rows`` go on from, and their numbers in it."""
+        return VisionStates.together([self._sights[row] for row in rows])
 
     def visual(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Projected visual tokens of ``rows`` in fp32, (R, y, d), and their mask (R, y)."""
