@@ -38,7 +38,7 @@ def test_accuracies_are_those_of_plain_answers() -> None:
 
 
 def test_the_blind_control_is_asked_over_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vismem_core.answers.evaluation as module
+    import vismem_core.answers.dealt as module
 
     seen: dict[str | None, list[object]] = {}
 

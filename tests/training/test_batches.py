@@ -127,12 +127,14 @@ def test_an_image_is_decoded_once_in_a_step(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Image, "open", counted)
     left_out: list[Skipped] = []
+    others = set(threading.enumerate())
     draws = drawing(data, left_out)
     batch = draws(4)
+    assert set(threading.enumerate()) - others
     assert batch is not None and len(batch) == 4 and len(left_out) == 2
     assert set(opened.values()) == {1} and all(isinstance(own.images[0], Path) for own in batch.samples)
     draws.close()
-    assert not [own.name for own in threading.enumerate() if own.name.startswith("vismem-")]
+    assert not set(threading.enumerate()) - others
 
 
 def test_on_a_cpu_threads_are_used_where_data_is_waited_for() -> None:
