@@ -56,6 +56,7 @@ class Generic(Backbone):
     """
 
     name = "generic"
+    _sees_videos = False
     model_types: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -70,6 +71,7 @@ class Generic(Backbone):
             self._try_two()
         except AttachError as error:
             self.blind = str(error)
+        self._try_video()
         self._find_targets()
 
     @classmethod
@@ -214,6 +216,27 @@ class Generic(Backbone):
         except Exception as error:  # as models do
             raise AttachError(f"its images cannot be dealt out to their prompts: {reason(error)}") from error
 
+    def _try_video(self) -> None:
+        """Whether memory sees videos: the encoder's patches must be dealt out as those of images are."""
+        token, states = self._media.get("video"), VisionStates()
+        if token is None or self.no_video_input:
+            return
+        text, noise = self.prompt("?", ["video"]), Image.effect_noise((SIDE, SIDE), 100).convert("RGB")
+        options = {"return_tensors": "pt", "videos_kwargs": {"do_sample_frames": False}}
+        try:
+            made = self.processor(text=[text], videos=[[noise] * 4], **options).to(self.device)
+            batch = {name: cast(self.vision_dtype, own) for name, own in made.items()}
+            with torch.no_grad(), self.record(states, keep=True, inputs=False):
+                self.model(**batch)
+            count = int((batch["input_ids"] == token).sum())
+            states.assign([[count]])
+            if not count or not (self.blind or states.rows[0]):
+                raise AttachError("its encoder did not see one")
+        except Exception as error:  # as models do
+            self.found["videos"] = f"not seen by memory: {reason(error)}"
+        else:
+            self._sees_videos = True
+
     def _find_targets(self) -> None:
         layers = self._layers
         self._targets = {
@@ -268,14 +291,24 @@ class Generic(Backbone):
         config = self.model.config
         named = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
         known = [token for token in named if isinstance(token, int)]
-        return {"image": known[0]} if known else {}
+        seen = (
+            {}
+            if not self._sees_videos
+            else {medium: token for medium, token in self._media.items() if medium == "video"}
+        )
+        return {"image": known[0], **seen} if known else {}
 
     @property
     def unseen(self) -> dict[str, int]:  # type: ignore[override]
+        return {medium: token for medium, token in self._media.items() if token not in self.placeholders.values()}
+
+    @property
+    def _media(self) -> dict[str, int]:
+        """Ids that stand for what is no image."""
         config, found = self.model.config, {}
         for medium in ("video", "audio"):
             token = getattr(config, f"{medium}_token_id", getattr(config, f"{medium}_token_index", None))
-            if isinstance(token, int) and token not in self.placeholders.values():
+            if isinstance(token, int):
                 found[medium] = token
         return found
 
