@@ -166,6 +166,7 @@ class _Checker:
         self.media = {token: self.tokenizer.convert_ids_to_tokens(token) for token in backbone.placeholders.values()}
         self._by_shapes: dict[Shapes, tuple[str | None, int]] = {((), ()): (None, 0)}
         self._by_files: dict[tuple[Picture, ...], Sizes | str] = {}
+        self._video: tuple[Sample, set[int]] | None = None  # the first one with videos, and their numbers of frames
 
     def texts(self, samples: Sequence[Sample], lengths: list[int] | None = None) -> Iterator[tuple[int, str]]:
         """Indices of samples whose texts cannot be used, and why.
@@ -241,11 +242,19 @@ class _Checker:
             plain, own = Sample("", (), "?"), Sample("", sample.images, "?")
             try:
                 count, without = (int(_inputs(self.backbone, [one])["attention_mask"].sum()) for one in (own, plain))
+                self._try_beside(own, {frame[1] for frame in frames if frame})
                 self._by_shapes[shapes] = None, count - without
             except (AttachError, DataError) as error:
                 shown = ", ".join(f"{width} x {height}" for width, height in sizes)
                 self._by_shapes[shapes] = f"images of {cut(shown)} pixels: {error}", 0
         return self._by_shapes[shapes]
+
+    def _try_beside(self, own: Sample, frames: set[int]) -> None:
+        """Some models take videos of one length alone in a batch."""
+        if self._video is None and frames:
+            self._video = own, frames
+        if self._video is not None and frames not in (set(), self._video[1]):
+            _inputs(self.backbone, [self._video[0], own])
 
 
 def _look(checker: _Checker, data: Dataset, progress: Progress | None) -> Findings:

@@ -258,7 +258,10 @@ class Backbone(ABC):
             self.processor.tokenizer.padding_side = "left"
             batch = self.processor(text=texts, padding=True, return_tensors="pt", **media.arguments(rows))
         except Exception as error:  # the model's own code; often a chat template without a place for images
-            raise AttachError(f"the processor takes no such prompts and images: {reason(error)}") from error
+            counts = sorted({len(video) for row in rows for video in row.videos})
+            uneven = f"videos of {' and '.join(map(str, counts))} frames in one batch; give all rows the same 'frames'"
+            what = "prompts and images" if len(counts) < 2 else uneven
+            raise AttachError(f"the processor takes no such {what}: {reason(error)}") from error
         return batch.to(self.device)  # type: ignore[no-any-return]
 
     def _shown(self, texts: Sequence[str], pictures: Sequence[Image]) -> Media:
