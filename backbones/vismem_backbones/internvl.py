@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 from einops import rearrange
 from torch import Tensor
 
-from vismem_core.base import chat
 from vismem_core.base.vision import VisionStates
 
 from .tiles import Tiles
@@ -25,16 +23,8 @@ class InternVL(Tiles):
     name = "internvl"
     model_types = ("internvl",)
     towers = ("internvl_vision",)
+    video_pixels = "pixel_values"
     stack, attention, norm = "encoder.layer", "attention", "layernorm_before"
-
-    @property
-    def no_videos(self) -> str:
-        return self.no_video_input
-
-    @cached_property
-    def no_video_input(self) -> str:
-        # A video enters as a row of images, under their tokens and names.
-        return "" if chat.shows(self.processor, "video") else "its chat template has no place for one"
 
     @property
     def merge(self) -> int:

@@ -44,6 +44,8 @@ class Backbone(ABC):
     projected visual tokens, by a former that stands alone."""
     unseen: Mapping[str, int] = {}
     """Media whose patches short memory does not see, and the id of the token that stands for one in a prompt."""
+    video_pixels: ClassVar[str] = "pixel_values_videos"
+    """Under which name a video's pixels enter; where it is that of images, its tokens are those of images too."""
     rereads: bool = True
     """Whether the language model's states follow from embeddings, padding and positions alone, so that a prompt can be
     read again, as ``context="recompute"`` does."""
@@ -176,7 +178,8 @@ class Backbone(ABC):
     @property
     def no_videos(self) -> str:
         """Why a video enters as its frames, each an image; empty where it enters as the model's own video input."""
-        return self.no_video_input or ("" if "video" in self.placeholders else "memory does not see this model's own")
+        seen = "video" in self.placeholders or self.video_pixels == "pixel_values"
+        return self.no_video_input or ("" if seen else "memory does not see this model's own")
 
     @cached_property
     def no_video_input(self) -> str:
@@ -186,7 +189,7 @@ class Backbone(ABC):
         if not chat.shows(self.processor, "video"):
             return "its chat template has no place for one"
         takes = inspect.signature(type(self.model).forward).parameters
-        return "" if "pixel_values_videos" in takes else "its forward() takes none"
+        return "" if self.video_pixels in takes else "its forward() takes none"
 
     def prompt(self, text: str, images: int | Sequence[str], before: Sequence[tuple[str, str]] = ()) -> str:
         """The chat-formatted prompt for ``text`` over ``images`` images, ready for the answer to follow.
