@@ -106,6 +106,7 @@ def test_memory_of_a_video_equals_one_pass(make: Any, dropped: bool, clip: Path)
     pristine = copy.deepcopy(base.model)
     settings = config(trigger="schedule:1=short,4=long", drop_image_after_invocation=dropped)
     memory = base.attach(settings)
+    assert not memory.backbone.no_videos
     for name in ("clip", "other"):
         inputs = memory.backbone.inputs(["what falls ?"], [frames(clip.with_stem(name))])
         output = base.model.generate(

@@ -251,20 +251,16 @@ class Backbone(ABC):
         if len(prompts) != len(images):
             raise AttachError(f"{len(prompts)} prompts, and lists of images for {len(images)}")
         decoded = [[_decoded(image, row, at) for at, image in enumerate(own)] for row, own in enumerate(images)]
-        turns = before or [()] * len(prompts)
-        rows = [
-            self._shown([*(said for _, said in own), text], these)
-            for text, these, own in zip(prompts, decoded, turns, strict=True)
-        ]
+        rows: list[Media] = []
         try:
-            texts = [self._asked(row, own) for row, own in zip(rows, turns, strict=True)]
+            told = [own or () for own in before] or [()] * len(prompts)
+            asked = list(zip(prompts, decoded, told, strict=True))
+            rows += [self._shown([*(said for _, said in turns), text], own) for text, own, turns in asked]
+            texts = [self._asked(row, turns) for row, turns in zip(rows, told, strict=True)]
             self.processor.tokenizer.padding_side = "left"
             batch = self.processor(text=texts, padding=True, return_tensors="pt", **media.arguments(rows))
         except Exception as error:  # the model's own code; often a chat template without a place for images
-            counts = sorted({len(video) for row in rows for video in row.videos})
-            uneven = f"videos of {' and '.join(map(str, counts))} frames in one batch; give all rows the same 'frames'"
-            what = "prompts and images" if len(counts) < 2 else uneven
-            raise AttachError(f"the processor takes no such {what}: {reason(error)}") from error
+            raise AttachError(f"the processor takes no such {media.named(rows)}: {reason(error)}") from error
         return batch.to(self.device)  # type: ignore[no-any-return]
 
     def _shown(self, texts: Sequence[str], pictures: Sequence[Image]) -> Media:

@@ -67,6 +67,14 @@ def arguments(rows: Sequence[Media]) -> dict[str, Any]:
     return told
 
 
+def named(rows: Sequence[Media]) -> str:
+    """What was asked of a processor, for a message; and what to do where it may be too many kinds of videos."""
+    counts = sorted({len(video) for row in rows for video in row.videos})
+    if len(counts) < 2:
+        return "prompts and images"
+    return f"videos of {' and '.join(map(str, counts))} frames in one batch; give all rows the same 'frames'"
+
+
 def about(video: Sequence[Image]) -> dict[str, Any]:
     """What a video processor is told of frames that were chosen already (``VideoMetadata`` of transformers)."""
     stills = [own for picture in video if (own := Still.of(picture)) is not None]
