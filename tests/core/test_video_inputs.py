@@ -18,6 +18,7 @@ from transformers.video_utils import load_video
 from vismem_core.answers.checking import checked
 from vismem_core.base.families import find_backbone
 from vismem_core.base.images import Picture, decode
+from vismem_core.base.loading import load_base
 from vismem_core.base.media import Media
 from vismem_core.base.videos import Frame
 from vismem_core.errors import DataError
@@ -52,7 +53,11 @@ def backbone(base: Base) -> Any:
     return find_backbone(base.model)(base.model, base.processor)
 
 
-@pytest.mark.parametrize("make", FAMILIES)
+def qwen3() -> Base:
+    return Base(*load_base("qwen3_vl")[:2])
+
+
+@pytest.mark.parametrize("make", [*FAMILIES, pytest.param(qwen3, marks=pytest.mark.long)])
 def test_prompts_are_those_of_transformers(make: Any, clip: Path) -> None:
     """Ids, pixels and times equal what the processor makes of the file, which transformers itself decodes."""
     base = make()
