@@ -21,6 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from vismem_core.base import cache as kv
 from vismem_core.base.backbone import Backbone
+from vismem_core.base.media import Media, arguments
+from vismem_core.base.videos import STILL, Frame, Still
 from vismem_core.base.vision import VisionStates
 from vismem_core.errors import AttachError
 from vismem_core.plugins import reason
@@ -28,8 +30,8 @@ from vismem_core.plugins import reason
 from .encoder import Encoder
 from .probing import blocks_in, cast, targets_in
 
-SIDE = 224
-"""Pixels of the blank image's sides, before the processor has resized it."""
+SIDE, FRAMES = 224, 4
+"""Pixels of the blank image's sides, before the processor has resized it; and frames of a video that is tried."""
 GIVEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "cache", "past_key_values"}
 """What memory knows to give to a language model."""
 REFUSED = {
@@ -221,10 +223,12 @@ class Generic(Backbone):
         token, states = self._media.get("video"), VisionStates()
         if token is None or self.no_video_input:
             return
-        text, noise = self.prompt("?", ["video"]), Image.effect_noise((SIDE, SIDE), 100).convert("RGB")
-        options = {"return_tensors": "pt", "videos_kwargs": {"do_sample_frames": False}}
+        video = [Image.effect_noise((SIDE, SIDE), 100).convert("RGB") for _ in range(FRAMES)]
+        for at, image in enumerate(video):
+            image.info[STILL] = Still(Frame(Path("noise"), at, FRAMES), at, 2.0, FRAMES)
+        told = arguments([Media(["?"], [video])])
         try:
-            made = self.processor(text=[text], videos=[[noise] * 4], **options).to(self.device)
+            made = self.processor(text=[self.prompt("?", ["video"])], return_tensors="pt", **told).to(self.device)
             batch = {name: cast(self.vision_dtype, own) for name, own in made.items()}
             with torch.no_grad(), self.record(states, keep=True, inputs=False):
                 self.model(**batch)
@@ -311,6 +315,11 @@ class Generic(Backbone):
             if isinstance(token, int):
                 found[medium] = token
         return found
+
+    @property
+    def no_videos(self) -> str:
+        told = super().no_videos
+        return self.found.get("videos", told) if told else ""
 
     @property
     def lora_targets(self) -> dict[str, str]:
