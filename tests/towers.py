@@ -43,9 +43,9 @@ def project(model: Any, tokens: Tensor) -> Tensor:
 
 
 def features(model: Any, inputs: Any) -> Any:
-    """What the bare model makes of a prompt's images."""
-    wanted = signature(model.get_image_features).parameters
-    return model.get_image_features(**{name: inputs[name] for name in wanted if name in inputs})
+    """What the bare model makes of a prompt's images, or of its videos if it has no images."""
+    way = model.get_image_features if "pixel_values" in inputs else model.get_video_features
+    return way(**{name: inputs[name] for name in signature(way).parameters if name in inputs})
 
 
 def entering(model: Any, inputs: Any) -> Tensor:
@@ -68,7 +68,7 @@ def stack(tower: Any) -> Any:
 def tiles(ground: Any, adapted: Any, inputs: Any, extra: Tensor) -> tuple[Tensor, Tensor]:
     """CLIP, SigLIP and InternViT: positions are in what enters, tiles do not see each other."""
     tokens, groups = extra[:0], torch.zeros(0)
-    if "pixel_values" in inputs:
+    if "pixel_values" in inputs or "pixel_values_videos" in inputs:
         entered = entering(ground, inputs)
         tokens, groups = entered.flatten(0, 1), torch.arange(len(entered)).repeat_interleave(entered.shape[1])
     count, states = len(tokens), [extra]

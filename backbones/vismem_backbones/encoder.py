@@ -113,8 +113,9 @@ class Encoder:
         return self._names[id(module)]
 
     def _find_calls(self, batch: dict[str, Any]) -> None:
-        self._parameters = list(inspect.signature(self.owner.get_image_features).parameters)
-        self.blank = {name: cast(self.dtype, own) for name, own in batch.items() if name in self._parameters}
+        ways = {kind: getattr(self.owner, f"get_{kind}_features", None) for kind in ("image", "video")}
+        self._parameters = {kind: list(inspect.signature(way).parameters) for kind, way in ways.items() if way}
+        self.blank = {name: cast(self.dtype, own) for name, own in batch.items() if name in self._parameters["image"]}
         calls: dict[int, Call] = {}
         seen: Counter[int] = Counter()
 
@@ -201,9 +202,13 @@ class Encoder:
                 kept[index].append((own_keys, own_values))
             return run()
 
-        def leave(result: Any, *args: Any, **kwargs: Any) -> None:
-            named = dict(zip(self._parameters, args, strict=False)) | kwargs
-            patches, tokens = self._counts(features(result), lengths, named.get("image_grid_thw"))
+        def leave(kind: str, result: Any, *args: Any, **kwargs: Any) -> None:
+            if not lengths:  # a method for images that it called has noted them
+                return
+            named = dict(zip(self._parameters[kind], args, strict=False)) | kwargs
+            grid, pixels = named.get(f"{kind}_grid_thw"), named.get("pixel_values_videos")
+            frames = pixels.shape[1] if kind == "video" and isinstance(pixels, Tensor) and pixels.ndim == 5 else 1
+            patches, tokens = self._counts(features(result), lengths, grid, frames)
             states.patches += patches
             states.tokens += tokens
             for index in sorted(kept):
@@ -213,14 +218,20 @@ class Encoder:
             lengths.clear()
             kept.clear()
 
-        with self._attending(look), listen(self.owner, "get_image_features", leave):
+        with self._attending(look), ExitStack() as stack:
+            for kind in self._parameters:
+                stack.enter_context(listen(self.owner, f"get_{kind}_features", partial(leave, kind)))
             yield
 
-    def _counts(self, made: list[Tensor], lengths: list[int], grid: Tensor | None) -> tuple[list[int], list[int]]:
-        """Patches and language tokens of each image."""
+    def _counts(
+        self, made: list[Tensor], lengths: list[int], grid: Tensor | None, frames: int
+    ) -> tuple[list[int], list[int]]:
+        """Patches and language tokens of each image or video."""
         tokens, patches = [len(own) for own in made], lengths
         if grid is not None:
             patches = grid.prod(-1).tolist()
+        elif len(set(lengths)) == 1 and frames > 1:
+            patches = [frames * lengths[0]] * len(tokens)
         elif len(lengths) != len(tokens) > 1:
             patches = [own * self.merge for own in tokens]
         if len(patches) != len(tokens) and sum(patches) == sum(tokens) * self.merge:  # tokens of all images in one
@@ -230,7 +241,8 @@ class Encoder:
         return list(patches), tokens
 
     def encode(self, inputs: dict[str, Tensor]) -> None:
-        self.owner.get_image_features(**inputs)
+        videos = "pixel_values_videos" in inputs
+        (self.owner.get_video_features if videos else self.owner.get_image_features)(**inputs)
 
     def carry(self, extra: Tensor, states: VisionStates, rows: Sequence[int]) -> Tensor:
         where = states.gather(rows)

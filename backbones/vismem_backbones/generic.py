@@ -21,6 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from vismem_core.base import cache as kv
 from vismem_core.base.backbone import Backbone
+from vismem_core.base.media import Media, arguments
+from vismem_core.base.videos import STILL, Frame, Still
 from vismem_core.base.vision import VisionStates
 from vismem_core.errors import AttachError
 from vismem_core.plugins import reason
@@ -28,8 +30,8 @@ from vismem_core.plugins import reason
 from .encoder import Encoder
 from .probing import blocks_in, cast, targets_in
 
-SIDE = 224
-"""Pixels of the blank image's sides, before the processor has resized it."""
+SIDE, FRAMES = 224, 4
+"""Pixels of the blank image's sides, before the processor has resized it; and frames of a video that is tried."""
 GIVEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "cache", "past_key_values"}
 """What memory knows to give to a language model."""
 REFUSED = {
@@ -56,6 +58,7 @@ class Generic(Backbone):
     """
 
     name = "generic"
+    _sees_videos = False
     model_types: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -70,6 +73,7 @@ class Generic(Backbone):
             self._try_two()
         except AttachError as error:
             self.blind = str(error)
+        self._try_video()
         self._find_targets()
 
     @classmethod
@@ -214,6 +218,29 @@ class Generic(Backbone):
         except Exception as error:  # as models do
             raise AttachError(f"its images cannot be dealt out to their prompts: {reason(error)}") from error
 
+    def _try_video(self) -> None:
+        """Whether memory sees videos: the encoder's patches must be dealt out as those of images are."""
+        token, states = self._media.get("video"), VisionStates()
+        if token is None or self.no_video_input:
+            return
+        video = [Image.effect_noise((SIDE, SIDE), 100).convert("RGB") for _ in range(FRAMES)]
+        for at, image in enumerate(video):
+            image.info[STILL] = Still(Frame(Path("noise"), at, FRAMES), at, 2.0, FRAMES)
+        told = arguments([Media(["?"], [video])])
+        try:
+            made = self.processor(text=[self.prompt("?", ["video"])], return_tensors="pt", **told).to(self.device)
+            batch = {name: cast(self.vision_dtype, own) for name, own in made.items()}
+            with torch.no_grad(), self.record(states, keep=True, inputs=False):
+                self.model(**batch)
+            count = int((batch["input_ids"] == token).sum())
+            states.assign([[count]])
+            if not count or not (self.blind or states.rows[0]):
+                raise AttachError("its encoder did not see one")
+        except Exception as error:  # as models do
+            self.found["videos"] = f"not seen by memory: {reason(error)}"
+        else:
+            self._sees_videos = True
+
     def _find_targets(self) -> None:
         layers = self._layers
         self._targets = {
@@ -268,16 +295,31 @@ class Generic(Backbone):
         config = self.model.config
         named = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
         known = [token for token in named if isinstance(token, int)]
-        return {"image": known[0]} if known else {}
+        seen = (
+            {}
+            if not self._sees_videos
+            else {medium: token for medium, token in self._media.items() if medium == "video"}
+        )
+        return {"image": known[0], **seen} if known else {}
 
     @property
     def unseen(self) -> dict[str, int]:  # type: ignore[override]
+        return {medium: token for medium, token in self._media.items() if token not in self.placeholders.values()}
+
+    @property
+    def _media(self) -> dict[str, int]:
+        """Ids that stand for what is no image."""
         config, found = self.model.config, {}
         for medium in ("video", "audio"):
             token = getattr(config, f"{medium}_token_id", getattr(config, f"{medium}_token_index", None))
-            if isinstance(token, int) and token not in self.placeholders.values():
+            if isinstance(token, int):
                 found[medium] = token
         return found
+
+    @property
+    def no_videos(self) -> str:
+        told = super().no_videos
+        return self.found.get("videos", told) if told else ""
 
     @property
     def lora_targets(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ class InternVL(Tiles):
     name = "internvl"
     model_types = ("internvl",)
     towers = ("internvl_vision",)
+    video_pixels = "pixel_values"
     stack, attention, norm = "encoder.layer", "attention", "layernorm_before"
 
     @property

@@ -75,7 +75,7 @@ AllowUrls = Annotated[
 ]
 Frames = Annotated[
     int,
-    typer.Option("--frames", metavar="N", min=1, help="Images that stand for each video.", rich_help_panel=DATA),
+    typer.Option("--frames", metavar="N", min=1, help="Frames shown of each video.", rich_help_panel=DATA),
 ]
 
 Memory = Annotated[

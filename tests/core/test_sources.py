@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from vismem_cli.app import app
 from vismem_core.errors import DataError
+from vismem_core.files import window
 from vismem_core.files.samples import Dataset, Sample, open_dataset, read
 
 COLOURS = ("red", "green", "blue")
@@ -209,6 +210,27 @@ def test_a_mark_that_utf8_does_not_need(folder: Path) -> None:
     path = array(folder, PLAIN)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert asked(read(path, need_answer=True)) == EXPECTED
+
+
+@pytest.mark.parametrize("piece", [7, 40, 1000])
+def test_an_array_is_read_in_pieces(piece: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever pieces end: in a row, in a character, between rows."""
+    monkeypatch.setattr(window, "PIECE", piece)
+    rows = [
+        {"id": f"{at}", "image": "red.png", "prompt": "größer\n[{]" * (at % 5 + 1), "answer": "ü"} for at in range(9)
+    ]
+    path = folder / "rows.json"
+    path.write_text(" \n[\n\n" + " ,\n".join(json.dumps(own, ensure_ascii=False, indent=1) for own in rows) + "\n]\n")
+    data = read(path, need_answer=True)
+    assert [own.prompt for own in data] == [own["prompt"] for own in rows]
+    at = [own for own, text in enumerate(path.read_text().splitlines(), 1) if text.startswith("{")]
+    assert [own.place for own in data] == [f"{path}:{line}" for line in at]
+    path.write_bytes(path.read_bytes().rpartition(b": ")[0] + b" 3")
+    with pytest.raises(DataError, match=rf"rows.json:{at[-1]}: not JSON: .* at byte {path.stat().st_size - 1}$"):
+        read(path, need_answer=True)
+    monkeypatch.setattr(window, "LONGEST", 60)
+    with pytest.raises(DataError, match="is longer than 60 bytes, or does not end"):
+        read(path, need_answer=True)
 
 
 def test_turns(folder: Path) -> None:

@@ -30,9 +30,11 @@ from vismem_core.memory.tokens import NAMES
 CHUNK = 256
 REMEMBERED = 2**16
 """Images whose sizes are remembered, since several questions may be about them."""
-VERSION = 2
+VERSION = 3
 """Of what is remembered; a change of what counts as a fault raises it."""
 Sizes = tuple[tuple[int, int], ...]
+Shapes = tuple[Sizes, tuple[tuple[int, int] | None, ...]]
+"""Sizes of images, and which frames of videos they are, if they are any."""
 Progress = Callable[[int, int], None]
 
 
@@ -162,8 +164,9 @@ class _Checker:
         self.backbone, self.answers = backbone, answers
         self.tokenizer = backbone.processor.tokenizer
         self.media = {token: self.tokenizer.convert_ids_to_tokens(token) for token in backbone.placeholders.values()}
-        self._by_sizes: dict[Sizes, tuple[str | None, int]] = {(): (None, 0)}
+        self._by_shapes: dict[Shapes, tuple[str | None, int]] = {((), ()): (None, 0)}
         self._by_files: dict[tuple[Picture, ...], Sizes | str] = {}
+        self._video: tuple[Sample, set[int]] | None = None  # the first one with videos, and their numbers of frames
 
     def texts(self, samples: Sequence[Sample], lengths: list[int] | None = None) -> Iterator[tuple[int, str]]:
         """Indices of samples whose texts cannot be used, and why.
@@ -234,15 +237,24 @@ class _Checker:
 
     def taken(self, sample: Sample, sizes: Sizes) -> tuple[str | None, int]:
         """Whether the processor takes images of these sizes, and how many tokens they come to."""
-        if sizes not in self._by_sizes:
+        frames = tuple((own.at, own.of) if isinstance(own, Frame) else None for own in sample.images)
+        if (shapes := (sizes, frames)) not in self._by_shapes:
             plain, own = Sample("", (), "?"), Sample("", sample.images, "?")
             try:
                 count, without = (int(_inputs(self.backbone, [one])["attention_mask"].sum()) for one in (own, plain))
-                self._by_sizes[sizes] = None, count - without
+                self._try_beside(own, {frame[1] for frame in frames if frame})
+                self._by_shapes[shapes] = None, count - without
             except (AttachError, DataError) as error:
                 shown = ", ".join(f"{width} x {height}" for width, height in sizes)
-                self._by_sizes[sizes] = f"images of {cut(shown)} pixels: {error}", 0
-        return self._by_sizes[sizes]
+                self._by_shapes[shapes] = f"images of {cut(shown)} pixels: {error}", 0
+        return self._by_shapes[shapes]
+
+    def _try_beside(self, own: Sample, frames: set[int]) -> None:
+        """Some models take videos of one length alone in a batch."""
+        if self._video is None and frames:
+            self._video = own, frames
+        if self._video is not None and frames not in (set(), self._video[1]):
+            _inputs(self.backbone, [self._video[0], own])
 
 
 def _look(checker: _Checker, data: Dataset, progress: Progress | None) -> Findings:
@@ -273,7 +285,8 @@ def _remembered(backbone: Backbone, data: Dataset, answers: bool) -> Path:
     processor, model = backbone.processor, backbone.model.config
     parts: list[Any] = [VERSION, data.told, len(data), answers, type(backbone).__qualname__, model.model_type]
     parts += [type(processor).__qualname__, len(processor.tokenizer), getattr(processor, "chat_template", None)]
-    images: Any = getattr(processor, "image_processor", None)
-    parts.append(images.to_json_string() if hasattr(images, "to_json_string") else repr(images))
+    for medium in ("image", "video"):
+        own: Any = getattr(processor, f"{medium}_processor", None)
+        parts.append(own.to_json_string() if hasattr(own, "to_json_string") else repr(own))
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     return cache.folder("checks") / f"{key}.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,8 +19,9 @@ from vismem_core.errors import AttachError, DataError
 from vismem_core.plugins import reason
 
 from . import cache as kv
-from . import chat
+from . import chat, media
 from .images import Picture, decode
+from .media import Media
 from .vision import VisionStates
 
 NO_TOKEN = -1
@@ -41,6 +44,8 @@ class Backbone(ABC):
     projected visual tokens, by a former that stands alone."""
     unseen: Mapping[str, int] = {}
     """Media whose patches short memory does not see, and the id of the token that stands for one in a prompt."""
+    video_pixels: ClassVar[str] = "pixel_values_videos"
+    """Under which name a video's pixels enter; where it is that of images, its tokens are those of images too."""
     rereads: bool = True
     """Whether the language model's states follow from embeddings, padding and positions alone, so that a prompt can be
     read again, as ``context="recompute"`` does."""
@@ -170,13 +175,31 @@ class Backbone(ABC):
 
     # Inputs
 
-    def prompt(self, text: str, images: int, before: Sequence[tuple[str, str]] = ()) -> str:
+    @property
+    def no_videos(self) -> str:
+        """Why a video enters as its frames, each an image; empty where it enters as the model's own video input."""
+        seen = "video" in self.placeholders or self.video_pixels == "pixel_values"
+        return self.no_video_input or ("" if seen else "memory does not see this model's own")
+
+    @cached_property
+    def no_video_input(self) -> str:
+        """Why the model has no video input that a prompt can use; empty where it has."""
+        if getattr(self.processor, "video_processor", None) is None:
+            return "its processor takes none"
+        if not chat.shows(self.processor, "video"):
+            return "its chat template has no place for one"
+        takes = inspect.signature(type(self.model).forward).parameters
+        return "" if self.video_pixels in takes else "its forward() takes none"
+
+    def prompt(self, text: str, images: int | Sequence[str], before: Sequence[tuple[str, str]] = ()) -> str:
         """The chat-formatted prompt for ``text`` over ``images`` images, ready for the answer to follow.
 
         Each image stands where a text has its ``<image>``, as published data has it; without any, and where they
         lead, the images are in front as the chat template puts them.
 
         Args:
+            images: how many; or what each is, ``image`` or ``video``, where some are videos (and :attr:`no_videos` is
+                empty).
             before: earlier turns, role (``system``, ``user`` or ``assistant``) and text of each. Images without a mark
                 are the first user's.
 
@@ -214,7 +237,8 @@ class Backbone(ABC):
         Args:
             prompts: the questions of the rows.
             images: each row's images, none by default; the model sees them as a person does
-                (:mod:`vismem_core.base.images`).
+                (:mod:`vismem_core.base.images`). All frames of a video side by side are one video, where the model
+                takes videos (:attr:`no_videos`).
             before: each row's earlier turns, none by default (:meth:`prompt`).
 
         Raises:
@@ -227,16 +251,27 @@ class Backbone(ABC):
         if len(prompts) != len(images):
             raise AttachError(f"{len(prompts)} prompts, and lists of images for {len(images)}")
         decoded = [[_decoded(image, row, at) for at, image in enumerate(own)] for row, own in enumerate(images)]
-        arguments: dict[str, Any] = {"images": decoded} if any(decoded) else {}
+        rows: list[Media] = []
         try:
             told = [own or () for own in before] or [()] * len(prompts)
-            asked = zip(prompts, decoded, told, strict=True)
-            texts = [self.prompt(text, len(own), *([turns] if turns else [])) for text, own, turns in asked]
+            asked = list(zip(prompts, decoded, told, strict=True))
+            rows += [self._shown([*(said for _, said in turns), text], own) for text, own, turns in asked]
+            texts = [self._asked(row, turns) for row, turns in zip(rows, told, strict=True)]
             self.processor.tokenizer.padding_side = "left"
-            batch = self.processor(text=texts, padding=True, return_tensors="pt", **arguments)
+            batch = self.processor(text=texts, padding=True, return_tensors="pt", **media.arguments(rows))
         except Exception as error:  # the model's own code; often a chat template without a place for images
-            raise AttachError(f"the processor takes no such prompts and images: {reason(error)}") from error
+            raise AttachError(f"the processor takes no such {media.named(rows)}: {reason(error)}") from error
         return batch.to(self.device)  # type: ignore[no-any-return]
+
+    def _shown(self, texts: Sequence[str], pictures: Sequence[Image]) -> Media:
+        together = Media.of(texts, pictures)
+        if together.videos and self.no_videos:
+            warnings.warn(f"videos enter this model as images, a frame each: {self.no_videos}", stacklevel=2)
+        return Media(list(texts), list(pictures)) if self.no_videos else together
+
+    def _asked(self, row: Media, turns: Sequence[tuple[str, str]]) -> str:
+        said = [(role, text) for (role, _), text in zip(turns, row.texts, strict=False)]
+        return self.prompt(row.texts[-1], row.kinds if row.videos else len(row.shown), *([said] if said else []))
 
     def positions(self, inputs: dict[str, Any]) -> Tensor:
         """Position ids of a prompt as ``generate`` would make them, (.., B, L)."""

@@ -14,11 +14,12 @@ from .images import PLACEHOLDER
 
 MARK = "\ue000"
 """A text that no template knows, to see what it writes around one."""
+_ARTICLE = {"image": "an image", "video": "a video"}
 
 
-def ask(processor: Any, images: int, text: str, answer: str | None = None, opened: bool = True) -> str:
-    """The template's prompt for ``text`` behind ``images`` images; ``opened``, for an answer to follow."""
-    content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
+def ask(processor: Any, media: int | Sequence[str], text: str, answer: str | None = None, opened: bool = True) -> str:
+    """The template's prompt for ``text`` behind so many images, or such media; ``opened``, for an answer to follow."""
+    content: list[dict[str, str]] = [*_parts(media), {"type": "text", "text": text}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -26,63 +27,88 @@ def ask(processor: Any, images: int, text: str, answer: str | None = None, opene
     return told
 
 
-def prompt(processor: Any, text: str, images: int, before: Sequence[tuple[str, str]] = ()) -> str:
+def _parts(media: int | Sequence[str]) -> list[dict[str, str]]:
+    return [{"type": kind} for kind in (["image"] * media if isinstance(media, int) else media)]
+
+
+def shows(processor: Any, kind: str) -> bool:
+    """Whether the template writes anything where a medium stands, ``image`` or ``video``."""
+    try:
+        return bool(_markup(processor, kind, 0))
+    except Exception:  # templates are programs of their own
+        return False
+
+
+def prompt(processor: Any, text: str, media: int | Sequence[str], before: Sequence[tuple[str, str]] = ()) -> str:
     """As :meth:`vismem_core.base.backbone.Backbone.prompt` says."""
+    kinds = ["image"] * media if isinstance(media, int) else list(media)
     if before:
-        return _conversation(processor, [*before, ("user", text)], images)
+        return _conversation(processor, [*before, ("user", text)], kinds)
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
-        return ask(processor, images, text)
-    if len(pieces) != images + 1:
-        raise AttachError(f"the prompt has {len(pieces) - 1} {PLACEHOLDER}, and images: {images}")
-    leading = next((at for at, piece in enumerate(pieces) if piece.strip()), images)
-    if leading == images:
-        return ask(processor, images, pieces[-1].strip())
+        return ask(processor, kinds, text)
+    if len(pieces) != len(kinds) + 1:
+        raise AttachError(f"the prompt has {len(pieces) - 1} {PLACEHOLDER}, and {_told(kinds)}")
+    leading = _leading(pieces, kinds)
+    if leading == len(kinds):
+        return ask(processor, kinds, pieces[-1].strip())
     pieces[leading] = pieces[leading].lstrip() if leading else pieces[leading]
     # Templates differ in whether they keep the order of parts. So text that no template knows holds the places.
     mark = _unknown([text])
-    told = ask(processor, leading, mark.join(pieces[leading:]))
-    return _placed(processor, told, mark, range(leading, images))
+    told = ask(processor, kinds[:leading], mark.join(pieces[leading:]))
+    return _placed(processor, told, mark, kinds, range(leading, len(kinds)))
 
 
-def _conversation(processor: Any, turns: Sequence[tuple[str, str]], images: int) -> str:
+def _leading(pieces: Sequence[str], kinds: Sequence[str]) -> int:
+    """How many of a text's media lead, all of one kind: those that a template surely puts in their order."""
+    alike = next((at for at, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
+    return next((at for at, piece in enumerate(pieces[:alike]) if piece.strip()), min(alike, len(pieces) - 1))
+
+
+def _told(kinds: Sequence[str]) -> str:
+    return f"images: {len(kinds)}" + (f", {kinds.count('video')} of them videos" if "video" in kinds else "")
+
+
+def _conversation(processor: Any, turns: Sequence[tuple[str, str]], kinds: Sequence[str]) -> str:
     places = sum(text.count(PLACEHOLDER) for _, text in turns)
-    if places not in (0, images):
-        raise AttachError(f"the conversation has {places} {PLACEHOLDER}, and images: {images}")
+    if places not in (0, len(kinds)):
+        raise AttachError(f"the conversation has {places} {PLACEHOLDER}, and {_told(kinds)}")
     first = next(at for at, (role, _) in enumerate(turns) if role == "user")
     mark = _unknown([text for _, text in turns])
     messages: list[dict[str, Any]] = []
     shown, marked = 0, list[int]()
     for at, (role, text) in enumerate(turns):
         pieces = text.split(PLACEHOLDER)
-        leading = next((at for at, piece in enumerate(pieces[:-1]) if piece.strip()), len(pieces) - 1)
+        leading = _leading(pieces, kinds[shown : shown + len(pieces) - 1])
         rest = pieces[leading:]
         rest[0] = rest[0].lstrip() if leading else rest[0]
-        leading = images if at == first and not places else leading
+        leading = len(kinds) if at == first and not places else leading
         marked += range(shown + leading, shown + leading + len(rest) - 1)
+        content = [*_parts(kinds[shown : shown + leading]), {"type": "text", "text": mark.join(rest)}]
         shown += leading + len(rest) - 1
-        content: list[dict[str, str]] = [{"type": "image"} for _ in range(leading)]
-        messages.append({"role": role, "content": [*content, {"type": "text", "text": mark.join(rest)}]})
-    return _placed(processor, processor.apply_chat_template(messages, add_generation_prompt=True), mark, marked)
+        messages.append({"role": role, "content": content})
+    told = processor.apply_chat_template(messages, add_generation_prompt=True)
+    return _placed(processor, told, mark, kinds, marked)
 
 
 def _unknown(texts: Sequence[str]) -> str:
     return next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if not any(mark in text for text in texts))
 
 
-def _placed(processor: Any, told: str, mark: str, images: Sequence[int]) -> str:
-    """Each mark replaced by what the template writes for an image, one after the other."""
-    for image in images:
-        told = told.replace(mark, _markup(processor, image).strip(), 1)
+def _placed(processor: Any, told: str, mark: str, kinds: Sequence[str], places: Sequence[int]) -> str:
+    """Each mark replaced by what the template writes for its medium, one after the other."""
+    for place in places:
+        kind = kinds[place]
+        told = told.replace(mark, _markup(processor, kind, kinds[:place].count(kind)).strip(), 1)
     return told
 
 
-def _markup(processor: Any, number: int) -> str:
-    """What the chat template writes for the image that follows ``number`` others."""
-    before, after = (ask(processor, images, MARK).partition(MARK)[0] for images in (number, number + 1))
+def _markup(processor: Any, kind: str, number: int) -> str:
+    """What the chat template writes for the medium that follows ``number`` others of its kind."""
+    before, after = (ask(processor, [kind] * count, MARK).partition(MARK)[0] for count in (number, number + 1))
     before = before.rstrip()  # some write a space in front of a text that no image precedes
     if not after.startswith(before) or not after.removeprefix(before).strip():
-        raise AttachError("the chat template has no place for an image that stands within the text")
+        raise AttachError(f"the chat template has no place for {_ARTICLE[kind]} that stands within the text")
     return after.removeprefix(before)
 
 

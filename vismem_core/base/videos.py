@@ -1,4 +1,4 @@
-"""Frames of videos, evenly spread, as images: the way in which every model that takes several images takes a video."""
+"""Frames of videos, evenly spread: each decoded as an image that knows where in its video it stands."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif
 """Of files that hold videos, and not lists of other files and addresses, which FFmpeg would open too."""
 MOST = 10_000
 """Frames that are decoded to come to one."""
+STILL = "still"
+"""Under which name a decoded frame's ``info`` holds its :class:`Still`."""
 
 
 @dataclass(frozen=True)
@@ -29,24 +31,47 @@ class Frame:
         return f"{self.path} (frame {self.at + 1} of {self.of})"
 
 
+@dataclass(frozen=True)
+class Still:
+    """Where a decoded frame stands: which of its file's ``total`` frames it is, from 0, and their ``rate`` a second."""
+
+    frame: Frame
+    index: int
+    rate: float
+    total: int
+
+    @classmethod
+    def of(cls, picture: Image.Image) -> Still | None:
+        """Of a decoded picture; None where it is no video's."""
+        own = picture.info.get(STILL)
+        return own if isinstance(own, cls) else None
+
+
 def decode_frame(frame: Frame) -> Image.Image:
-    """What the frame shows, upright.
+    """What the video shows at the frame's time, upright, with its :class:`Still`.
 
     Raises:
         DataError: it does not decode, or PyAV is not installed; the message does not say which video.
     """
     with _Opened(frame.path) as (container, stream, length):
-        wanted = (frame.at + 0.5) / frame.of * length + float((stream.start_time or 0) * stream.time_base)
+        start = float((stream.start_time or 0) * stream.time_base)
+        wanted = (frame.at + 0.5) / frame.of * length + start
         container.seek(int(wanted / stream.time_base), stream=stream)
         found = None
-        for number, found in enumerate(container.decode(stream)):
-            if found.time is None or found.time >= wanted - 1e-6 or number == MOST:
+        for number, later in enumerate(container.decode(stream)):
+            if found is not None and (later.time is None or later.time > wanted + 1e-6 or number > MOST):
                 break
+            found = later
         if found is None:
             raise DataError("holds no frame there")
         image: Image.Image = found.to_image()
         turn = getattr(found, "rotation", 0)
-        return image.rotate(turn, expand=True) if turn else image
+        image = image.rotate(turn, expand=True) if turn else image
+        rate = float(stream.average_rate or stream.frames / length or 1 / length)
+        total = max(1, stream.frames or round(length * rate))
+        index = min(total - 1, max(0, round(((found.time or start) - start) * rate)))
+        image.info[STILL] = Still(frame, index, rate, total)
+        return image
 
 
 def verify_video(path: Path) -> None:

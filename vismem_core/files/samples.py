@@ -247,7 +247,7 @@ def read(
         allow_outside: whether images may lie outside the folder.
         columns: what a source calls some of our keys, ``{"prompt": "question"}``.
         urls: whether images may be http and https URLs: they are fetched now, into the user's cache.
-        frames: of each video, as which it is shown, where its row does not say ``frames``.
+        frames: shown of each video, where its row does not say ``frames``.
 
     Raises:
         DataError: a bad row, as ``file:line: what is wrong``, or no usable row at all.

@@ -19,14 +19,13 @@ from typing import Any, BinaryIO
 
 from vismem_core.errors import DataError
 
+from .window import LONGEST, PIECE, Window
+
 Row = bytes | Mapping[str, Any]
 """A line that holds JSON, or what a row holds by column."""
 
-LONGEST = 2**26
-"""Bytes of a row."""
 PACKED, UNPACKED = 200, 2**30
 """How many times its size a compressed file may grow to, where that is more than so many bytes: it fills a disk."""
-PIECE = 2**20
 
 
 def text_rows(path: Path) -> Lines | Elements | Cells:
@@ -178,41 +177,33 @@ class Lines(_Spans):
 
 
 class Elements(_Spans):
-    """The objects of one JSON array, which may go over several lines. Finding them takes all of its text at once."""
+    """The objects of one JSON array, which may go over several lines."""
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
-        path, text = self.text.path, self._text()
-        decoder, at, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-        while True:
-            while at < len(text) and text[at] in " \t\r\n,":
-                at += 1
-            line, counted = line + text.count("\n", counted, at), at
-            if at >= len(text):
-                raise DataError(f"{path}:{line}: the list of rows does not end; the file is perhaps cut off")
-            if text[at] == "]":
-                return
-            try:
-                row, end = decoder.raw_decode(text, at)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{line}: not JSON: {error}") from error
-            if not isinstance(row, Mapping):
-                raise DataError(f"{path}:{line}: expected an object for each row, got {str(row)[:40]!r}")
-            self._stands(at, end)
-            own = text[at:end]
-            yield line, row if own.isascii() else json.loads(own.encode("latin-1"))
-            at = end
+        path, line = self.text.path, 1
+        with self.text.told(), self.text.whole() as file:
+            window = Window(file)
+            line += window.skip(window.text.index("[") + 1)
+            while True:
+                line += window.skip_between()
+                if window.ended:
+                    raise DataError(f"{path}:{line}: the list of rows does not end; the file is perhaps cut off")
+                if window.text[window.at] == "]":
+                    return
+                try:
+                    row, own = window.value()
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path}:{line}: {window.why(error)}") from error
+                if not isinstance(row, Mapping):
+                    raise DataError(f"{path}:{line}: expected an object for each row, got {str(row)[:40]!r}")
+                start = window.start + window.at
+                self._stands(start, start + len(own))
+                yield line, row if own.isascii() else json.loads(own.encode("latin-1"))
+                line += window.skip(len(own))
 
     def again(self, at: int) -> Row:
         row: Row = json.loads(self._bytes(at))
         return row
-
-    def _text(self) -> str:
-        """A character for each byte: what JSON is made of is the same, and a place in it is one in the file."""
-        with self.text.told(), self.text.whole() as file:
-            data = file.read()
-            if not data.isascii():
-                data.decode()
-        return data.decode("latin-1")
 
 
 class Cells(_Spans):
