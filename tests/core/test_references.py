@@ -36,7 +36,8 @@ def test_rows_with_several(asked: str, tmp_path: Path) -> None:
     assert (own.answer, own.references) == ("pair", ("pair", "2", "two"))
     assert row(tmp_path, **{asked: "?", "answers": ["one"]}).references == ("one",)
     with pytest.raises(DataError, match="'answers' must be a list of texts"):
-        row(tmp_path, **{asked: "?", "answers": [3]})
+        row(tmp_path, **{asked: "?", "answers": [None]})
+    assert row(tmp_path, **{asked: "?", "answers": [3, 3.5]}).references == ("3", "3.5")
 
 
 def test_what_is_only_ours_is_no_key_of_a_row(tmp_path: Path) -> None:
