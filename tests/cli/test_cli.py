@@ -114,7 +114,7 @@ def test_doctor_says_what_loads_and_what_does_not(environment: dict[str, str]) -
     versions = {own["name"].lower(): own["version"] for own in well.json["packages"]}
     assert versions["torch"] == version("torch") and versions["peft"] == version("peft")
     assert {own["kind"] for own in well.json["plugins"]} == {"loaded"}
-    assert next(own["count"] for own in well.json["plugins"] if own["name"] == "formers") == 5
+    assert next(own["count"] for own in well.json["plugins"] if own["name"] == "formers") == 6
 
 
 def test_plugins_shows_what_is_broken(environment: dict[str, str]) -> None:
