@@ -61,4 +61,5 @@ def dealt(
         told.append((number, answer))
         if progress:
             progress(len(told), len(numbered))
-    return [answer for _, answer in sorted(processes.everyones(told), key=lambda pair: pair[0])]
+    everyones = dict(processes.everyones(told))  # those that hold a base together give each answer once more
+    return [everyones[number] for number in range(len(samples))]
